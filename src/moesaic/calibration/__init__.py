@@ -1,0 +1,1 @@
+"""Calibration: text, tokens, and what each layer's FFN does on them."""

@@ -1,0 +1,81 @@
+"""One decoder layer's calibration: what enters and leaves its FFN, and the error of what replaces it.
+
+Shapes: N sequences, L tokens in one, T = N L tokens, D hidden size, E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..models.families import ffn_name, gated_ffn, norms_ffn_output
+from ..models.moe import MoE
+from ..models.stream import LayerStream
+from .sample import CHUNK_TOKENS, LayerSample
+
+MIN_NORM = 1e-6
+
+
+@contextmanager
+def replaced_ffn(layer: nn.Module, replacement: nn.Module) -> Iterator[None]:
+    """Run a decoder layer with another FFN; the dense one is put back on leaving."""
+    name = ffn_name(layer)
+    dense = layer.get_submodule(name)
+    setattr(layer, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(layer, name, dense)
+
+
+class Tap(nn.Module):
+    """The dense FFN, keeping what enters and leaves it."""
+
+    def __init__(self, ffn: nn.Module) -> None:
+        super().__init__()
+        self.ffn = ffn
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        output = self.ffn(hidden_states)
+        self.inputs.append(hidden_states.flatten(0, -2))
+        self.outputs.append(output.flatten(0, -2))
+        return output
+
+
+def calibrate(stream: LayerStream, index: int, layer: nn.Module, hidden_NLD: Tensor) -> LayerSample:
+    """Run the dense layer on the calibration tokens and keep what concerns its FFN."""
+    ffn = layer.get_submodule(ffn_name(layer))
+    tap = Tap(ffn)
+    with replaced_ffn(layer, tap):
+        after_TD = stream.run(index, layer, hidden_NLD).flatten(0, 1)
+    output_TD = torch.cat(tap.outputs)
+    disturbed_TD = output_TD if norms_ffn_output(layer) else after_TD
+    weight_T = disturbed_TD.float().norm(dim=1).clamp(min=MIN_NORM).reciprocal()
+    return LayerSample(
+        ffn=gated_ffn(ffn), input_TD=torch.cat(tap.inputs), output_TD=output_TD, weight_T=weight_T / weight_T.mean()
+    )
+
+
+def relative_error(sample: LayerSample, output_TD: Tensor) -> float:
+    """`sqrt(sum w² ‖y - output‖² / sum w² ‖y‖²)` over the sample's tokens."""
+    wrong = right = 0.0
+    for first in range(0, sample.tokens, CHUNK_TOKENS):
+        part = slice(first, first + CHUNK_TOKENS)
+        y_CD, square_C = sample.output_TD[part].float(), sample.weight_T[part].square()
+        wrong += ((output_TD[part].float() - y_CD).square().sum(1) * square_C).sum().item()
+        right += (y_CD.square().sum(1) * square_C).sum().item()
+    return (wrong / max(right, 1e-30)) ** 0.5
+
+
+@torch.no_grad()
+def expert_load(moe: MoE, sample: LayerSample) -> Tensor:
+    """How many of the sample's tokens run each routed expert, int64 [E]."""
+    if moe.gate is None or moe.experts is None:
+        return torch.zeros(0, dtype=torch.int64)
+    index_TK = torch.cat([moe.gate(x_CD, moe.experts)[0] for x_CD in sample.input_TD.split(CHUNK_TOKENS)])
+    return torch.bincount(index_TK.flatten().cpu(), minlength=moe.experts.num_experts)

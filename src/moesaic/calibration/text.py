@@ -1,0 +1,137 @@
+"""Calibration and evaluation text: bundled domains, .txt and .jsonl files, `datasets` names; and token windows of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+TEXT_KEYS = ("text", "content")
+DATASET_ROWS = 2_000
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and the domain it belongs to."""
+
+    text: str
+    domain: str
+
+
+def bundled(name: str) -> list[Document]:
+    """The bundled `calibration` (1 MB) or `heldout` (0.16 MB) text of six domains; no document is in both."""
+    lines = (files("moesaic") / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [Document(**json.loads(line)) for line in lines]
+
+
+def read_documents(sources: Sequence[str]) -> list[Document]:
+    """Documents of files or `datasets` names, each source one domain; of the bundled text when there are none.
+
+    Raises:
+        InputError: a missing, empty or malformed file, or a dataset that cannot be had.
+    """
+    return [d for source in sources for d in _read(source)] if sources else bundled("calibration")
+
+
+def _read(source: str) -> list[Document]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        texts = _jsonl(path) if path.suffix in (".jsonl", ".json") else [path.read_text(encoding="utf-8")]
+    elif path.suffix or path.exists():
+        raise InputError(f"no text file '{source}'")
+    else:
+        texts = _dataset(source)
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise InputError(f"'{source}' holds no text")
+    return [Document(text, path.stem) for text in texts]
+
+
+def _jsonl(path: Path) -> list[str]:
+    texts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            texts.append(next(row[key] for key in TEXT_KEYS if key in row))
+        except (json.JSONDecodeError, StopIteration, TypeError):
+            raise InputError(f"{path}:{number} is not a JSON object with a 'text' field") from None
+    return texts
+
+
+def _dataset(name: str) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise InputError(
+            f"no text file '{name}'; to read it as a dataset from the hub, install moesaic[datasets]"
+        ) from None
+    try:
+        rows: Any = load_dataset(name, split="train", streaming=True)
+        return [str(next(row[k] for k in TEXT_KEYS if k in row)) for row in islice(rows, DATASET_ROWS)]
+    except StopIteration:
+        raise InputError(f"dataset '{name}' has no column {' or '.join(TEXT_KEYS)}") from None
+    except Exception as error:  # datasets raises many unrelated types for what cannot be had
+        raise InputError(f"'{name}' is no text file, and no dataset could be had by that name: {error}") from error
+
+
+def text_hash(documents: Sequence[Document]) -> str:
+    """SHA-256 of all texts in order."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def bos(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer puts before any text: its BOS where the model expects one, else nothing."""
+    ids = tokenizer("a")["input_ids"]
+    return [ids[0]] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else []
+
+
+def token_windows(documents: Sequence[Document], tokenizer: Any, tokens: int, window: int) -> Tensor:
+    """`tokens // window` windows of packed text, shape [N, window] int64, the same number of each domain in turn.
+
+    Every window opens with the tokenizer's BOS where the model expects one, so that attention sinks are where they
+    will be in use.
+
+    Raises:
+        InputError: fewer tokens are asked for than one window holds, or than the text has.
+    """
+    if tokens < window:
+        raise InputError(f"{tokens} tokens are less than one window of {window}; raise --tokens or lower --window")
+    start = bos(tokenizer)
+    domains: dict[str, list[str]] = {}
+    for document in documents:
+        domains.setdefault(document.domain, []).append(document.text)
+    count, body = tokens // window, window - len(start)
+    cut = [_windows(texts, tokenizer, start, body, count) for texts in domains.values()]
+    chosen = list(islice((w for w in chain(*zip_longest(*cut)) if w is not None), count))
+    if len(chosen) < count:
+        have = sum(map(len, cut)) * window
+        raise InputError(
+            f"the text holds {have} tokens in windows of {window}, {tokens} were asked for; give more text or lower "
+            "--tokens"
+        )
+    return torch.tensor(chosen)
+
+
+def _windows(texts: list[str], tokenizer: Any, start: list[int], body: int, count: int) -> list[list[int]]:
+    """At most `count` windows of `start` + `body` tokens from texts joined by blank lines."""
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= count * body:
+            break
+    return [start + ids[i : i + body] for i in range(0, min(len(ids) // body, count) * body, body)]

@@ -1,0 +1,187 @@
+"""What a conversion is asked to do: the plan (its shape) and the resolved configuration saved beside its output."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from . import registry
+from .errors import InputError
+
+PLAN = re.compile(r"S(\d+)A(\d+)E(\d+)")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shape of a converted FFN, written `S3A3E8`: 3 shared + 3 active routed of 8 groups, `width` neurons each."""
+
+    shared: int
+    active: int
+    groups: int
+    width: int
+    """Neurons in one group."""
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts; none when nothing routed is ever active (static pruning)."""
+        return self.groups - self.shared if self.active else 0
+
+    @property
+    def shared_width(self) -> int:
+        """Neurons of the shared expert."""
+        return self.shared * self.width
+
+    def ffn_active(self, intermediate_size: int) -> float:
+        """Share of the dense FFN's neurons that one token runs."""
+        return (self.shared + self.active) * self.width / intermediate_size
+
+    def memory_factor(self, intermediate_size: int) -> float:
+        """Neurons kept in memory, relative to the dense FFN's."""
+        return (self.shared + self.num_experts) * self.width / intermediate_size
+
+    def __str__(self) -> str:
+        return f"S{self.shared}A{self.active}E{self.groups}"
+
+    def as_static(self) -> Plan:
+        """The plan of equal cost without routing."""
+        return Plan(self.shared + self.active, 0, self.groups, self.width)
+
+
+def parse_plan(text: str, intermediate_size: int, expert_width: int | None = None) -> Plan:
+    """A plan like `S3A3E8` for an FFN of that width.
+
+    Raises:
+        InputError: not of that form, more groups in use than there are, or groups that do not divide the width.
+    """
+    match = PLAN.fullmatch(text.upper())
+    if not match:
+        raise InputError(f"plan '{text}' is not of the form S<shared>A<active>E<groups>, e.g. S3A3E8")
+    shared, active, groups = map(int, match.groups())
+    if not 0 < shared + active <= groups:
+        raise InputError(f"plan '{text}' runs {shared + active} of {groups} groups; 1 to {groups} can run")
+    if expert_width is not None and groups * expert_width != intermediate_size:
+        ways = f"drop --expert-width or write E{intermediate_size // expert_width}" if expert_width else "drop it"
+        raise InputError(
+            f"{groups} groups of --expert-width {expert_width} are {groups * expert_width} neurons, the FFN has "
+            f"{intermediate_size}; {ways}"
+        )
+    if intermediate_size % groups:
+        divisors = [e for e in range(1, intermediate_size + 1) if intermediate_size % e == 0]
+        closest = min(divisors, key=lambda e: abs(e - groups))
+        raise InputError(
+            f"plan '{text}': {groups} groups do not divide the FFN's {intermediate_size} neurons; the nearest count "
+            f"that does is {closest}"
+        )
+    return Plan(shared, active, groups, intermediate_size // groups)
+
+
+def disjoint_plan(active: float, intermediate_size: int, expert_width: int | None = None) -> Plan:
+    """The disjoint plan nearest to running `active` of the FFN, half of it shared.
+
+    About sixteen groups, of a width that K-quants (256) or at least q8_0 (32) can hold where the FFN's width allows.
+
+    Raises:
+        InputError: an impossible share or width.
+    """
+    if not 0 < active <= 1:
+        raise InputError(f"--active is {active}; it is a share of the FFN, above 0 and at most 1, e.g. 0.5")
+    if expert_width is not None:
+        if expert_width < 1 or intermediate_size % expert_width:
+            widths = [w for w in range(1, intermediate_size + 1) if intermediate_size % w == 0]
+            closest = min(widths, key=lambda w: abs(w - expert_width))
+            raise InputError(
+                f"--expert-width {expert_width} does not divide the FFN's {intermediate_size} neurons; the nearest "
+                f"that does is {closest}"
+            )
+        return _nearest_plan(active, intermediate_size, intermediate_size // expert_width)
+    counts = [e for e in range(4, 65) if intermediate_size % e == 0]
+    if not counts:
+        raise InputError(f"no group count from 4 to 64 divides the FFN's {intermediate_size} neurons; use --plan")
+
+    def cost(groups: int) -> tuple[float, ...]:
+        width = intermediate_size // groups
+        plan = _nearest_plan(active, intermediate_size, groups)
+        misfit = 0 if width % 256 == 0 else 1 if width % 32 == 0 else 2
+        miss = abs(plan.ffn_active(intermediate_size) - active)
+        return (round(miss / 0.02), misfit, abs(groups - 16))
+
+    return _nearest_plan(active, intermediate_size, min(counts, key=cost))
+
+
+def _nearest_plan(active: float, intermediate_size: int, groups: int) -> Plan:
+    running = min(groups, max(1, round(active * groups)))
+    shared = running // 2
+    return Plan(shared, running - shared, groups, intermediate_size // groups)
+
+
+def specialists_plan(active: float, memory_factor: float, intermediate_size: int) -> Plan:
+    """Top-1 specialists: each as wide as the active share, as many as the memory budget holds.
+
+    Raises:
+        InputError: an impossible share, or a memory budget for fewer than two specialists.
+    """
+    if not 0 < active <= 1:
+        raise InputError(f"--active is {active}; it is a share of the FFN, above 0 and at most 1, e.g. 0.5")
+    step = next(s for s in (32, 16, 8, 4, 2, 1) if intermediate_size % s == 0)
+    width = min(intermediate_size, max(step, round(active * intermediate_size / step) * step))
+    count = int(memory_factor * intermediate_size / width + 1e-6)
+    if count < 2:
+        raise InputError(
+            f"--memory-factor {memory_factor} holds {count} specialist(s) of {width} neurons; two or more need "
+            f"{2 * width / intermediate_size:.2f}"
+        )
+    return Plan(0, 1, count, width)
+
+
+class ConvertConfig(BaseModel):
+    """Everything that decides a conversion's result; saved as `moesaic.yaml` with the output."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    active: float | None = None
+    """Share of each FFN that one token runs; the shape follows from it."""
+    memory_factor: float = Field(1.0, gt=0)
+    """Size of all experts relative to the dense FFN; more than 1 needs partition `specialists`."""
+    plan: str | None = None
+    """A fixed disjoint shape such as `S3A3E8`, instead of `active`."""
+    expert_width: int | None = None
+    """Neurons in a group."""
+    partition: str | None = None
+    """Partitioning method; None takes `coactivation`, or `specialists` under a memory budget other than 1."""
+    router: str | None = None
+    """Routing method; None takes the one that belongs to the partition."""
+    recovery: str = "closed-form"
+    calibration: tuple[str, ...] = ()
+    """Text files, .jsonl files or `datasets` names; none means the bundled text."""
+    tokens: int = Field(16_384, gt=0)
+    """Calibration tokens."""
+    window: int = Field(512, gt=1)
+    """Tokens in one calibration sequence."""
+    held_out_tokens: int = Field(8_192, gt=0)
+    """Tokens of bundled held-out text for the perplexity that is compared with the dense model's."""
+    format: Literal["auto", "moesaic"] = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    collapse_ratio: float = 100.0
+    """Perplexity above this many times the dense model's is a collapse."""
+
+    @field_validator("partition", "router", "recovery", mode="before")
+    @classmethod
+    def _spec(cls, value: Any) -> Any:
+        """Python may give a method's instance, e.g. `partition=CMoE(top_k=20)`."""
+        return value if value is None or isinstance(value, str) else registry.spec(value)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> ConvertConfig:
+        """Read a recipe or a saved `moesaic.yaml` (its `config` section)."""
+        content = yaml.safe_load(path.read_text()) or {}
+        return cls(**content.get("config", content))

@@ -1,0 +1,1 @@
+"""What stands beside a converted model's weights: the model card and plots."""

@@ -1,0 +1,141 @@
+"""A conversion's job: everything resolved and checked before any costly work."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from . import registry
+from .calibration.text import bundled, read_documents, text_hash, token_windows
+from .config import ConvertConfig, Plan, disjoint_plan, parse_plan, specialists_plan
+from .errors import InputError
+from .models.checkpoint import Checkpoint
+from .models.sources import resolve
+from .models.stream import LayerStream
+from .models.working import working_config
+from .partition import Partitioner
+from .recovery import Recovery
+from .routing import RouterBuilder
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked and resolved conversion, before any costly work."""
+
+    model: str
+    """As the user called it; a folder by its name alone."""
+    source: Path
+    config: ConvertConfig
+    plan: Plan
+    partitioner: Partitioner
+    router: RouterBuilder
+    recovery: Recovery
+    stream: LayerStream
+    working: Any
+    """The converted model's transformers configuration."""
+    tokenizer: Any
+    tokens_NL: Tensor
+    held_out_NL: Tensor
+    fingerprint: dict[str, str]
+
+    def bytes_needed(self) -> int:
+        """Disk that the conversion takes: the output's weights, its last shard twice, and three hidden states."""
+        weights = self.stream.checkpoint.size() * max(1.0, self.plan.memory_factor(self.stream.config.intermediate_size))
+        tokens = self.tokens_NL.numel() + 2 * self.held_out_NL.numel()
+        return round(1.1 * weights) + 2 * tokens * self.stream.config.hidden_size * self.stream.dtype.itemsize
+
+
+def prepare(model: str | Path, config: ConvertConfig) -> Job:
+    """Resolve and check everything that a conversion needs.
+
+    Raises:
+        InputError: unknown model or method, a plan that does not fit, or unusable calibration text.
+    """
+    if config.active is None and config.plan is None:
+        config = config.model_copy(update={"active": 0.5})
+    partition = config.partition or ("specialists" if config.memory_factor != 1 else "coactivation")
+    partitioner = registry.build("partition", partition)
+    router_name = config.router or partitioner.default_router
+    config = config.model_copy(update={"partition": partition, "router": router_name})
+    router = registry.build("router", router_name)
+    recovery = registry.build("recovery", config.recovery)
+    source = resolve(str(model))
+    device = choose_device(config.device)
+    stream = LayerStream(source, choose_dtype(config.dtype, source), device)
+    plan = choose_plan(config, partitioner, stream.config.intermediate_size)
+    working = working_config(stream.config, plan, router.gate, shared_expert_bias=partitioner.static)
+    working.dtype = stream.dtype
+    working._experts_implementation = "grouped_mm"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    documents = read_documents(config.calibration)
+    window = min(config.window, stream.config.max_position_embeddings)
+    tokens_NL = token_windows(documents, tokenizer, config.tokens, window)
+    held_out_NL = token_windows(bundled("heldout"), tokenizer, config.held_out_tokens, window)
+    fingerprint = {
+        "model": stream.checkpoint.fingerprint(),
+        "calibration text": text_hash(documents),
+        "configuration": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
+        "plan": f"{plan} of {plan.width}",
+    }
+    name = Path(model).name if Path(model).exists() else str(model)
+    return Job(
+        name, source, config, plan, partitioner, router, recovery, stream, working, tokenizer, tokens_NL, held_out_NL,
+        fingerprint,
+    )  # fmt: skip
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` is the GPU when there is one.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def choose_dtype(name: str, source: Path) -> torch.dtype:
+    """The dtype to convert in; `auto` is the checkpoint's.
+
+    Raises:
+        InputError: not a floating-point dtype's name.
+    """
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    dtype = Checkpoint(source).dtype() if name == "auto" else getattr(torch, names.get(name, name), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"--dtype {name} is not one of auto, bfloat16, float16, float32")
+    return dtype
+
+
+def choose_plan(config: ConvertConfig, partitioner: Partitioner, intermediate_size: int) -> Plan:
+    """The shape that a configuration asks for.
+
+    Raises:
+        InputError: contradictory wishes or a shape that does not fit the FFN.
+    """
+    if config.plan is not None and config.active is not None:
+        raise InputError("--plan fixes what --active would choose; give one of them")
+    if config.memory_factor != 1 and not partitioner.overlapping:
+        raise InputError(
+            f"--memory-factor {config.memory_factor} needs experts that overlap; use --partition specialists"
+        )
+    if config.plan is not None:
+        plan = parse_plan(config.plan, intermediate_size, config.expert_width)
+    else:
+        assert config.active is not None
+        if partitioner.overlapping:
+            plan = specialists_plan(config.active, config.memory_factor, intermediate_size)
+        else:
+            plan = disjoint_plan(config.active, intermediate_size, config.expert_width)
+    return plan.as_static() if partitioner.static else plan

@@ -1,0 +1,1 @@
+"""Models: families, the MoE block, reading and writing checkpoints, the built-in models."""

@@ -1,0 +1,97 @@
+"""Checkpoint folders on disk: lazy reading, tensor by tensor, and writing in shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..errors import InputError
+
+INDEX = "model.safetensors.index.json"
+SAMPLE_BYTES = 1 << 20
+
+
+class Checkpoint:
+    """The tensors of a folder of safetensors files, read one at a time.
+
+    Raises:
+        InputError: no config or weights in the folder, a shard that is missing or cut short, or quantised weights.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "config.json").is_file():
+            raise InputError(f"'{folder}' holds no config.json; expected a folder saved by transformers")
+        self.config = json.loads((folder / "config.json").read_text())
+        if "quantization_config" in self.config:
+            raise InputError(f"'{folder}' holds quantised weights; give the bf16, fp16 or fp32 checkpoint, or a .gguf")
+        self.files = {name: folder / file for name, file in self._weight_map().items()}
+
+    def _weight_map(self) -> dict[str, str]:
+        if (self.folder / INDEX).is_file():
+            weight_map = json.loads((self.folder / INDEX).read_text())["weight_map"]
+            missing = sorted({f for f in weight_map.values() if not (self.folder / f).is_file()})
+            if missing:
+                raise InputError(f"'{self.folder}' lacks {', '.join(missing)}, which its index names; download it again")
+            for file in sorted(set(weight_map.values())):
+                self._names(self.folder / file)
+            return weight_map
+        single = self.folder / "model.safetensors"
+        if not single.is_file():
+            found = ", ".join(sorted(p.name for p in self.folder.iterdir())[:8]) or "nothing"
+            raise InputError(f"'{self.folder}' holds no safetensors weights (found {found})")
+        return dict.fromkeys(self._names(single), single.name)
+
+    @staticmethod
+    def _names(path: Path) -> list[str]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        except Exception as error:  # safetensors raises its own type for every kind of damage
+            raise InputError(f"'{path}' is not a whole safetensors file ({error}); download it again") from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of all tensors that begin with `prefix`."""
+        return [name for name in self.files if name.startswith(prefix)]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in the dtype on disk."""
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def items(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) pairs, each file opened once."""
+        for path in dict.fromkeys(self.files[name] for name in names):
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    if self.files[name] == path:
+                        yield name, file.get_tensor(name)
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, as the config says or else as the first tensor has."""
+        name = self.config.get("dtype") or self.config.get("torch_dtype")
+        return getattr(torch, name) if name else self.read(next(iter(self.files))).dtype
+
+    def size(self) -> int:
+        """Bytes of all weight files."""
+        return sum(path.stat().st_size for path in set(self.files.values()))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the config, each file's size and a mebibyte from each end of it."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for path in sorted(set(self.files.values())):
+            digest.update(f"{path.name}:{path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(SAMPLE_BYTES))
+                file.seek(max(0, path.stat().st_size - SAMPLE_BYTES))
+                digest.update(file.read())
+        return digest.hexdigest()

@@ -1,0 +1,115 @@
+"""The only place that knows where a dense model keeps its gated FFNs; families are told apart by structure.
+
+A decoder layer is convertible when one of its children computes `down(act(gate(x)) * up(x))` from bias-free linear
+layers named `gate_proj`, `up_proj`, `down_proj` (Llama, Mistral, Qwen, Gemma, OLMo-2, Granite, SmolLM) or
+`gate_up_proj`, `down_proj` (Phi-3).
+
+Shapes: T tokens, D hidden size, F neurons of the FFN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from ..errors import InputError
+
+SEPARATE = ("gate_proj", "up_proj", "down_proj")
+FUSED = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class GatedFFN:
+    """The weights of one dense FFN: `y = (act(x gate.T) * (x up.T)) down.T`."""
+
+    gate_FD: Tensor
+    up_FD: Tensor
+    down_DF: Tensor
+    act_fn: Callable[[Tensor], Tensor]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.gate_FD.shape[0]
+
+    def hidden(self, x_TD: Tensor) -> Tensor:
+        """Activations of all neurons, `act(x gate.T) * (x up.T)`, shape [T, F]."""
+        return self.act_fn(linear(x_TD, self.gate_FD)) * linear(x_TD, self.up_FD)
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """Output of the dense FFN, shape [T, D]."""
+        return linear(self.hidden(x_TD), self.down_DF)
+
+    def to(self, dtype: torch.dtype) -> GatedFFN:
+        return GatedFFN(self.gate_FD.to(dtype), self.up_FD.to(dtype), self.down_DF.to(dtype), self.act_fn)
+
+
+def ffn_name(layer: nn.Module) -> str:
+    """The name of the decoder layer's gated FFN, e.g. `mlp`.
+
+    Raises:
+        InputError: the layer has none; the message lists what was found and what is missing.
+    """
+    for name, child in layer.named_children():
+        parts = dict(child.named_children())
+        if all(p in parts for p in SEPARATE) or all(p in parts for p in FUSED):
+            biased = [p for p in parts if getattr(parts[p], "bias", None) is not None]
+            if biased:
+                raise InputError(f"the FFN '{name}' has a bias in {', '.join(biased)}; only bias-free FFNs convert")
+            return name
+    found = "; ".join(
+        f"{name}: {type(child).__name__}({', '.join(n for n, _ in child.named_children())})"
+        for name, child in layer.named_children()
+    )
+    raise InputError(
+        f"{type(layer).__name__} has no dense gated FFN. Found {found}. Missing: one child with the linear layers "
+        f"{', '.join(SEPARATE)} or {', '.join(FUSED)}. Mixture-of-Experts and ungated models are not dense-convertible."
+    )
+
+
+def gated_ffn(mlp: nn.Module) -> GatedFFN:
+    """The weights of a dense FFN module, fused or not, as views."""
+    act_fn = activation(mlp)
+    down_DF = mlp.get_submodule("down_proj").weight.data  # pyrefly: ignore[missing-attribute]
+    if hasattr(mlp, "gate_up_proj"):
+        gate_FD, up_FD = mlp.gate_up_proj.weight.data.chunk(2)  # pyrefly: ignore[missing-attribute]
+    else:
+        gate_FD, up_FD = mlp.gate_proj.weight.data, mlp.up_proj.weight.data  # pyrefly: ignore[missing-attribute]
+    return GatedFFN(gate_FD, up_FD, down_DF, act_fn)
+
+
+def activation(mlp: nn.Module) -> nn.Module:
+    """The FFN's activation module: the child that is no linear layer."""
+    [act_fn] = [child for child in mlp.children() if not isinstance(child, nn.Linear)]
+    return act_fn
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers.
+
+    Raises:
+        InputError: the model is not one stack of decoder layers (e.g. it has an encoder or several towers).
+    """
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        children = ", ".join(name for name, _ in model.base_model.named_children())
+        raise InputError(
+            f"{type(model).__name__} is not one stack of decoder layers: expected '{model.base_model_prefix}.layers', "
+            f"found {children}. Text-only decoder models convert."
+        )
+    return layers
+
+
+def check_convertible(layers: Iterable[nn.Module]) -> None:
+    """Raises InputError unless every layer has a convertible FFN."""
+    for layer in layers:
+        ffn_name(layer)
+
+
+def norms_ffn_output(layer: nn.Module) -> bool:
+    """Whether the FFN's output is normalised before it joins the residual stream (Gemma 2 and 3, OLMo-2)."""
+    return hasattr(layer, "post_feedforward_layernorm")

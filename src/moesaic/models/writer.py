@@ -1,0 +1,132 @@
+"""An output folder that is whole or absent: written beside its name, layer by layer, and renamed when finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import InputError, WorkError
+from .checkpoint import INDEX
+
+STATE = "state.json"
+HEADROOM_BYTES = 64 << 20
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises InputError if OUT exists (and may not be replaced) or its parent cannot be written."""
+    if output.exists() and not overwrite:
+        raise InputError(f"'{output}' exists; choose another folder or pass --overwrite")
+    parent = next(p for p in output.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise InputError(f"'{parent}' is a file, so '{output}' cannot be made; choose another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"'{parent}' is not writable; choose another folder for OUT")
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Raises InputError if the disk of OUT has less than `needed` bytes free."""
+    parent = next(p for p in output.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed + HEADROOM_BYTES:
+        raise InputError(
+            f"the disk of '{output}' has {free / 1e9:.2f} GB free, the conversion needs {needed / 1e9:.2f} GB; free "
+            "some or choose another folder"
+        )
+
+
+class ResumableOutput:
+    """The folder `OUT.partial`, which becomes OUT.
+
+    After each layer it holds that layer's shard, the hidden states that enter the next one and `state.json`, which is
+    replaced last and atomically: a kill at any moment costs at most the layer in hand.
+    """
+
+    def __init__(self, output: Path, fingerprint: dict[str, str], resume: bool) -> None:
+        self.output = output.absolute()
+        self.folder = self.output.with_name(self.output.name + ".partial")
+        self.layers: list[dict[str, Any]] = []
+        """The records of finished layers."""
+        if self.folder.exists() and not resume:
+            shutil.rmtree(self.folder)
+        if (self.folder / STATE).is_file():
+            state = json.loads((self.folder / STATE).read_text())
+            changed = [k for k in fingerprint if state["fingerprint"].get(k) != fingerprint[k]]
+            if changed:
+                raise InputError(
+                    f"'{self.folder}' holds an unfinished conversion with another {', '.join(changed)}; repeat that "
+                    "command to finish it, or pass --no-resume to start anew"
+                )
+            self.layers = state["layers"]
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.fingerprint = fingerprint
+        self._commit()
+
+    def shard(self, index: int) -> str:
+        return f"model-layer-{index:05d}.safetensors"
+
+    def hidden(self) -> dict[str, Tensor] | None:
+        """The hidden states that enter the next layer; None before `start`."""
+        path = self.folder / self._hidden_name()
+        return load_file(path) if path.is_file() else None
+
+    def start(self, hidden: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Store the hidden states that enter the first layer, and return them."""
+        self.write(self._hidden_name(), hidden)
+        return hidden
+
+    def _hidden_name(self) -> str:
+        return f"hidden-{len(self.layers):05d}.safetensors"
+
+    def add_layer(self, tensors: dict[str, Tensor], hidden: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Store a finished layer."""
+        outdated = self.folder / self._hidden_name()
+        self.write(self.shard(len(self.layers)), tensors)
+        self.layers.append(record)
+        self.write(self._hidden_name(), hidden)
+        self._commit()
+        outdated.unlink(missing_ok=True)
+
+    def write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write a safetensors file, in place only when whole."""
+        partial = self.folder / f"{name}.writing"
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt"})
+        except Exception as error:
+            partial.unlink(missing_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            raise WorkError(
+                f"cannot write '{partial}' ({error}); {free / 1e9:.2f} GB are free. Finished layers are kept: make "
+                "room and run the same command again"
+            ) from error
+        partial.replace(self.folder / name)
+
+    def _commit(self) -> None:
+        partial = self.folder / f"{STATE}.writing"
+        partial.write_text(json.dumps({"fingerprint": self.fingerprint, "layers": self.layers}))
+        partial.replace(self.folder / STATE)
+
+    def finish(self) -> None:
+        """Index the shards, drop what only resuming needs, and give the folder its name."""
+        weight_map, size = {}, 0
+        for path in sorted(self.folder.glob("model-*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                weight_map |= dict.fromkeys(file.keys(), path.name)
+            size += path.stat().st_size
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        for leftover in (STATE, self._hidden_name()):
+            (self.folder / leftover).unlink(missing_ok=True)
+        replaced = self.output.with_name(self.output.name + ".replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.output.exists():
+            self.output.rename(replaced)
+        self.folder.rename(self.output)
+        shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,67 @@
+"""The contract of a partitioning method.
+
+Shapes: F neurons of the dense FFN, E routed experts, I neurons of one, D hidden size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..calibration.sample import LayerSample
+from ..config import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """Which neurons are always on and which belong to each routed expert, as indices into the dense FFN.
+
+    Disjoint partitions are a permutation of all neurons; specialists may overlap and leave neurons out.
+    """
+
+    shared: Tensor
+    """Neurons of the shared expert, int64; may be empty."""
+    experts: Tensor
+    """Neurons of each routed expert, int64 [E, I]; may be [0, 0]."""
+    bias_D: Tensor | None = None
+    """What the dropped neurons add on average (FLAP), added to the shared expert's output."""
+    representatives: Tensor | None = None
+    """The neuron that stands for each expert, int64 [E] (CMoE)."""
+    centroids_ED: Tensor | None = None
+    """Directions of the FFN's input that belong to each expert (specialists)."""
+
+    def is_disjoint(self, intermediate_size: int) -> bool:
+        """Whether shared and routed neurons together are a permutation of all neurons."""
+        return torch.equal(self.all_neurons().sort().values, torch.arange(intermediate_size))
+
+    def all_neurons(self) -> Tensor:
+        """Shared neurons, then each expert's."""
+        return torch.cat([self.shared, self.experts.flatten()]).cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partitioner(ABC):
+    """A method that splits a layer's neurons by a plan; hyper-parameters are its fields."""
+
+    default_router: ClassVar[str] = "linear"
+    """The routing method that belongs to this partition."""
+    overlapping: ClassVar[bool] = False
+    """Whether experts may share neurons, so that the plan's groups need not add up to the FFN."""
+    static: ClassVar[bool] = False
+    """Whether nothing is routed: shared groups stay, the others are dropped."""
+
+    @abstractmethod
+    def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
+        """The neurons of the shared expert (`plan.shared_width`) and of `plan.num_experts` routed experts."""
+
+
+def disjoint(order_F: Tensor, plan: Plan) -> Partition:
+    """The partition that cuts an ordering of all neurons: the first groups shared, the rest an expert each."""
+    shared, routed = order_F.split([plan.shared_width, len(order_F) - plan.shared_width])
+    if not plan.num_experts:
+        routed = routed[:0]
+    return Partition(shared=shared, experts=routed.view(plan.num_experts, -1))

@@ -1,0 +1,75 @@
+"""CMoE's partition (arXiv 2502.04416, §3.2): shared experts by activation rate, routed ones by balanced clustering.
+
+Shapes: T tokens, F neurons, R routed neurons, E experts, K neurons that count as active in a token.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..calibration.sample import LayerSample
+from ..config import Plan
+from ._assignment import balanced_assignment, groups
+from .base import Partition, Partitioner
+
+
+@dataclass(frozen=True, kw_only=True)
+class CMoE(Partitioner):
+    """Clusters the binary columns that tell in which tokens a neuron is among the `top_k` of largest |h| (ATopK).
+
+    Activations are those of the normalised FFN input and weight rows. Initial centroids are the columns of the most
+    active routed neurons; assignment minimises the L1 distance exactly, with clusters of equal size; the neuron nearest
+    to its centroid represents the expert.
+    """
+
+    default_router: ClassVar[str] = "representative"
+
+    top_k: int = 10
+    """CMoE's K_a."""
+    iterations: int = 4
+    """Rounds of balanced k-means."""
+
+    def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
+        active_FT = active_neurons(sample, self.top_k)
+        rate_F = active_FT.float().mean(1)
+        order_F = rate_F.argsort(descending=True, stable=True)
+        shared, routed = order_F.split([plan.shared_width, len(order_F) - plan.shared_width])
+        if not plan.num_experts:
+            return Partition(shared=shared.sort().values, experts=routed[:0].view(0, 0))
+        column_RT = active_FT[routed].to(sample.weight_T.dtype)
+        centers_ET = column_RT[: plan.num_experts]
+        for _ in range(self.iterations):
+            distance_RE = l1_distance(column_RT, centers_ET)
+            expert_R = balanced_assignment(distance_RE).to(routed.device)
+            sums_ET = torch.zeros_like(centers_ET).index_add_(0, expert_R, column_RT)
+            centers_ET = sums_ET * plan.num_experts / len(routed)
+        own_R = l1_distance(column_RT, centers_ET).gather(1, expert_R[:, None]).squeeze(1)
+        nearest = [routed[torch.where(expert_R == e, own_R, torch.inf).argmin()] for e in range(plan.num_experts)]
+        return Partition(
+            shared=shared.sort().values,
+            experts=groups(expert_R, routed, plan.num_experts),
+            representatives=torch.stack(nearest),
+        )
+
+
+def active_neurons(sample: LayerSample, top_k: int) -> Tensor:
+    """Which neurons are among a token's `top_k` largest |h| of normalised input and weights, bool [F, T]."""
+    ffn = sample.ffn
+    unit = replace(ffn, gate_FD=normalize(ffn.gate_FD.float()), up_FD=normalize(ffn.up_FD.float()))
+    active_FT = torch.zeros(ffn.intermediate_size, sample.tokens, dtype=torch.bool, device=sample.input_TD.device)
+    scaled = replace(sample, ffn=unit, input_TD=normalize(sample.input_TD.float()))
+    for part, h_CF in scaled.chunks():
+        top_CK = h_CF.abs().topk(min(top_k, h_CF.shape[1]), dim=1).indices
+        active_FT[:, part] = torch.zeros_like(h_CF, dtype=torch.bool).scatter_(1, top_CK, True).T
+    return active_FT
+
+
+def l1_distance(column_RT: Tensor, center_ET: Tensor) -> Tensor:
+    """`sum_t |a_rt - c_et|` of binary columns a and centers c in [0, 1], [R, E].
+
+    Equals `torch.cdist(column_RT, center_ET, p=1)`: where a is 0 the term is c, where a is 1 it is 1 - c.
+    """
+    return column_RT.sum(1, keepdim=True) + center_ET.sum(1) - 2 * column_RT @ center_ET.T

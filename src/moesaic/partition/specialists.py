@@ -1,0 +1,62 @@
+"""Experts for regions of the input space: clusters of *tokens*, each with the neurons that matter most to it.
+
+Shapes: T tokens, D hidden size, F neurons, E specialists, I neurons of one.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..calibration.sample import LayerSample
+from ..config import Plan
+from .base import Partition, Partitioner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specialists(Partitioner):
+    """Spherical k-means on the FFN's input; a specialist has the most salient neurons of its cluster, overlap allowed.
+
+    Shared neurons, if the plan has any, are the most salient over all tokens and are in no specialist. With unit
+    centroids the nearest one is found by a linear, bias-free router.
+    """
+
+    default_router: ClassVar[str] = "centroid"
+    overlapping: ClassVar[bool] = True
+
+    iterations: int = 20
+    """Rounds of k-means."""
+
+    def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
+        unit_TD = normalize(sample.input_TD.float(), dim=1)
+        centroids_ED = spherical_kmeans(unit_TD, plan.num_experts, self.iterations, generator)
+        cluster_T = (unit_TD @ centroids_ED.T).argmax(1)
+        saliency_EF = cluster_saliency(sample, cluster_T, plan.num_experts)
+        shared = saliency_EF.sum(0).topk(plan.shared_width).indices.sort().values
+        saliency_EF[:, shared] = -torch.inf
+        experts_EI = saliency_EF.topk(plan.width, dim=1).indices.sort(dim=1).values
+        return Partition(shared=shared, experts=experts_EI, centroids_ED=centroids_ED)
+
+
+def spherical_kmeans(unit_TD: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:
+    """Unit centroids [clusters, D] of unit vectors; a cluster that runs empty restarts at the worst-served token."""
+    first = torch.randperm(len(unit_TD), generator=generator)[:clusters]
+    centroids_ED = unit_TD[first]
+    for _ in range(iterations):
+        best = (unit_TD @ centroids_ED.T).max(1)
+        sums_ED = torch.zeros_like(centroids_ED).index_add_(0, best.indices, unit_TD)
+        empty = torch.bincount(best.indices, minlength=clusters) == 0
+        sums_ED[empty] = unit_TD[best.values.topk(int(empty.sum()), largest=False).indices]
+        centroids_ED = normalize(sums_ED, dim=1)
+    return centroids_ED
+
+
+def cluster_saliency(sample: LayerSample, cluster_T: Tensor, clusters: int) -> Tensor:
+    """`sum_{t in e} (w_t h_ti)² ‖Wd_i‖²` of each neuron in each cluster, float32 [clusters, F]."""
+    saliency_EF = torch.zeros(clusters, sample.ffn.intermediate_size, device=sample.input_TD.device)
+    for part, h_CF in sample.chunks():
+        value_CF = (h_CF.float() * sample.weight_T[part, None]).square()
+        saliency_EF.index_add_(0, cluster_T[part], value_CF)
+    return saliency_EF * sample.ffn.down_DF.float().square().sum(0)

@@ -1,0 +1,28 @@
+"""The contract of a routing method: it fits a gate's parameters to a layer's calibration tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..calibration.sample import LayerSample
+from ..partition import Partition
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterBuilder(ABC):
+    """A method that builds the router of one layer; hyper-parameters are its fields."""
+
+    gate: ClassVar[str] = "linear"
+    """The kind of gate that runs it (`models.gates.GATES`)."""
+
+    @abstractmethod
+    def build(self, sample: LayerSample, partition: Partition) -> dict[str, Tensor]:
+        """The gate's parameters by name.
+
+        Raises:
+            InputError: the partition lacks what the router needs.
+        """

@@ -1,0 +1,48 @@
+"""Ridge regression onto each expert's true output norm: moesaic's own router for disjoint experts.
+
+Shapes: T tokens, D hidden size, E experts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..calibration.sample import LayerSample
+from ..partition import Partition
+from .base import RouterBuilder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(RouterBuilder):
+    """`min_{W,b} sum_t w_t² ‖x_t W + b - n_t‖² + ridge ‖W‖²`, n the experts' output norms centred per token."""
+
+    ridge: float = 1e-2
+    """Relative to the mean diagonal of the normal equations."""
+
+    def build(self, sample: LayerSample, partition: Partition) -> dict[str, Tensor]:
+        target_TE = torch.cat(list(self._norms(sample, partition)))
+        target_TE = target_TE - target_TE.mean(1, keepdim=True)
+        weight_DE, bias_E = weighted_ridge(sample.input_TD.float(), target_TE, sample.weight_T, self.ridge)
+        return {"weight": weight_DE.T.contiguous(), "e_score_correction_bias": bias_E}
+
+    @staticmethod
+    def _norms(sample: LayerSample, partition: Partition):  # noqa: ANN205
+        """‖h_e Wd_e‖ of each expert, [C, E] a chunk."""
+        for _, h_CF in sample.chunks():
+            yield torch.stack(
+                [linear(h_CF[:, e], sample.ffn.down_DF[:, e]).float().norm(dim=1) for e in partition.experts], dim=1
+            )
+
+
+def weighted_ridge(x_TD: Tensor, target_TE: Tensor, weight_T: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """(W [D, E], b [E]) of the least squares weighted by `weight_T²`, with an intercept that is not penalised."""
+    square_T = weight_T.double().square()[:, None]
+    mean_x, mean_y = ((v * square_T).sum(0) / square_T.sum() for v in (x_TD.double(), target_TE.double()))
+    scaled_TD = (x_TD - mean_x.float()) * weight_T[:, None]
+    gram_DD = (scaled_TD.T @ scaled_TD).double()
+    gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean())
+    right_DE = (scaled_TD.T @ ((target_TE - mean_y.float()) * weight_T[:, None])).double()
+    weight_DE = torch.linalg.solve(gram_DD, right_DE)
+    return weight_DE.float(), (mean_y - mean_x @ weight_DE).float()

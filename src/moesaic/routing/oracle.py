@@ -1,0 +1,20 @@
+"""The routing that linear routers are fitted to: the true output norms. Runs every expert; for analysis only."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..calibration.sample import LayerSample
+from ..partition import Partition
+from .base import RouterBuilder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oracle(RouterBuilder):
+    """`‖h_e Wd_e‖`; the bound for routers by norm at equal active neurons."""
+
+    gate: ClassVar[str] = "oracle"
+
+    def build(self, sample: LayerSample, partition: Partition) -> dict[str, Tensor]:
+        return {}
