@@ -1,7 +1,33 @@
-"""moesaic turns a dense language model into a Mixture-of-Experts, without training."""
+"""moesaic turns a dense language model into a Mixture-of-Experts, without training.
+
+import moesaic
+metrics = moesaic.convert("tiny", "out", moesaic.ConvertConfig(active=0.5))
+model, tokenizer = moesaic.load("out")
+"""
 
 __version__ = "0.1.0"
 
+from .config import ConvertConfig, Plan
+from .convert import convert
+from .errors import InputError, WorkError
+from .evaluation.benchmark import benchmark
+from .evaluation.evaluate import evaluate
+from .evaluation.generate import complete
+from .evaluation.inspect import inspect
+from .models.loading import load
 from .models.working import register as _register
 
 _register()
+
+__all__ = [
+    "ConvertConfig",
+    "InputError",
+    "Plan",
+    "WorkError",
+    "benchmark",
+    "complete",
+    "convert",
+    "evaluate",
+    "inspect",
+    "load",
+]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -179,9 +178,3 @@ class ConvertConfig(BaseModel):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-    @classmethod
-    def from_yaml(cls, path: Path) -> ConvertConfig:
-        """Read a recipe or a saved `moesaic.yaml` (its `config` section)."""
-        content = yaml.safe_load(path.read_text()) or {}
-        return cls(**content.get("config", content))

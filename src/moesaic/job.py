@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -46,7 +48,9 @@ class Job:
 
     def bytes_needed(self) -> int:
         """Disk that the conversion takes: the output's weights, its last shard twice, and three hidden states."""
-        weights = self.stream.checkpoint.size() * max(1.0, self.plan.memory_factor(self.stream.config.intermediate_size))
+        weights = self.stream.checkpoint.size() * max(
+            1.0, self.plan.memory_factor(self.stream.config.intermediate_size)
+        )
         tokens = self.tokens_NL.numel() + 2 * self.held_out_NL.numel()
         return round(1.1 * weights) + 2 * tokens * self.stream.config.hidden_size * self.stream.dtype.itemsize
 
@@ -88,6 +92,59 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
         name, source, config, plan, partitioner, router, recovery, stream, working, tokenizer, tokens_NL, held_out_NL,
         fingerprint,
     )  # fmt: skip
+
+
+def make_config(recipe: Path | None, settings: dict[str, Any]) -> ConvertConfig:
+    """A configuration from a YAML recipe (or a saved `moesaic.yaml`) and settings that override it.
+
+    Raises:
+        InputError: no such file, an unknown setting (with the nearest name) or a value that does not fit.
+    """
+    content: Any = {}
+    if recipe is not None:
+        if not recipe.is_file():
+            raise InputError(f"no recipe '{recipe}'")
+        try:
+            content = yaml.safe_load(recipe.read_text()) or {}
+            content = dict(content.get("config", content))
+        except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"'{recipe}' is not a YAML mapping of settings: {error}") from error
+    known = ConvertConfig.model_fields
+    for name in content:
+        if name not in known:
+            raise InputError(f"'{recipe}' has an unknown setting '{name}'.{registry.nearest(str(name), known)}")
+    if "plan" in settings:
+        content.pop("active", None)
+    if "active" in settings:
+        content.pop("plan", None)
+    try:
+        return ConvertConfig(**(content | settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "--" + str(first["loc"][0]).replace("_", "-")
+        raise InputError(f"{name} is {first['input']!r}: {first['msg'].lower()}") from error
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """What a conversion would do: shape, methods, data, sizes."""
+    width = job.stream.config.intermediate_size
+    return {
+        "model": job.model,
+        "architecture": type(job.stream.model).__name__,
+        "layers": len(job.stream.layers),
+        "plan": str(job.plan),
+        "expert_width": job.plan.width,
+        "ffn_active": job.plan.ffn_active(width),
+        "memory_factor": job.plan.memory_factor(width),
+        "partition": job.config.partition,
+        "router": job.config.router,
+        "recovery": job.config.recovery,
+        "calibration_tokens": job.tokens_NL.numel(),
+        "dense_parameters": job.stream.parameters(),
+        "dtype": str(job.stream.dtype).removeprefix("torch."),
+        "device": str(job.stream.device),
+        "disk_bytes": job.bytes_needed(),
+    }
 
 
 def choose_device(name: str) -> torch.device:

@@ -43,9 +43,7 @@ class LayerSample:
         if tokens >= self.tokens:
             return self
         pick = torch.randperm(self.tokens, generator=generator)[:tokens].sort().values
-        return replace(
-            self, input_TD=self.input_TD[pick], output_TD=self.output_TD[pick], weight_T=self.weight_T[pick]
-        )
+        return replace(self, input_TD=self.input_TD[pick], output_TD=self.output_TD[pick], weight_T=self.weight_T[pick])
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """Per neuron over all tokens: mean of h, mean of h², and saliency `mean (w h)² ‖Wd‖²`, float32 [F] each."""

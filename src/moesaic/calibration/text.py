@@ -1,13 +1,14 @@
-"""Calibration and evaluation text: bundled domains, .txt and .jsonl files, `datasets` names; and token windows of it."""
+"""Calibration and evaluation text (bundled, .txt, .jsonl, `datasets` names) and token windows of it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import chain, islice, zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from ..errors import InputError
 
 TEXT_KEYS = ("text", "content")
 DATASET_ROWS = 2_000
+SPARE = 8
+CHARACTERS_PER_TOKEN = 6
 
 
 @dataclass(frozen=True)
@@ -100,38 +103,55 @@ def bos(tokenizer: Any) -> list[int]:
     return [ids[0]] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else []
 
 
-def token_windows(documents: Sequence[Document], tokenizer: Any, tokens: int, window: int) -> Tensor:
+def token_windows(documents: Sequence[Document], tokenizer: Any, tokens: int | None, window: int) -> Tensor:
     """`tokens // window` windows of packed text, shape [N, window] int64, the same number of each domain in turn.
 
-    Every window opens with the tokenizer's BOS where the model expects one, so that attention sinks are where they
-    will be in use.
+    A domain's windows are spread evenly over its text: many documents say more about a model than long ones. Every
+    window opens with the tokenizer's BOS where the model expects one, so that attention sinks are where they will be
+    in use. Without `tokens`, as many windows as every domain has.
 
     Raises:
         InputError: fewer tokens are asked for than one window holds, or than the text has.
     """
-    if tokens < window:
+    if tokens is not None and tokens < window:
         raise InputError(f"{tokens} tokens are less than one window of {window}; raise --tokens or lower --window")
     start = bos(tokenizer)
     domains: dict[str, list[str]] = {}
     for document in documents:
         domains.setdefault(document.domain, []).append(document.text)
-    count, body = tokens // window, window - len(start)
-    cut = [_windows(texts, tokenizer, start, body, count) for texts in domains.values()]
-    chosen = list(islice((w for w in chain(*zip_longest(*cut)) if w is not None), count))
-    if len(chosen) < count:
+    wanted = sys.maxsize if tokens is None else tokens // window
+    cut = [_windows(texts, tokenizer, start, window - len(start), wanted) for texts in domains.values()]
+    if tokens is None:
+        wanted = max(1, min(map(len, cut)) * len(cut))
+    share = _shares(list(map(len, cut)), wanted)
+    if sum(share) < wanted:
         have = sum(map(len, cut)) * window
         raise InputError(
-            f"the text holds {have} tokens in windows of {window}, {tokens} were asked for; give more text or lower "
-            "--tokens"
+            f"the text holds {have} tokens in windows of {window}, {tokens or window} are needed; give more text or "
+            "ask for fewer or shorter windows"
         )
-    return torch.tensor(chosen)
+    even = [[w[i * len(w) // n] for i in range(n)] for w, n in zip(cut, share, strict=True)]
+    return torch.tensor([window for turn in zip_longest(*even) for window in turn if window is not None])
 
 
-def _windows(texts: list[str], tokenizer: Any, start: list[int], body: int, count: int) -> list[list[int]]:
-    """At most `count` windows of `start` + `body` tokens from texts joined by blank lines."""
+def _shares(available: list[int], wanted: int) -> list[int]:
+    """How many windows to take of each domain: as equal as they allow, `wanted` in all (or all there are)."""
+    share = [0] * len(available)
+    while sum(share) < wanted and share != available:
+        for i, most in enumerate(available):
+            if share[i] < most and sum(share) < wanted:
+                share[i] += 1
+    return share
+
+
+def _windows(texts: list[str], tokenizer: Any, start: list[int], body: int, wanted: int) -> list[list[int]]:
+    """Windows of `start` + `body` tokens from texts joined by blank lines.
+
+    Of much text only evenly spaced documents are tokenised, several times what is wanted.
+    """
+    enough = min(sum(map(len, texts)), SPARE * wanted * body * CHARACTERS_PER_TOKEN)
+    step = max(1, sum(map(len, texts)) // max(1, enough))
     ids: list[int] = []
-    for text in texts:
+    for text in texts[::step]:
         ids += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) >= count * body:
-            break
-    return [start + ids[i : i + body] for i in range(0, min(len(ids) // body, count) * body, body)]
+    return [start + ids[i : i + body] for i in range(0, len(ids) // body * body, body)]

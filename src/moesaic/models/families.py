@@ -73,13 +73,12 @@ def ffn_name(layer: nn.Module) -> str:
 
 def gated_ffn(mlp: nn.Module) -> GatedFFN:
     """The weights of a dense FFN module, fused or not, as views."""
-    act_fn = activation(mlp)
-    down_DF = mlp.get_submodule("down_proj").weight.data  # pyrefly: ignore[missing-attribute]
-    if hasattr(mlp, "gate_up_proj"):
-        gate_FD, up_FD = mlp.gate_up_proj.weight.data.chunk(2)  # pyrefly: ignore[missing-attribute]
+    weights = {name.removesuffix(".weight"): weight.data for name, weight in mlp.named_parameters()}
+    if "gate_up_proj" in weights:
+        gate_FD, up_FD = weights["gate_up_proj"].chunk(2)
     else:
-        gate_FD, up_FD = mlp.gate_proj.weight.data, mlp.up_proj.weight.data  # pyrefly: ignore[missing-attribute]
-    return GatedFFN(gate_FD, up_FD, down_DF, act_fn)
+        gate_FD, up_FD = weights["gate_proj"], weights["up_proj"]
+    return GatedFFN(gate_FD, up_FD, weights["down_proj"], activation(mlp))
 
 
 def activation(mlp: nn.Module) -> nn.Module:

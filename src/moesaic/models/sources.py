@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -89,7 +90,7 @@ def _from_gguf(gguf: Path, console: Console) -> Path:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, **place, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **place)
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **place)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise InputError(f"transformers cannot read '{gguf}': {error}") from error
     partial = folder.with_name(folder.name + ".partial")

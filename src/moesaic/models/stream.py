@@ -14,7 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import InputError
 from .checkpoint import Checkpoint
@@ -48,7 +48,7 @@ class LayerStream:
         config = AutoConfig.from_pretrained(folder)
         try:
             with init_empty_weights(include_buffers=False):
-                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         except ValueError as error:
             raise InputError(f"'{folder}' is no causal language model: {str(error).splitlines()[0]}") from error
         self.model.eval()
@@ -56,8 +56,7 @@ class LayerStream:
         check_convertible(self.layers)
         self.stubs = [Stub() for _ in self.layers]
         self.prefix = f"{self.model.base_model_prefix}.layers."
-        decoder_layers_parent = self.model.base_model
-        decoder_layers_parent.layers = nn.ModuleList(self.stubs)
+        self.model.base_model.layers = nn.ModuleList(self.stubs)
         self._check_names()
 
     @property

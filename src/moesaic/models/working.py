@@ -61,7 +61,7 @@ def config_class(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 
 def model_class(dense: type[PreTrainedConfig], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    """The working form's model class for a family: `AutoModelForCausalLM`'s, with its FFNs replaced after `__init__`."""
+    """The working form's model class for a family: `AutoModelForCausalLM`'s, its FFNs replaced after `__init__`."""
     base: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[dense]  # pyrefly: ignore[missing-attribute]
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -84,7 +84,8 @@ def model_class(dense: type[PreTrainedConfig], config: type[PreTrainedConfig]) -
             for weight in module.parameters():
                 torch.nn.init.normal_(weight, std=self.config.initializer_range)
 
-    namespace = {"__module__": __name__, "__init__": __init__, "_init_weights": _init_weights, "config_class": config}
+    namespace: dict[str, Any] = {"__module__": __name__, "config_class": config}
+    namespace |= {"__init__": __init__, "_init_weights": _init_weights}
     # transformers would look for experts in the source of the family's file
     namespace["_can_set_experts_implementation"] = classmethod(lambda cls: True)
     cls = type(f"Moesaic{base.__name__}", (base,), namespace)
@@ -97,7 +98,7 @@ def working_config(dense: PreTrainedConfig, plan: Plan, router: str, shared_expe
     fields = dense.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "_name_or_path"):
         fields.pop(key, None)
-    cls = config_class(type(dense))
+    cls: Any = config_class(type(dense))
     config = cls(
         **fields,
         num_experts=plan.num_experts,

@@ -5,6 +5,8 @@ Shapes: R neurons to assign, E experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import ot
 import torch
@@ -20,7 +22,7 @@ def balanced_assignment(cost_RE: Tensor) -> Tensor:
     neurons, experts = cost_RE.shape
     supply = np.ones(neurons)
     capacity = np.full(experts, neurons / experts)
-    flow_RE = ot.emd(supply, capacity, cost_RE.double().cpu().numpy(), numItermax=10_000_000)
+    flow_RE: Any = ot.emd(supply, capacity, cost_RE.double().cpu().numpy(), numItermax=10_000_000)
     return torch.from_numpy(flow_RE.argmax(1))
 
 

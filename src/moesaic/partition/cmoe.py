@@ -41,11 +41,11 @@ class CMoE(Partitioner):
             return Partition(shared=shared.sort().values, experts=routed[:0].view(0, 0))
         column_RT = active_FT[routed].to(sample.weight_T.dtype)
         centers_ET = column_RT[: plan.num_experts]
-        for _ in range(self.iterations):
-            distance_RE = l1_distance(column_RT, centers_ET)
-            expert_R = balanced_assignment(distance_RE).to(routed.device)
+        expert_R = balanced_assignment(l1_distance(column_RT, centers_ET)).to(routed.device)
+        for _ in range(self.iterations - 1):
             sums_ET = torch.zeros_like(centers_ET).index_add_(0, expert_R, column_RT)
             centers_ET = sums_ET * plan.num_experts / len(routed)
+            expert_R = balanced_assignment(l1_distance(column_RT, centers_ET)).to(routed.device)
         own_R = l1_distance(column_RT, centers_ET).gather(1, expert_R[:, None]).squeeze(1)
         nearest = [routed[torch.where(expert_R == e, own_R, torch.inf).argmin()] for e in range(plan.num_experts)]
         return Partition(

@@ -70,13 +70,12 @@ class ClosedForm(Recovery):
 
 def chosen(moe: MoE, x_CD: Tensor) -> tuple[Tensor, Tensor]:
     """(expert indices, weights) [C, K] that the block's gate gives these tokens."""
-    assert moe.gate is not None and moe.experts is not None
+    assert moe.gate is not None
+    assert moe.experts is not None
     return moe.gate(x_CD, moe.experts)
 
 
-def normal_equations(
-    moe: MoE, sample: LayerSample, blocks: list[Tensor], target_TD: Tensor
-) -> tuple[Tensor, Tensor]:
+def normal_equations(moe: MoE, sample: LayerSample, blocks: list[Tensor], target_TD: Tensor) -> tuple[Tensor, Tensor]:
     """(Z.T Z [W, W], Z.T Y [W, D]) of the weighted features of all blocks, each block only on its own tokens.
 
     Equals the products with a matrix Z that has zeros where an expert does not run; pairs of experts cost only the

@@ -1,0 +1,289 @@
+"""The command line: verbs in pipeline order. Parses, calls, prints; nothing else.
+
+Exit codes: 0 done, 1 the work failed (self-test, collapse), 2 bad input. With `--json` standard output holds exactly
+one JSON object; everything for people goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from . import registry, tables
+from .errors import InputError, WorkError
+
+app = typer.Typer(
+    help="Turn a dense language model into a Mixture-of-Experts, without training, and measure what that gives.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+people = Console(stderr=True)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(help="hub id, folder, .gguf file, or built in: tiny, demo, demo-1.5b, gemma-270m", metavar="MODEL"),
+]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object; all else goes to standard error")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cores)", min=1)]
+
+
+def main() -> None:
+    """Run the command line; errors become one line and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except (InputError, WorkError) as error:
+        people.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        people.print("interrupted")
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+@app.callback()
+def _quiet() -> None:
+    """Keep libraries' progress bars and notices out of our output."""
+    import transformers
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=transformers.__name__)
+
+
+@app.command()
+def convert(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="folder to make", metavar="OUT")],
+    active: Annotated[float | None, typer.Option(help="share of each FFN that one token runs [default: 0.5]")] = None,
+    memory_factor: Annotated[float, typer.Option(help="size of all experts relative to the dense FFN")] = 1.0,
+    plan: Annotated[str | None, typer.Option(help="fixed shape, e.g. S3A3E8: 3 shared + 3 of 8 groups run")] = None,
+    expert_width: Annotated[int | None, typer.Option(help="neurons in a group", min=1)] = None,
+    partition: Annotated[str | None, typer.Option(help=f"one of: {', '.join(registry.names('partition'))}")] = None,
+    router: Annotated[str | None, typer.Option(help=f"one of: {', '.join(registry.names('router'))}")] = None,
+    recovery: Annotated[str, typer.Option(help=f"one of: {', '.join(registry.names('recovery'))}")] = "closed-form",
+    calibration: Annotated[
+        list[str] | None, typer.Option(help=".txt or .jsonl file or datasets name; repeat for more [default: bundled]")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="calibration tokens [default: 16384]")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML with any of these settings; options override it")] = None,
+    format: Annotated[str | None, typer.Option(help="auto or moesaic")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Annotated[int | None, typer.Option(help="seed of everything random [default: 0]")] = None,
+    resume: Annotated[bool, typer.Option(help="go on with an unfinished conversion")] = True,
+    overwrite: Annotated[bool, typer.Option(help="replace OUT if it exists")] = False,
+    force: Annotated[bool, typer.Option(help="accept a collapsed result")] = False,
+    dry_run: Annotated[bool, typer.Option(help="check everything, print the plan, stop")] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a dense model into a Mixture-of-Experts, layer by layer, without training."""
+    from .convert import convert as run
+    from .job import describe, make_config, prepare
+    from .models.writer import check_output
+
+    given = {
+        "active": active, "plan": plan, "expert_width": expert_width, "partition": partition, "router": router,
+        "tokens": tokens, "format": format, "seed": seed, "calibration": tuple(calibration) if calibration else None,
+        "memory_factor": memory_factor if memory_factor != 1 else None,
+        "recovery": recovery if recovery != "closed-form" else None,
+        "device": device if device != "auto" else None, "dtype": dtype if dtype != "auto" else None,
+    }  # fmt: skip
+    config = make_config(recipe, {name: value for name, value in given.items() if value is not None})
+    if dry_run:
+        check_output(out, overwrite)
+        facts = describe(prepare(model, config))
+        _emit(facts, as_json, lambda: tables.show_facts(people, "Dry run: nothing was written", facts))
+        return
+    with _progress("converting", "layer") as tick:
+
+        def show(done: int, count: int, record: dict[str, Any] | None) -> None:
+            tick(done, count, f"layer error {record['error']:.3f}" if record else "")
+
+        metrics = run(model, out, config, resume=resume, overwrite=overwrite, force=force, progress=show)
+    _emit(metrics, as_json, lambda: tables.show_conversion(people, metrics))
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="text to continue; - reads standard input")],
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to add", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy", min=0)] = 0.0,
+    chat: Annotated[bool, typer.Option(help="use the model's chat template")] = False,
+    seed: Annotated[int, typer.Option(help="seed of sampling")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with a dense or converted model."""
+    from .evaluation.generate import complete
+
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if not prompt:
+        raise InputError("the prompt is empty; give some text")
+    loaded, tokenizer = _load(model, device, dtype, threads)
+    with people.status("generating"):
+        text = complete(
+            loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat, seed=seed
+        )
+    _emit({"prompt": prompt, "completion": text}, as_json, lambda: print(text if chat else prompt + text))
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    text: Annotated[Path | None, typer.Option(help="raw text file [default: bundled held-out text]")] = None,
+    protocol: Annotated[str, typer.Option(help="gptq, llama.cpp or lm-eval")] = "gptq",
+    window: Annotated[int, typer.Option(help="tokens in a window")] = 2_048,
+    max_tokens: Annotated[int | None, typer.Option(help="stop after so many tokens")] = None,
+    tasks: Annotated[Path | None, typer.Option(help="multiple-choice items, .jsonl")] = None,
+    harness: Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated (needs moesaic[eval])")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity under a named protocol, and zero-shot accuracy."""
+    from .evaluation.evaluate import evaluate as run
+
+    loaded, tokenizer = _load(model, device, dtype, threads)
+    with _progress("evaluating", "step") as tick:
+        result = run(
+            loaded, tokenizer, text=text, protocol=protocol, window=window, max_tokens=max_tokens, tasks=tasks,
+            harness=harness, progress=tick,
+        )  # fmt: skip
+    _emit(result, as_json, lambda: tables.show_evaluation(people, result))
+
+
+@app.command()
+def benchmark(
+    model: ModelArgument,
+    against: Annotated[
+        str | None, typer.Option(help="the dense model [default: what MODEL was converted from]")
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="prompt tokens", min=2)] = 512,
+    new: Annotated[int, typer.Option(help="new tokens", min=1)] = 32,
+    batch: Annotated[str, typer.Option(help="sequences decoded at once, comma-separated")] = "1",
+    rounds: Annotated[int, typer.Option(help="timed rounds", min=1)] = 5,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Decode and prefill speed against the dense model, alternating in one process."""
+    from .evaluation.benchmark import benchmark as run
+    from .evaluation.inspect import dense_origin, prompt_tokens
+
+    sizes = _numbers(batch)
+    against = against or dense_origin(model)
+    loaded, tokenizer = _load(model, device, dtype, threads)
+    dense, _ = _load(against, device, dtype, threads)
+    with _progress("measuring", "measurement") as tick:
+        tokens_L = prompt_tokens(tokenizer, prompt)
+        result = run(loaded, dense, tokens_L, new=new, batches=sizes, rounds=rounds, progress=tick)
+    _emit(result, as_json, lambda: tables.show_benchmark(people, result))
+
+
+@app.command()
+def inspect(
+    out: Annotated[Path, typer.Argument(help="a converted model's folder", metavar="OUT")], as_json: Json = False
+) -> None:
+    """Plan, method, per-layer errors and expert loads of a converted model."""
+    from .evaluation.inspect import inspect as run
+
+    facts = run(out)
+    _emit(facts, as_json, lambda: tables.show_inspection(people, facts))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the result")] = Path("demo-output"),
+    model: Annotated[str, typer.Option(help="the model to show")] = "demo",
+    active: Annotated[float, typer.Option(help="share of each FFN that one token runs")] = 0.5,
+    as_json: Json = False,
+) -> None:
+    """Convert the demo model and show it beside the dense one: perplexity, speed, text."""
+    from .demo import demo as run
+
+    with _progress("demo", "step") as tick:
+        result = run(out, model, active, progress=tick)
+    _emit(result, as_json, lambda: tables.show_demo(people, result))
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise InputError(f"--batch '{text}' is not a list of positive numbers such as 1,8,32")
+    return numbers
+
+
+def _load(model: str, device: str, dtype: str, threads: int | None) -> tuple[Any, Any]:
+    import torch
+
+    from .job import choose_device, choose_dtype
+    from .models.loading import load
+    from .models.sources import resolve
+
+    if threads:
+        torch.set_num_threads(threads)
+    folder = resolve(model, people)
+    with people.status(f"loading {model}"):
+        return load(folder, dtype=choose_dtype(dtype, folder), device=choose_device(device))
+
+
+@contextmanager
+def _progress(title: str, unit: str) -> Iterator[Callable[..., None]]:
+    """A bar on standard error; yields `tick(done, count, note)`."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit + "s"),
+        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left  {task.fields[note]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=people, speed_estimate_period=120) as bar:
+        task = bar.add_task(title, total=None, note="")
+
+        def tick(done: int, count: int, note: str = "") -> None:
+            bar.update(task, completed=done, total=count, note=note)
+
+        yield tick
+
+
+def _emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The demo: a real model converted and shown beside the dense one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .config import ConvertConfig
+from .convert import convert
+from .evaluation.benchmark import benchmark
+from .evaluation.generate import complete
+from .evaluation.inspect import prompt_tokens
+from .export.plots import write_speed
+from .models.loading import load
+
+PROMPT = 'def fibonacci(n: int) -> list[int]:\n    """The first n Fibonacci numbers."""\n'
+
+
+def demo(
+    output: Path, model: str = "demo", active: float = 0.5, *, progress: Callable[..., None] | None = None
+) -> dict[str, Any]:
+    """Convert a model, then measure and complete a prompt with both; the result stays in `output`.
+
+    Returns:
+        The metrics of `convert` and `benchmark` in one, and both completions; also in `output/metrics.json`.
+    """
+    report = progress or (lambda done, count, note="": None)
+    metrics = convert(
+        model, output, ConvertConfig(active=active), overwrite=True,
+        progress=lambda done, count, record: report(done, count, "converting layers"),
+    )  # fmt: skip
+    converted, tokenizer = load(output)
+    dense, _ = load(model)
+    speed = benchmark(
+        converted, dense, prompt_tokens(tokenizer, 256), rounds=3,
+        progress=lambda done, count: report(done, count, "measuring speed"),
+    )  # fmt: skip
+    completions = {
+        name: complete(m, tokenizer, PROMPT, max_new_tokens=64)
+        for name, m in (("dense", dense), ("converted", converted))
+    }
+    result = metrics | speed | {"model": model, "prompt": PROMPT, "completions": completions}
+    (output / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_speed(result, output)
+    return result

@@ -1,0 +1,69 @@
+"""One call for what `moesaic evaluate` measures: perplexity, task files, the lm-eval harness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..errors import InputError
+from .machine import versions
+from .perplexity import perplexity
+from .tasks import evaluate_tasks, read_tasks
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    text: Path | None = None,
+    protocol: str = "gptq",
+    window: int = 2_048,
+    max_tokens: int | None = None,
+    tasks: Path | None = None,
+    harness: str | None = None,
+    progress: Callable[..., None] | None = None,
+) -> dict[str, Any]:
+    """Perplexity (see `perplexity`), accuracies of a task file (see `evaluate_tasks`), lm-eval tasks by name.
+
+    Raises:
+        InputError: bad text, window, protocol or task file, or the harness is not installed; before any costly work.
+    """
+    items = read_tasks(tasks) if tasks else []
+    run_harness = _harness() if harness else None
+    report = progress or (lambda done, count, note="": None)
+    result = perplexity(
+        model, tokenizer, text=text, protocol=protocol, window=window, max_tokens=max_tokens,
+        progress=lambda done, count: report(done, count, "perplexity"),
+    )  # fmt: skip
+    result["tasks"] = {}
+    if items:
+        result["tasks"] = evaluate_tasks(model, tokenizer, items, lambda done, count: report(done, count, "tasks"))
+    if run_harness and harness:
+        result["tasks"] |= run_harness(model, tokenizer, harness.split(","))
+    return result | {"versions": versions()}
+
+
+def _harness() -> Callable[[PreTrainedModel, Any, list[str]], dict[str, Any]]:
+    """EleutherAI's lm-evaluation-harness as a function of (model, tokenizer, task names)."""
+    try:
+        from lm_eval import simple_evaluate  # pyrefly: ignore[missing-import]
+        from lm_eval.models.huggingface import HFLM  # pyrefly: ignore[missing-import]
+    except ImportError:
+        raise InputError("--harness needs lm-eval; install it with: pip install 'moesaic[eval]'") from None
+
+    def run(model: PreTrainedModel, tokenizer: Any, names: list[str]) -> dict[str, Any]:
+        done = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=names)
+        return {
+            name: {
+                "acc": values.get("acc,none"),
+                "acc_norm": values.get("acc_norm,none"),
+                "stderr": values.get("acc_stderr,none"),
+                "n": done["n-samples"][name]["effective"],
+            }
+            for name, values in done["results"].items()
+        }
+
+    return run

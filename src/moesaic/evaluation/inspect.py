@@ -1,0 +1,70 @@
+"""What a converted model says of itself: the facts stored beside its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from ..calibration.text import bundled
+from ..errors import InputError
+from ..models.checkpoint import Checkpoint
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """Configuration, metrics and per-layer statistics of a converted model.
+
+    Raises:
+        InputError: not a folder that `convert` made.
+    """
+    facts = _saved(folder)
+    checkpoint = Checkpoint(folder)
+    moe = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "router")
+    return {
+        "folder": str(folder),
+        "model": facts["model"],
+        "architecture": checkpoint.config["architectures"][0],
+        "bytes": checkpoint.size(),
+        "moe": {name: checkpoint.config[name] for name in moe},
+        "config": facts["config"],
+        **json.loads((folder / "metrics.json").read_text()),
+    }
+
+
+def dense_origin(model: str) -> str:
+    """The dense model that a converted one came from.
+
+    Raises:
+        InputError: unknown, or a folder that only its maker knows.
+    """
+    origin = _saved(Path(model))["model"]
+    if "/" not in origin and Path(model).exists():
+        from ..models.builtin import NAMES
+
+        if origin not in NAMES:
+            raise InputError(f"'{model}' was converted from a local folder '{origin}'; name it with --against")
+    return origin
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    path = folder / "moesaic.yaml"
+    if not path.is_file():
+        raise InputError(f"'{folder}' holds no moesaic.yaml; expected a folder made by 'moesaic convert'")
+    return yaml.safe_load(path.read_text())
+
+
+def prompt_tokens(tokenizer: Any, count: int) -> Tensor:
+    """The first `count` tokens of the bundled held-out text, int64 [count].
+
+    Raises:
+        InputError: the text has fewer.
+    """
+    text = "\n\n".join(document.text for document in bundled("heldout"))
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    if len(ids) < count:
+        raise InputError(f"--prompt {count} is more than the {len(ids)} tokens of the bundled text")
+    return torch.tensor(ids[:count])

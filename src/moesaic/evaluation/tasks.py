@@ -1,0 +1,135 @@
+"""Zero-shot multiple choice from files, scored by the likelihood of each choice.
+
+One JSON object a line: `{task, id, ctx, choices, gold}`; `{ctxs, cont, gold}` where the context differs and the
+continuation is the same (winogrande); `{ctx, cont}` where the greedy continuation must equal `cont` (lambada).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from ..errors import InputError
+
+BATCH_TOKENS = 2_048
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: (context, continuation) pairs, and which is right (None: the first must be the greedy text)."""
+
+    task: str
+    pairs: tuple[tuple[str, str], ...]
+    gold: int | None
+
+
+def read_tasks(path: Path) -> list[Item]:
+    """The items of a task file.
+
+    Raises:
+        InputError: missing file, or a line that is not in one of the forms.
+    """
+    if not path.is_file():
+        raise InputError(f"no task file '{path}'")
+    items = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if "ctxs" in row:
+                pairs = [(ctx, " " + row["cont"]) for ctx in row["ctxs"]]
+            else:
+                pairs = [(row["ctx"], " " + choice) for choice in row.get("choices") or [row["cont"]]]
+            gold = row.get("gold")
+            if gold is not None and not 0 <= gold < len(pairs):
+                raise ValueError("gold is not the number of a choice")
+            items.append(Item(row["task"], tuple(pairs), gold))
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path}:{number} is not a task item ({error}); expected {{task, ctx, choices, gold}}"
+            ) from None
+    if not items:
+        raise InputError(f"'{path}' holds no items")
+    return items
+
+
+def evaluate_tasks(
+    model: PreTrainedModel, tokenizer: Any, items: list[Item], progress: Callable[[int, int], None] | None = None
+) -> dict[str, dict[str, float]]:
+    """Per task `acc`, `acc_norm` (likelihood over the choice's characters), `stderr` of acc and `n`; and the mean."""
+    right: dict[str, list[tuple[float, float]]] = {}
+    for done, item in enumerate(items):
+        scores = score_pairs(model, tokenizer, item.pairs)
+        if item.gold is None:
+            hit = norm = float(scores[0][1])
+        else:
+            likelihood = [score for score, _ in scores]
+            hit = float(max(range(len(scores)), key=likelihood.__getitem__) == item.gold)
+            characters = [len(text.strip()) for _, text in item.pairs]
+            by_length = [score / max(1, n) for score, n in zip(likelihood, characters, strict=True)]
+            norm = float(max(range(len(scores)), key=by_length.__getitem__) == item.gold)
+        right.setdefault(item.task, []).append((hit, norm))
+        if progress:
+            progress(done + 1, len(items))
+    results = {task: _summary(hits) for task, hits in sorted(right.items())}
+    count = len(results)
+    results["mean"] = {
+        "acc": sum(r["acc"] for r in results.values()) / count,
+        "acc_norm": sum(r["acc_norm"] for r in results.values()) / count,
+        "stderr": math.sqrt(sum(r["stderr"] ** 2 for r in results.values())) / count,
+        "n": sum(r["n"] for r in results.values()),
+    }
+    return results
+
+
+def _summary(hits: list[tuple[float, float]]) -> dict[str, float]:
+    n = len(hits)
+    acc, norm = (sum(column) / n for column in zip(*hits, strict=True))
+    return {"acc": acc, "acc_norm": norm, "stderr": math.sqrt(acc * (1 - acc) / max(1, n - 1)), "n": n}
+
+
+@torch.inference_mode()
+def score_pairs(model: PreTrainedModel, tokenizer: Any, pairs: tuple[tuple[str, str], ...]) -> list[tuple[float, bool]]:
+    """(log-likelihood of the continuation in nats, whether it is the greedy text) of each (context, continuation)."""
+    encoded = [_encode(tokenizer, *pair, model.config.max_position_embeddings) for pair in pairs]
+    longest = max(len(ids) for ids, _ in encoded)
+    size = max(1, BATCH_TOKENS // longest)
+    return [score for i in range(0, len(encoded), size) for score in _score_batch(model, encoded[i : i + size])]
+
+
+def _score_batch(model: PreTrainedModel, encoded: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+    longest = max(len(ids) for ids, _ in encoded)
+    tokens = torch.zeros(len(encoded), longest, dtype=torch.int64)
+    for row, (ids, _) in zip(tokens, encoded, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    # causal attention never looks at padding on the right, so it needs no mask
+    keep = longest - min(start for _, start in encoded) + 1
+    logits = model(input_ids=tokens.to(model.device), use_cache=False, logits_to_keep=keep).logits.float().cpu()
+    offset = longest - logits.shape[1]
+    scores = []
+    for row, (ids, start) in enumerate(encoded):
+        predicted: Tensor = logits[row, start - 1 - offset : len(ids) - 1 - offset]
+        target = torch.tensor(ids[start:])
+        scores.append(
+            (-cross_entropy(predicted, target, reduction="sum").item(), bool((predicted.argmax(-1) == target).all()))
+        )
+    return scores
+
+
+def _encode(tokenizer: Any, context: str, continuation: str, longest: int) -> tuple[list[int], int]:
+    """(tokens, where the continuation starts); the text is tokenised as a whole, long contexts lose their beginning."""
+    whole = tokenizer(context + continuation, verbose=False)["input_ids"]
+    start = len(tokenizer(context, verbose=False)["input_ids"])
+    start = max(1, min(start, len(whole) - 1))
+    cut = max(0, len(whole) - longest)
+    return whole[cut:], max(1, start - cut)

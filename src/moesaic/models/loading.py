@@ -1,0 +1,33 @@
+"""Load any model that moesaic accepts or makes, ready to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..errors import InputError
+from .checkpoint import Checkpoint
+from .sources import resolve
+
+
+def load(
+    model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "auto"
+) -> tuple[PreTrainedModel, Any]:
+    """(model in eval mode, tokenizer) of a folder, hub id, .gguf file or built-in name, dense or converted.
+
+    Raises:
+        InputError: no such model, or a folder that is damaged.
+    """
+    folder = resolve(str(model))
+    checkpoint = Checkpoint(folder)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or checkpoint.dtype())
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"transformers cannot load '{folder}': {str(error).splitlines()[0]}") from error
+    return loaded.to(device).eval(), tokenizer

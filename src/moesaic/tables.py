@@ -1,0 +1,116 @@
+"""Results as tables for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def _grid(title: str, *columns: str) -> Table:
+    grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for number, column in enumerate(columns):
+        grid.add_column(column, justify="right" if number else "left")
+    return grid
+
+
+def show_facts(console: Console, title: str, facts: dict[str, Any]) -> None:
+    """Two columns: what, value."""
+    grid = _grid(title, "", "")
+    for name, value in facts.items():
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if isinstance(value, float) else str(value)
+        grid.add_row(name.replace("_", " "), text)
+    console.print(grid)
+
+
+def show_conversion(console: Console, m: dict[str, Any]) -> None:
+    """Dense against converted, and what to do next."""
+    grid = _grid(f"{m['output']}: plan {m['plan']}, {m['ffn_active']:.0%} of each FFN active", "", "dense", "converted")
+    grid.add_row("parameters", f"{m['dense_parameters']:,}", f"{m['total_parameters']:,}")
+    grid.add_row("active per token", f"{m['dense_parameters']:,}", f"{m['active_parameters']:,}")
+    grid.add_row("perplexity (held-out text)", f"{m['perplexity_dense']:.2f}", f"{m['perplexity']:.2f}")
+    grid.add_row("ratio to dense", "1", f"{m['perplexity'] / m['perplexity_dense']:.3f}")
+    console.print(grid)
+    unreached = {r["layer"]: r["unreached_experts"] for r in m["layers"] if r["unreached_experts"]}
+    if unreached:
+        console.print(f"[yellow]no calibration token reached these experts (layer: experts):[/] {unreached}")
+    if m["collapsed"]:
+        console.print("[bold red]this model collapsed; it was kept because of --force[/]")
+    console.print(f"{m['seconds']:.0f} s, peak memory {m['peak_rss_bytes'] / 1e9:.2f} GB. Next:")
+    for verb in ("generate {} 'def quicksort(arr):'", "evaluate {}", "benchmark {}"):
+        console.print(f"  moesaic {verb.format(m['output'])}", highlight=False)
+
+
+def show_evaluation(console: Console, r: dict[str, Any]) -> None:
+    """Perplexity with its protocol, then tasks."""
+    console.print(
+        f"perplexity [bold]{r['perplexity']:.4f}[/]  ({r['protocol']}, {r['tokens']:,} tokens, window {r['window']}, "
+        f"{r['text']}, sha256 {r['data_sha256'][:12]})",
+        highlight=False,
+    )
+    if r["tasks"]:
+        grid = _grid("Zero-shot", "task", "acc", "± stderr", "acc_norm", "n")
+        for task, v in r["tasks"].items():
+            numbers = ["-" if v[k] is None else f"{v[k]:.3f}" for k in ("acc", "stderr", "acc_norm")]
+            grid.add_row(task, *numbers, str(v["n"]))
+        console.print(grid)
+
+
+def show_benchmark(console: Console, r: dict[str, Any]) -> None:
+    """Speeds as ratios to dense and to the limit."""
+    grid = _grid(
+        f"Speed on {r['machine']}, {r['threads']} threads, {r['dtype']}",
+        "", "converted tok/s", "dense tok/s", "speed-up", "limit", "reached",
+    )  # fmt: skip
+    labels = {"decode": "decode, batch {}", "prefill": "prefill, {} tokens", "block": "FFN block, {} tokens"}
+    for kind, label in labels.items():
+        for size, v in r[kind].items():
+            low, high = v["tokens_per_s_range"]
+            grid.add_row(
+                label.format(size), f"{v['tokens_per_s']:.1f} ({low:.1f}-{high:.1f})", f"{v['dense_tokens_per_s']:.1f}",
+                f"{v['speedup']:.2f}x", f"{v['limit']:.2f}x", f"{v['share_of_limit']:.0%}",
+            )  # fmt: skip
+    console.print(grid)
+    console.print(r["protocol"], style="dim")
+
+
+def show_inspection(console: Console, f: dict[str, Any]) -> None:
+    """Shape, method and a row a layer."""
+    facts = {"model": f["model"], "architecture": f["architecture"], "plan": f["plan"], "bytes": f["bytes"], **f["moe"]}
+    facts |= {name: f["config"][name] for name in ("partition", "recovery", "tokens", "seed")}
+    facts |= {"perplexity_dense": f["perplexity_dense"], "perplexity": f["perplexity"]}
+    show_facts(console, f["folder"], facts)
+    grid = _grid(
+        "Layers", "layer", "error after split", "after recovery", "load min", "load max", "unreached", "seconds"
+    )
+    for r in f["layers"]:
+        load = r["expert_tokens"]
+        even = sum(load) / len(load) if load else 1
+        low, high = (f"{min(load) / even:.2f}", f"{max(load) / even:.2f}") if load else ("-", "-")
+        grid.add_row(
+            str(r["layer"]), f"{r['split_error']:.3f}", f"{r['error']:.3f}", low, high,
+            str(len(r["unreached_experts"])), f"{r['seconds']:.1f}",
+        )  # fmt: skip
+    console.print(grid)
+    console.print("load: tokens of the least and most used expert, 1 is an even share", style="dim")
+
+
+def show_demo(console: Console, d: dict[str, Any]) -> None:
+    """Dense and converted side by side."""
+    decode = next(iter(d["decode"].values()))
+    prefill_size, prefill = next(iter(d["prefill"].items()))
+    grid = _grid(f"{d['model']}: dense against Mixture-of-Experts {d['plan']}", "", "dense", "MoE", "ratio")
+    rows = [
+        ("active parameters", d["dense_parameters"], d["active_parameters"], "{:,}"),
+        ("perplexity (held-out text)", d["perplexity_dense"], d["perplexity"], "{:.2f}"),
+        ("decode, tokens/s", decode["dense_tokens_per_s"], decode["tokens_per_s"], "{:.1f}"),
+        (f"prefill {prefill_size}, tokens/s", prefill["dense_tokens_per_s"], prefill["tokens_per_s"], "{:.0f}"),
+    ]
+    for label, dense, ours, form in rows:
+        grid.add_row(label, form.format(dense), form.format(ours), f"{ours / dense:.2f}")
+    console.print(grid)
+    for name in ("dense", "converted"):
+        console.print(f"[bold]{name}:[/]")
+        console.print(d["prompt"] + d["completions"][name], markup=False, highlight=False)
+    console.print(f"The model, metrics.json and plots are in {d['output']}/", style="bold")
