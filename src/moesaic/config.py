@@ -82,7 +82,8 @@ def parse_plan(text: str, intermediate_size: int, expert_width: int | None = Non
 def disjoint_plan(active: float, intermediate_size: int, expert_width: int | None = None) -> Plan:
     """The disjoint plan nearest to running `active` of the FFN, half of it shared.
 
-    About sixteen groups, of a width that K-quants (256) or at least q8_0 (32) can hold where the FFN's width allows.
+    About sixteen groups, of a width that K-quants (256), q8_0 (32) or at least grouped kernels (8) take, where the
+    FFN's width allows.
 
     Raises:
         InputError: an impossible share or width.
@@ -105,7 +106,7 @@ def disjoint_plan(active: float, intermediate_size: int, expert_width: int | Non
     def cost(groups: int) -> tuple[float, ...]:
         width = intermediate_size // groups
         plan = _nearest_plan(active, intermediate_size, groups)
-        misfit = 0 if width % 256 == 0 else 1 if width % 32 == 0 else 2
+        misfit = next(rank for rank, multiple in enumerate((256, 32, 8, 1)) if width % multiple == 0)
         miss = abs(plan.ffn_active(intermediate_size) - active)
         return (round(miss / 0.02), misfit, abs(groups - 16))
 
@@ -126,8 +127,9 @@ def specialists_plan(active: float, memory_factor: float, intermediate_size: int
     """
     if not 0 < active <= 1:
         raise InputError(f"--active is {active}; it is a share of the FFN, above 0 and at most 1, e.g. 0.5")
-    step = next(s for s in (32, 16, 8, 4, 2, 1) if intermediate_size % s == 0)
-    width = min(intermediate_size, max(step, round(active * intermediate_size / step) * step))
+    wish = active * intermediate_size
+    widths = [max(1, round(wish / step)) * step for step in (256, 32, 8, 1)]
+    width = next(w for w in widths if abs(w - wish) <= 0.01 * intermediate_size and w <= intermediate_size)
     count = int(memory_factor * intermediate_size / width + 1e-6)
     if count < 2:
         raise InputError(
@@ -159,7 +161,7 @@ class ConvertConfig(BaseModel):
     """Text files, .jsonl files or `datasets` names; none means the bundled text."""
     tokens: int = Field(16_384, gt=0)
     """Calibration tokens."""
-    window: int = Field(512, gt=1)
+    window: int = Field(256, gt=1)
     """Tokens in one calibration sequence."""
     held_out_tokens: int = Field(8_192, gt=0)
     """Tokens of bundled held-out text for the perplexity that is compared with the dense model's."""

@@ -20,7 +20,7 @@ from .errors import InputError
 from .models.checkpoint import Checkpoint
 from .models.sources import resolve
 from .models.stream import LayerStream
-from .models.working import working_config
+from .models.working import default_experts, working_config
 from .partition import Partitioner
 from .recovery import Recovery
 from .routing import RouterBuilder
@@ -69,13 +69,17 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
     config = config.model_copy(update={"partition": partition, "router": router_name})
     router = registry.build("router", router_name)
     recovery = registry.build("recovery", config.recovery)
+    if router.token_clusters and not partitioner.overlapping:
+        raise InputError(
+            f"router '{router_name}' needs a partition of tokens, such as 'specialists'; with '{partition}' use 'linear'"
+        )
     source = resolve(str(model))
     device = choose_device(config.device)
     stream = LayerStream(source, choose_dtype(config.dtype, source), device)
     plan = choose_plan(config, partitioner, stream.config.intermediate_size)
     working = working_config(stream.config, plan, router.gate, shared_expert_bias=partitioner.static)
     working.dtype = stream.dtype
-    working._experts_implementation = "grouped_mm"
+    working._experts_implementation = default_experts(working)
     tokenizer = AutoTokenizer.from_pretrained(source)
     documents = read_documents(config.calibration)
     window = min(config.window, stream.config.max_position_embeddings)

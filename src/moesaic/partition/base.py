@@ -62,6 +62,5 @@ class Partitioner(ABC):
 def disjoint(order_F: Tensor, plan: Plan) -> Partition:
     """The partition that cuts an ordering of all neurons: the first groups shared, the rest an expert each."""
     shared, routed = order_F.split([plan.shared_width, len(order_F) - plan.shared_width])
-    if not plan.num_experts:
-        routed = routed[:0]
-    return Partition(shared=shared, experts=routed.view(plan.num_experts, -1))
+    experts = routed.view(plan.num_experts, plan.width) if plan.num_experts else routed[:0].view(0, 0)
+    return Partition(shared=shared, experts=experts)

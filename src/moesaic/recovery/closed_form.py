@@ -27,7 +27,7 @@ class ClosedForm(Recovery):
     weight on the tokens of the others, which pulls it to the static solution where it has few tokens of its own.
     """
 
-    ridge: float = 1e-3
+    ridge: float = 0.3
     """Relative to the mean diagonal of the normal equations."""
     other_tokens: float = 0.03
     """Weight of the other specialists' tokens (τ); the own count 1."""
@@ -118,8 +118,8 @@ def block_features(moe: MoE, x_CD: Tensor, h_CF: Tensor, blocks: list[Tensor]) -
 def ridge_to_prior(gram_WW: Tensor, right_WD: Tensor, prior_WD: Tensor, ridge: float) -> Tensor:
     """`argmin_W tr(W.T G W) - 2 tr(W.T B) + λ ‖W - prior‖²`, λ = ridge × mean diagonal of G, [W, D].
 
-    Solved for the change from the prior by Cholesky, in float64 when float32 fails or its condition estimate is poor.
-    Without any token the prior is returned.
+    Solved for the change from the prior by Cholesky, in float64 when float32 fails or its condition estimate is poor,
+    by eigenvalues when that fails too. Without any token the prior is returned.
     """
     scale = gram_WW.diagonal().mean()
     if scale <= 0:
@@ -130,6 +130,11 @@ def ridge_to_prior(gram_WW: Tensor, right_WD: Tensor, prior_WD: Tensor, ridge: f
     factor, failed = torch.linalg.cholesky_ex(system_WW)
     diagonal = factor.diagonal()
     if failed or (diagonal.max() / diagonal.min()).square() > CONDITION_FOR_FP32:
-        factor = torch.linalg.cholesky(system_WW.double())
         rest_WD = right_WD.double() - gram_WW.double() @ prior_WD.double()
+        factor, failed = torch.linalg.cholesky_ex(system_WW.double())
+        if failed:
+            values_W, vectors_WW = torch.linalg.eigh(system_WW.double())
+            kept_W = values_W > values_W[-1] * torch.finfo(torch.float32).eps
+            inverse_W = torch.where(kept_W, 1 / values_W, 0.0)[:, None]
+            return prior_WD + (vectors_WW @ (inverse_W * (vectors_WW.T @ rest_WD))).float()
     return prior_WD + torch.cholesky_solve(rest_WD, factor).float()

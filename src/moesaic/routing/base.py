@@ -19,10 +19,9 @@ class RouterBuilder(ABC):
     gate: ClassVar[str] = "linear"
     """The kind of gate that runs it (`models.gates.GATES`)."""
 
+    token_clusters: ClassVar[bool] = False
+    """Whether it needs a partition made from clusters of tokens."""
+
     @abstractmethod
     def build(self, sample: LayerSample, partition: Partition) -> dict[str, Tensor]:
-        """The gate's parameters by name.
-
-        Raises:
-            InputError: the partition lacks what the router needs.
-        """
+        """The gate's parameters by name."""

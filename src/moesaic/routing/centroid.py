@@ -1,11 +1,11 @@
 """The nearest centroid: the router that belongs to token clusters (specialists)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from ..calibration.sample import LayerSample
-from ..errors import InputError
 from ..partition import Partition
 from .base import RouterBuilder
 
@@ -14,7 +14,8 @@ from .base import RouterBuilder
 class Centroid(RouterBuilder):
     """`argmax_e x · c_e`, the cluster of greatest cosine."""
 
+    token_clusters: ClassVar[bool] = True
+
     def build(self, sample: LayerSample, partition: Partition) -> dict[str, Tensor]:
-        if partition.centroids_ED is None:
-            raise InputError("router 'centroid' needs a partition of tokens, such as 'specialists'; use 'linear'")
+        assert partition.centroids_ED is not None
         return {"weight": partition.centroids_ED}

@@ -1,0 +1,214 @@
+"""Whole conversions of tiny models: round trips, resuming, refusals."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import QUICK
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import moesaic
+from moesaic import InputError, WorkError, convert, registry
+from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.writer import check_space
+
+KEYS = {
+    "output", "format", "plan", "ffn_active", "total_parameters", "active_parameters", "perplexity_dense", "perplexity",
+    "seconds", "peak_rss_bytes", "layers",
+}  # fmt: skip
+
+
+def weights(folder):
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def made(folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp("made") / "out"
+    metrics = convert(folders("qwen2"), out, QUICK.model_copy(update={"plan": "S1A2E8"}))
+    return out, metrics
+
+
+def test_everything_that_is_promised_is_there(made):
+    out, metrics = made
+    assert metrics.keys() >= KEYS
+    assert metrics["plan"] == "S1A2E8"
+    assert metrics["ffn_active"] == pytest.approx(3 / 8)
+    assert len(metrics["layers"]) == 3
+    assert sum(metrics["layers"][0]["expert_tokens"]) == 2 * 1_024
+    names = {path.name for path in out.iterdir()}
+    assert names >= {
+        "config.json", "moesaic.yaml", "metrics.json", "README.md", "tokenizer.json", "model.safetensors.index.json",
+        "layer_error.png", "expert_load.png", "activation_rates.png",
+    }  # fmt: skip
+    assert not any("partial" in name or "hidden" in name or name == "state.json" for name in names)
+    assert json.loads((out / "metrics.json").read_text())["perplexity"] == metrics["perplexity"]
+    assert not out.with_name("out.partial").exists()
+
+
+def test_parameters_are_counted_as_they_are(made, folders):
+    out, metrics = made
+    model, _ = moesaic.load(out)
+    total = sum(p.numel() for p in model.parameters())
+    assert metrics["total_parameters"] == total
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert metrics["active_parameters"] == total - experts * 5 // 7
+    dense, _ = moesaic.load(folders("qwen2"))
+    assert metrics["dense_parameters"] == sum(p.numel() for p in dense.parameters())
+
+
+@torch.no_grad()
+def test_loaded_perplexity_is_the_one_that_conversion_measured(made):
+    out, metrics = made
+    model, tokenizer = moesaic.load(out)
+    tokens = moesaic.calibration.text.token_windows(moesaic.calibration.text.bundled("heldout"), tokenizer, 256, 64)
+    losses = [model(row[None], labels=row[None]).loss for row in tokens]
+    assert torch.stack(losses).mean().exp().item() == pytest.approx(metrics["perplexity"], rel=1e-3)
+
+
+def test_save_pretrained_round_trip_is_bit_equal(made, tmp_path):
+    out, _ = made
+    model = AutoModelForCausalLM.from_pretrained(out)
+    model.save_pretrained(tmp_path)
+    same(weights(out), weights(tmp_path))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    same(model.state_dict(), again.state_dict())
+    assert type(again) is type(model)
+
+
+@torch.no_grad()
+def test_batches_equal_singles_and_padding_changes_nothing(made):
+    model, _ = moesaic.load(made[0])
+    tokens = torch.randint(2, 1024, (3, 12), generator=torch.Generator().manual_seed(0))
+    batch = model(tokens).logits
+    for row in range(3):
+        torch.testing.assert_close(model(tokens[row : row + 1]).logits[0], batch[row], rtol=1e-4, atol=1e-4)
+    padded = torch.cat([torch.ones(3, 4, dtype=torch.int64), tokens], 1)
+    mask = torch.cat([torch.zeros(3, 4, dtype=torch.int64), torch.ones_like(tokens)], 1)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(padded, attention_mask=mask, position_ids=position).logits[:, 4:]
+    torch.testing.assert_close(logits, batch, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_generation_with_a_cache_equals_generation_without(made):
+    model, tokenizer = moesaic.load(made[0])
+    inputs = tokenizer("The first", return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(inputs), "pad_token_id": 1}
+    cached = model.generate(inputs, **options)
+    assert torch.equal(cached, model.generate(inputs, use_cache=False, **options))
+
+
+def test_every_family_converts_and_loads(folders, family, tmp_path):
+    metrics = convert(folders(family), tmp_path / "out", QUICK.model_copy(update={"active": 0.5}))
+    model, tokenizer = moesaic.load(tmp_path / "out")
+    assert moesaic.complete(model, tokenizer, "The", max_new_tokens=3) is not None
+    assert metrics["perplexity"] < 10 * metrics["perplexity_dense"]
+
+
+@pytest.mark.parametrize("partition", registry.names("partition"))
+@pytest.mark.parametrize("recovery", registry.names("recovery"))
+def test_every_partition_with_every_recovery(folders, tmp_path, partition, recovery):
+    config = QUICK.model_copy(update={"active": 0.5, "partition": partition, "recovery": recovery})
+    metrics = convert(folders("llama"), tmp_path / "out", config)
+    if recovery == "closed-form":
+        assert all(r["error"] < r["split_error"] for r in metrics["layers"])
+    model, _ = moesaic.load(tmp_path / "out")
+    assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
+
+
+@pytest.mark.parametrize("router", ["linear", "representative", "oracle"])
+def test_every_router(folders, tmp_path, router):
+    metrics = convert(folders("llama"), tmp_path / "out", QUICK.model_copy(update={"active": 0.5, "router": router}))
+    assert metrics["perplexity"] > 0
+    assert Checkpoint(tmp_path / "out").config["router"] == router
+
+
+class Killed(BaseException):
+    """Ends a conversion as a signal would: nothing in the code catches it."""
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_killed_conversion_resumes_to_the_same_bits(folders, tmp_path, made, layer):
+    config = QUICK.model_copy(update={"plan": "S1A2E8"})
+
+    def kill(done, count, record):
+        if done == layer:
+            raise Killed
+
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        convert(folders("qwen2"), out, config, progress=kill)
+    assert not out.exists()
+    seen = []
+    metrics = convert(folders("qwen2"), out, config, progress=lambda done, count, record: seen.append(done))
+    assert seen[0] == layer  # it went on, it did not start anew
+    same(weights(out), weights(made[0]))
+    assert metrics["perplexity"] == made[1]["perplexity"]
+
+
+def test_an_unfinished_conversion_of_something_else_is_refused(folders, tmp_path):
+    def kill(done, count, record):
+        raise Killed
+
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        convert(folders("qwen2"), out, QUICK, progress=kill)
+    with pytest.raises(InputError, match="another configuration; repeat that command"):
+        convert(folders("qwen2"), out, QUICK.model_copy(update={"seed": 1}))
+    with pytest.raises(InputError, match="another model"):
+        convert(folders("llama"), out, QUICK)
+    convert(folders("llama"), out, QUICK, resume=False)
+    assert Checkpoint(out).config["dense_model_type"] == "llama"
+
+
+def test_existing_output_is_kept_unless_told(folders, tmp_path, made):
+    out = tmp_path / "out"
+    shutil.copytree(made[0], out)
+    with pytest.raises(InputError, match="exists; choose another folder or pass --overwrite"):
+        convert(folders("llama"), out, QUICK)
+    assert Checkpoint(out).config["dense_model_type"] == "qwen2"
+    convert(folders("llama"), out, QUICK, overwrite=True)
+    assert Checkpoint(out).config["dense_model_type"] == "llama"
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_collapse_fails_unless_forced(folders, tmp_path):
+    config = QUICK.model_copy(update={"collapse_ratio": 0.5})
+    with pytest.raises(WorkError, match="collapsed.*--force accepts"):
+        convert(folders("llama"), tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+    metrics = convert(folders("llama"), tmp_path / "out", config, force=True)
+    assert metrics["collapsed"]
+    assert "collapsed" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_bad_wishes_are_refused_before_any_work(folders, tmp_path):
+    llama = folders("llama")
+    for update, says in [
+        ({"plan": "S1A1E7"}, "nearest count that does is 6"),
+        ({"plan": "S1A1E8", "active": 0.5}, "give one of them"),
+        ({"memory_factor": 2.0, "partition": "random"}, "use --partition specialists"),
+        ({"router": "centroid"}, "with 'coactivation' use 'linear'"),
+        ({"partition": "coactivatoin"}, "Did you mean 'coactivation'"),
+        ({"tokens": 32}, "less than one window"),
+        ({"tokens": 10_000_000}, "give more text"),
+        ({"calibration": ("missing.txt",)}, r"no text file 'missing\.txt'"),
+        ({"device": "cuda:77"}, "cannot be used here"),
+        ({"dtype": "int8"}, "not one of auto"),
+    ]:
+        with pytest.raises(InputError, match=says):
+            convert(llama, tmp_path / "out", QUICK.model_copy(update=update))
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="free some or choose another"):
+        check_space(tmp_path / "out", 1 << 60)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        convert(llama, tmp_path / "file" / "out", QUICK)

@@ -1,0 +1,111 @@
+"""The block: all experts on equals dense, fast paths equal the naive one, compilation does not break."""
+
+import pytest
+import torch
+from conftest import QUICK, block_for, random_sample
+from torch.nn.functional import linear
+
+from moesaic import Plan, registry
+from moesaic.calibration.layers import calibrate
+from moesaic.job import prepare
+from moesaic.models.gates import GATES
+
+ROUTED = [n for n in registry.names("partition") if not registry.method("partition", n).static]
+DISJOINT = [n for n in ROUTED if not registry.method("partition", n).overlapping]
+
+
+@pytest.mark.parametrize("name", DISJOINT)
+@torch.no_grad()
+def test_all_on_equals_dense_for_every_family(folders, family, name):
+    job = prepare(folders(family), QUICK.model_copy(update={"partition": name, "plan": "S1A2E8"}))
+    job.stream.load_outer()
+    hidden = job.stream.embed(job.tokens_NL)
+    with job.stream.layer(1) as layer:
+        sample = calibrate(job.stream, 1, layer, hidden)
+        partition = job.partitioner.split(sample, job.plan, torch.Generator().manual_seed(0))
+    moe = block_for(sample, job.plan, job.router.gate)
+    moe.fill(sample.ffn, partition.shared, partition.experts, job.router.build(sample, partition))
+    torch.testing.assert_close(moe.all_on(sample.input_TD), sample.output_TD, rtol=1e-4, atol=1e-5)
+
+
+def filled(plan, gate="linear", dtype=torch.float32, name="random"):
+    sample = random_sample(dtype=dtype)
+    partition = registry.build("partition", name).split(sample, plan, torch.Generator().manual_seed(0))
+    moe = block_for(sample, plan, gate)
+    g = torch.Generator().manual_seed(2)
+    weights = {n: torch.randn(p.shape, generator=g) for n, p in moe.gate.named_parameters()} if moe.gate else {}
+    moe.fill(sample.ffn, partition.shared, partition.experts, weights)
+    return moe, sample, partition
+
+
+def test_k_equals_e_equals_dense():
+    moe, sample, _ = filled(Plan(1, 3, 4, 12))
+    torch.testing.assert_close(moe(sample.input_TD), sample.output_TD)
+
+
+def test_one_specialist_of_full_width_is_dense():
+    moe, sample, _ = filled(Plan(0, 1, 1, 48), name="specialists")
+    torch.testing.assert_close(moe(sample.input_TD), sample.output_TD)
+
+
+@pytest.mark.parametrize("plan", [Plan(1, 2, 4, 12), Plan(0, 1, 4, 12), Plan(2, 0, 4, 12)])
+def test_block_equals_masking_the_dense_activations(plan):
+    moe, sample, partition = filled(plan)
+    x, ffn = sample.input_TD, sample.ffn
+    mask = torch.zeros(len(x), 48)
+    mask[:, partition.shared] = 1
+    if moe.gate is not None:
+        index, _ = moe.gate(x, moe.experts)
+        for k in range(plan.active):
+            mask.scatter_(1, partition.experts[index[:, k]], 1.0)
+    torch.testing.assert_close(moe(x), linear(mask * ffn.hidden(x), ffn.down_DF))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_transformers_experts_equal_the_naive_loop(implementation, dtype):
+    moe, sample, _ = filled(Plan(0, 2, 3, 16), dtype=dtype)
+    naive = moe(sample.input_TD)
+    moe.experts.config._experts_implementation = implementation
+    torch.testing.assert_close(moe(sample.input_TD), naive)
+
+
+def test_indices_beyond_the_experts_stand_for_none():
+    moe, sample, _ = filled(Plan(0, 2, 4, 12))
+    index = torch.full((len(sample.input_TD), 2), 4)
+    assert moe.experts(sample.input_TD, index, torch.ones(len(index), 2)).abs().max() == 0
+
+
+def test_oracle_takes_the_experts_of_largest_output():
+    moe, sample, _ = filled(Plan(0, 2, 4, 12), gate="oracle")
+    moe.gate.e_score_correction_bias.zero_()
+    x = sample.input_TD
+    norms = torch.stack([linear(moe.experts.hidden(x, e), moe.experts.down_proj[e]).norm(dim=1) for e in range(4)], 1)
+    index, weights = moe.gate(x, moe.experts)
+    assert torch.equal(index, norms.topk(2).indices)
+    assert (weights == 1).all()
+
+
+def test_representative_gate_is_cmoes():
+    moe, sample, _ = filled(Plan(0, 2, 4, 12), gate="representative")
+    gate, x = moe.gate, sample.input_TD
+    scores = (torch.nn.functional.silu(x @ gate.gate_proj.T) * (x @ gate.up_proj.T)).abs()
+    gate.e_score_correction_bias.zero_()
+    index, weights = gate(x, moe.experts)
+    assert torch.equal(index, scores.topk(2).indices)
+    torch.testing.assert_close(weights, (1 + scores.softmax(1) * gate.scale).gather(1, index))
+    gate.e_score_correction_bias[3] = 1e6  # load balancing changes who is chosen, not the weight
+    index, weights = gate(x, moe.experts)
+    assert (index[:, 0] == 3).all()
+    torch.testing.assert_close(weights, (1 + scores.softmax(1) * gate.scale).gather(1, index))
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_the_block_compiles_without_graph_breaks(gate, implementation):
+    moe, sample, _ = filled(Plan(1, 2, 4, 12), gate)
+    if gate == "oracle":
+        moe.gate.e_score_correction_bias.zero_()
+    moe.experts.config._experts_implementation = implementation
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(sample.input_TD), moe(sample.input_TD))

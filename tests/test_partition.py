@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+import torch
+from conftest import random_sample
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from moesaic import Plan, registry
+from moesaic.partition._assignment import balanced_assignment
+from moesaic.partition.cmoe import active_neurons, l1_distance
+from moesaic.partition.specialists import cluster_saliency, spherical_kmeans
+
+PARTITIONERS = registry.names("partition")
+DISJOINT = [name for name in PARTITIONERS if not registry.method("partition", name).overlapping]
+ROUTED = [name for name in DISJOINT if not registry.method("partition", name).static]
+
+
+@pytest.mark.parametrize("name", ROUTED)
+@settings(max_examples=12, deadline=None)
+@given(width=st.integers(1, 6), shared=st.integers(0, 3), active=st.integers(1, 3), idle=st.integers(0, 3))
+def test_a_disjoint_partition_is_a_permutation(name, width, shared, active, idle):
+    plan = Plan(shared, active, shared + active + idle, width)
+    sample = random_sample(tokens=40, hidden=8, neurons=plan.groups * width)
+    partition = registry.build("partition", name).split(sample, plan, torch.Generator().manual_seed(1))
+    assert partition.is_disjoint(sample.ffn.intermediate_size)
+    assert partition.experts.shape == (plan.num_experts, width)
+    assert len(partition.shared) == plan.shared_width
+
+
+@pytest.mark.parametrize("name", PARTITIONERS)
+def test_partitions_are_reproducible_and_of_the_planned_size(name):
+    plan = Plan(1, 0, 4, 12) if registry.method("partition", name).static else Plan(1, 1, 4, 12)
+    first, again = (
+        registry.build("partition", name).split(random_sample(), plan, torch.Generator().manual_seed(3))
+        for _ in range(2)
+    )
+    assert torch.equal(first.all_neurons(), again.all_neurons())
+    assert first.experts.shape == ((3, 12) if plan.num_experts else (0, 0))
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_without_active_experts_the_rest_is_dropped(name):
+    partition = registry.build("partition", name).split(random_sample(), Plan(2, 0, 4, 12), torch.Generator())
+    assert len(partition.shared) == 24
+    assert partition.experts.numel() == 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(experts=st.integers(2, 5), each=st.integers(1, 8), seed=st.integers(0, 99))
+def test_balanced_assignment_equals_the_square_assignment(experts, each, seed):
+    cost = torch.rand(experts * each, experts, generator=torch.Generator().manual_seed(seed))
+    chosen = balanced_assignment(cost)
+    assert torch.bincount(chosen, minlength=experts).tolist() == [each] * experts
+    square = np.repeat(cost.numpy(), each, axis=1)
+    rows, columns = linear_sum_assignment(square)
+    assert cost.gather(1, chosen[:, None]).sum().item() == pytest.approx(square[rows, columns].sum(), rel=1e-5)
+
+
+def test_l1_distance_equals_cdist():
+    a = (torch.rand(20, 30) < 0.2).float()
+    c = torch.rand(4, 30)
+    torch.testing.assert_close(l1_distance(a, c), torch.cdist(a, c, p=1))
+
+
+def test_atopk_marks_the_largest_activations_of_each_token():
+    sample = random_sample(tokens=30)
+    active = active_neurons(sample, 5)
+    assert active.sum(0).tolist() == [5] * 30
+    unit = torch.nn.functional.normalize
+    x, ffn = unit(sample.input_TD), sample.ffn
+    h = (torch.nn.functional.silu(x @ unit(ffn.gate_FD).T) * (x @ unit(ffn.up_FD).T)).abs()
+    assert h[active.T].view(30, 5).min(1).values.ge(h.masked_fill(active.T, -1).max(1).values).all()
+
+
+def test_static_keeps_the_largest_fluctuation_and_compensates_the_mean():
+    sample = random_sample()
+    plan = Plan(2, 0, 4, 12)
+    partition = registry.build("partition", "static").split(sample, plan, torch.Generator())
+    h = sample.ffn.hidden(sample.input_TD)
+    metric = h.var(0, correction=0) * sample.ffn.down_DF.square().sum(0)
+    assert set(partition.shared.tolist()) == set(metric.topk(24).indices.tolist())
+    dropped = sorted(set(range(48)) - set(partition.shared.tolist()))
+    torch.testing.assert_close(partition.bias_D, sample.ffn.down_DF[:, dropped] @ h[:, dropped].mean(0))
+
+
+def test_specialists_take_the_neurons_that_matter_in_their_cluster():
+    sample = random_sample()
+    partition = registry.build("partition", "specialists").split(sample, Plan(0, 1, 3, 16), torch.Generator())
+    cluster = (torch.nn.functional.normalize(sample.input_TD) @ partition.centroids_ED.T).argmax(1)
+    saliency = cluster_saliency(sample, cluster, 3)
+    for e in range(3):
+        own = sample.input_TD[cluster == e], sample.weight_T[cluster == e]
+        naive = (sample.ffn.hidden(own[0]) * own[1][:, None]).square().sum(0) * sample.ffn.down_DF.square().sum(0)
+        torch.testing.assert_close(saliency[e], naive)
+        assert set(partition.experts[e].tolist()) == set(naive.topk(16).indices.tolist())
+
+
+def test_kmeans_separates_what_is_separate_and_survives_empty_clusters():
+    g = torch.Generator().manual_seed(0)
+    points = torch.nn.functional.normalize(torch.eye(3).repeat_interleave(20, 0) + 0.05 * torch.randn(60, 3, generator=g))
+    centroids = spherical_kmeans(points, 3, 20, torch.Generator().manual_seed(5))
+    assert (points @ centroids.T).argmax(1).view(3, 20).unique(dim=1).shape == (3, 1)
+    assert torch.isfinite(spherical_kmeans(points[:1].repeat(8, 1), 4, 3, torch.Generator())).all()

@@ -1,0 +1,128 @@
+"""Closed-form recovery and the ridge router are the least squares that they say."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import block_for, random_sample
+
+from moesaic import Plan, registry
+from moesaic.calibration import sample as sample_module
+from moesaic.calibration.layers import relative_error
+from moesaic.recovery.closed_form import ClosedForm, normal_equations, ridge_to_prior
+from moesaic.routing.linear import weighted_ridge
+
+PLANS = [
+    ("random", Plan(1, 2, 4, 12)),
+    ("coactivation", Plan(0, 2, 4, 12)),
+    ("static", Plan(2, 0, 4, 12)),
+    ("specialists", Plan(0, 1, 3, 16)),
+    ("specialists", Plan(1, 1, 4, 12)),
+]
+
+
+def converted(name, plan, tokens=400):
+    sample = random_sample(tokens=tokens)
+    partitioner = registry.build("partition", name)
+    partition = partitioner.split(sample, plan, torch.Generator().manual_seed(0))
+    moe = block_for(sample, plan, bias=partitioner.static)
+    router = registry.build("router", partitioner.default_router)
+    gate = router.build(sample, partition) if plan.num_experts else {}
+    moe.fill(sample.ffn, partition.shared, partition.experts, gate, partition.bias_D)
+    return moe, sample, partition
+
+
+def masked_features(moe, sample, blocks):
+    """The naive twin: all blocks' activations side by side, zero where an expert does not run, token-weighted."""
+    columns, shared = [], moe.shared_experts is not None
+    h = sample.ffn.hidden(sample.input_TD)
+    index = moe.gate(sample.input_TD, moe.experts)[0] if moe.gate is not None else None
+    for number, block in enumerate(blocks):
+        on = torch.ones(len(h), 1) if shared and number == 0 else (index == number - shared).any(1, keepdim=True)
+        columns.append(h[:, block] * on)
+    return torch.cat(columns, 1) * sample.weight_T[:, None]
+
+
+def blocks_of(partition):
+    return [partition.shared] * bool(len(partition.shared)) + list(partition.experts)
+
+
+@pytest.mark.parametrize(("name", "plan"), PLANS)
+@pytest.mark.parametrize("chunk", [7, 64, 10_000])
+def test_normal_equations_equal_the_masked_product_for_any_chunk(name, plan, chunk, monkeypatch):
+    monkeypatch.setattr(sample_module, "CHUNK_TOKENS", chunk)
+    moe, sample, partition = converted(name, plan)
+    gram, right = normal_equations(moe, sample, blocks_of(partition), sample.output_TD)
+    z = masked_features(moe, sample, blocks_of(partition))
+    torch.testing.assert_close(gram, z.T @ z, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(right, z.T @ (sample.output_TD * sample.weight_T[:, None]), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "plan"), PLANS)
+def test_recovery_equals_weighted_lstsq(name, plan):
+    moe, sample, partition = converted(name, plan)
+    z = masked_features(moe, sample, blocks_of(partition)).double()
+    target = sample.output_TD - (partition.bias_D if partition.bias_D is not None else 0)
+    right = (target * sample.weight_T[:, None]).double()
+    expected = np.linalg.lstsq(z.numpy(), right.numpy(), rcond=None)[0]
+    ClosedForm(ridge=1e-9, other_tokens=0).recover(moe, sample, partition)
+    parts = [moe.shared_experts.down_proj.weight.T] if moe.shared_experts is not None else []
+    parts += [d.T for d in moe.experts.down_proj] if moe.experts is not None else []
+    torch.testing.assert_close(torch.cat(parts), torch.from_numpy(expected).float(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(("name", "plan"), PLANS)
+def test_recovery_never_raises_the_calibration_objective(name, plan):
+    moe, sample, partition = converted(name, plan)
+    before = relative_error(sample, moe(sample.input_TD))
+    ClosedForm(other_tokens=0).recover(moe, sample, partition)
+    assert relative_error(sample, moe(sample.input_TD)) <= before + 1e-6
+
+
+@pytest.mark.parametrize(("name", "plan"), PLANS)
+def test_infinite_ridge_leaves_the_weights_alone(name, plan):
+    moe, sample, partition = converted(name, plan)
+    before = {k: v.clone() for k, v in moe.state_dict().items()}
+    ClosedForm(ridge=1e12).recover(moe, sample, partition)
+    for key, value in moe.state_dict().items():
+        torch.testing.assert_close(value, before[key])
+
+
+def test_full_width_needs_no_recovery():
+    moe, sample, partition = converted("random", Plan(1, 3, 4, 12))
+    ClosedForm().recover(moe, sample, partition)
+    torch.testing.assert_close(moe(sample.input_TD), sample.output_TD, rtol=1e-3, atol=1e-3)
+
+
+def test_a_specialist_that_no_token_reached_keeps_the_static_solution():
+    moe, sample, partition = converted("specialists", Plan(0, 1, 3, 16))
+    moe.gate.e_score_correction_bias[2] = -1e9
+    ClosedForm(other_tokens=0.5).recover(moe, sample, partition)
+    z = sample.ffn.hidden(sample.input_TD)[:, partition.experts[2]] * sample.weight_T[:, None]
+    right = sample.output_TD * sample.weight_T[:, None]
+    own = ridge_to_prior(z.T @ z, z.T @ right, sample.ffn.down_DF[:, partition.experts[2]].T, ClosedForm().ridge)
+    torch.testing.assert_close(moe.experts.down_proj[2].T, own, rtol=1e-3, atol=1e-3)
+
+
+def test_singular_systems_fall_back_to_double_and_no_tokens_to_the_prior():
+    prior = torch.randn(6, 3)
+    assert torch.equal(ridge_to_prior(torch.zeros(6, 6), torch.zeros(6, 3), prior, 1e-3), prior)
+    z = torch.randn(40, 2) @ torch.randn(2, 6)
+    y = z @ torch.randn(6, 3)
+    solved = ridge_to_prior(z.T @ z, z.T @ y, prior, 1e-9)
+    torch.testing.assert_close(z @ solved, y, rtol=1e-3, atol=1e-3)
+
+
+def test_ridge_router_equals_weighted_lstsq_with_intercept():
+    g = torch.Generator().manual_seed(0)
+    x, y, w = torch.randn(300, 8, generator=g), torch.randn(300, 3, generator=g), 0.2 + torch.rand(300, generator=g)
+    weight, bias = weighted_ridge(x, y, w, ridge=1e-10)
+    a = np.concatenate([x.numpy(), np.ones((300, 1))], 1) * w.numpy()[:, None]
+    expected = np.linalg.lstsq(a.astype(np.float64), (y * w[:, None]).numpy().astype(np.float64), rcond=None)[0]
+    np.testing.assert_allclose(torch.cat([weight, bias[None]]).numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_linear_router_beats_chance_by_far():
+    moe, sample, partition = converted("coactivation", Plan(0, 1, 4, 12), tokens=2_000)
+    own, _ = moe.gate(sample.input_TD, moe.experts)
+    best = moe.experts.output_norms(sample.input_TD).argmax(1)
+    assert (own.squeeze(1) == best).float().mean() > 0.4

@@ -1,0 +1,22 @@
+import pytest
+
+from moesaic import InputError, registry
+
+
+@pytest.mark.parametrize("stage", registry.STAGES)
+def test_every_method_builds_and_names_itself(stage):
+    for name in registry.names(stage):
+        assert registry.spec(registry.build(stage, name)) == name
+
+
+def test_options_are_read_and_checked():
+    assert registry.build("partition", "cmoe:top_k=7,iterations=2").top_k == 7
+    with pytest.raises(InputError, match="Did you mean 'top_k'"):
+        registry.build("partition", "cmoe:topk=7")
+    with pytest.raises(InputError, match="expected a number"):
+        registry.build("partition", "cmoe:top_k=many")
+
+
+def test_unknown_names_answer_with_the_nearest_and_all():
+    with pytest.raises(InputError, match=r"Did you mean 'coactivation'\?.*cmoe.*specialists"):
+        registry.build("partition", "coactivatoin")

@@ -1,0 +1,82 @@
+"""Layer-by-layer running equals transformers' own forward, for every family, single file or shards."""
+
+import json
+
+import pytest
+import torch
+from conftest import small_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+
+from moesaic import InputError
+from moesaic.models.checkpoint import INDEX, Checkpoint
+from moesaic.models.stream import LayerStream
+
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def run_all(stream, tokens):
+    stream.load_outer()
+    hidden = stream.embed(tokens)
+    for index in range(len(stream.layers)):
+        with stream.layer(index) as layer:
+            hidden = stream.run(index, layer, hidden)
+        assert all(p.is_meta for p in layer.parameters())  # its memory is released
+    return stream.token_losses(tokens, hidden)
+
+
+@pytest.mark.parametrize("shards", ["5GB", "40KB"])
+def test_streamed_losses_equal_transformers(folders, family, shards):
+    folder = folders(family, max_shard_size=shards)
+    tokens = torch.randint(2, 1024, (3, 40), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(tokens).logits[:, :-1]
+    expected = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(3, -1)
+    losses = run_all(LayerStream(folder, torch.float32, CPU), tokens)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_other_architectures_are_refused_with_what_was_found(tmp_path):
+    small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1}
+    AutoModelForCausalLM.from_config(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    with pytest.raises(InputError, match=r"not one stack of decoder layers.*found wte, wpe"):
+        LayerStream(tmp_path / "gpt2", torch.float32, CPU)
+    moe = MixtralConfig(
+        **small, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2
+    )
+    AutoModelForCausalLM.from_config(moe).save_pretrained(tmp_path / "mixtral")
+    with pytest.raises(InputError, match=r"no dense gated FFN.*MixtralSparseMoeBlock.*Missing"):
+        LayerStream(tmp_path / "mixtral", torch.float32, CPU)
+    llama = small_model("llama").config
+    llama.mlp_bias = True
+    AutoModelForCausalLM.from_config(llama).save_pretrained(tmp_path / "bias")
+    with pytest.raises(InputError, match="bias in gate_proj, up_proj, down_proj"):
+        LayerStream(tmp_path / "bias", torch.float32, CPU)
+
+
+def test_damaged_folders_are_refused(tmp_path, folders):
+    with pytest.raises(InputError, match=r"no config\.json"):
+        Checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="no safetensors weights"):
+        Checkpoint(tmp_path)
+    whole = (folders("llama") / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        Checkpoint(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "missing.safetensors"}}))
+    with pytest.raises(InputError, match=r"lacks missing\.safetensors"):
+        Checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {}}))
+    with pytest.raises(InputError, match="quantised"):
+        Checkpoint(tmp_path)
+
+
+def test_the_fingerprint_sees_weights_and_config(tmp_path, folders):
+    first = Checkpoint(folders("llama")).fingerprint()
+    assert first == Checkpoint(folders("llama")).fingerprint()
+    assert first != Checkpoint(folders("qwen2")).fingerprint()
