@@ -44,7 +44,8 @@ def test_chosen_plan_is_near_the_wish(active, size):
 def test_specialists_stay_within_memory(active, factor, size):
     plan = specialists_plan(active, factor, size)
     assert plan.memory_factor(size) <= factor + 1e-6
-    assert abs(plan.ffn_active(size) - active) <= 32 / size
+    assert active - 0.01 - 1 / size <= plan.ffn_active(size) <= active + 1 / size
+    assert plan.num_experts == int(factor * size / plan.width + 1e-6) >= int(factor / active)
     assert plan.active == 1
 
 

@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import QUICK
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import moesaic
+from conftest import QUICK
 from moesaic import InputError, WorkError, convert, registry
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.writer import check_space
@@ -182,7 +182,7 @@ def test_existing_output_is_kept_unless_told(folders, tmp_path, made):
 
 def test_a_collapse_fails_unless_forced(folders, tmp_path):
     config = QUICK.model_copy(update={"collapse_ratio": 0.5})
-    with pytest.raises(WorkError, match="collapsed.*--force accepts"):
+    with pytest.raises(WorkError, match=r"collapsed.*--force accepts"):
         convert(folders("llama"), tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
     metrics = convert(folders("llama"), tmp_path / "out", config, force=True)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import QUICK, block_for, random_sample
 from torch.nn.functional import linear
 
+from conftest import QUICK, block_for, random_sample
 from moesaic import Plan, registry
 from moesaic.calibration.layers import calibrate
 from moesaic.job import prepare

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+from conftest import random_sample
 from moesaic import Plan, registry
 from moesaic.partition._assignment import balanced_assignment
 from moesaic.partition.cmoe import active_neurons, l1_distance
@@ -98,7 +98,9 @@ def test_specialists_take_the_neurons_that_matter_in_their_cluster():
 
 def test_kmeans_separates_what_is_separate_and_survives_empty_clusters():
     g = torch.Generator().manual_seed(0)
-    points = torch.nn.functional.normalize(torch.eye(3).repeat_interleave(20, 0) + 0.05 * torch.randn(60, 3, generator=g))
+    points = torch.nn.functional.normalize(
+        torch.eye(3).repeat_interleave(20, 0) + 0.05 * torch.randn(60, 3, generator=g)
+    )
     centroids = spherical_kmeans(points, 3, 20, torch.Generator().manual_seed(5))
     assert (points @ centroids.T).argmax(1).view(3, 20).unique(dim=1).shape == (3, 1)
     assert torch.isfinite(spherical_kmeans(points[:1].repeat(8, 1), 4, 3, torch.Generator())).all()

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import block_for, random_sample
 
+from conftest import block_for, random_sample
 from moesaic import Plan, registry
 from moesaic.calibration import sample as sample_module
 from moesaic.calibration.layers import relative_error
@@ -122,7 +122,7 @@ def test_ridge_router_equals_weighted_lstsq_with_intercept():
 
 
 def test_the_linear_router_beats_chance_by_far():
-    moe, sample, partition = converted("coactivation", Plan(0, 1, 4, 12), tokens=2_000)
+    moe, sample, _ = converted("coactivation", Plan(0, 1, 4, 12), tokens=2_000)
     own, _ = moe.gate(sample.input_TD, moe.experts)
     best = moe.experts.output_norms(sample.input_TD).argmax(1)
     assert (own.squeeze(1) == best).float().mean() > 0.4

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import small_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
+from conftest import small_model
 from moesaic import InputError
 from moesaic.models.checkpoint import INDEX, Checkpoint
 from moesaic.models.stream import LayerStream

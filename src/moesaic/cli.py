@@ -269,13 +269,17 @@ def _progress(title: str, unit: str) -> Iterator[Callable[..., None]]:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit + "s"),
         TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left  {task.fields[note]}"),
     )  # fmt: skip
-    with Progress(*columns, console=people, speed_estimate_period=120) as bar:
-        task = bar.add_task(title, total=None, note="")
+    bar = Progress(*columns, console=people, speed_estimate_period=120)
+    task = bar.add_task(title, total=None, note="")
 
-        def tick(done: int, count: int, note: str = "") -> None:
-            bar.update(task, completed=done, total=count, note=note)
+    def tick(done: int, count: int, note: str = "") -> None:
+        bar.start()  # not before there is progress: bad input gets its one line alone
+        bar.update(task, completed=done, total=count, note=note)
 
+    try:
         yield tick
+    finally:
+        bar.stop()
 
 
 def _emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:

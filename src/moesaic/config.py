@@ -128,8 +128,9 @@ def specialists_plan(active: float, memory_factor: float, intermediate_size: int
     if not 0 < active <= 1:
         raise InputError(f"--active is {active}; it is a share of the FFN, above 0 and at most 1, e.g. 0.5")
     wish = active * intermediate_size
-    widths = [max(1, round(wish / step)) * step for step in (256, 32, 8, 1)]
-    width = next(w for w in widths if abs(w - wish) <= 0.01 * intermediate_size and w <= intermediate_size)
+    # rounded down, so that rounding never costs a specialist
+    widths = [int(wish / step + 1e-9) * step for step in (256, 32, 8)]
+    width = next((w for w in widths if w and wish - w <= 0.01 * intermediate_size), max(1, int(wish)))
     count = int(memory_factor * intermediate_size / width + 1e-6)
     if count < 2:
         raise InputError(
@@ -163,7 +164,7 @@ class ConvertConfig(BaseModel):
     """Calibration tokens."""
     window: int = Field(256, gt=1)
     """Tokens in one calibration sequence."""
-    held_out_tokens: int = Field(8_192, gt=0)
+    held_out_tokens: int = Field(4_096, gt=0)
     """Tokens of bundled held-out text for the perplexity that is compared with the dense model's."""
     format: Literal["auto", "moesaic"] = "auto"
     device: str = "auto"

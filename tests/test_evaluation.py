@@ -1,0 +1,181 @@
+import json
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, log_softmax
+
+import moesaic
+from moesaic import InputError
+from moesaic.evaluation.benchmark import active_weights, benchmark, ffn_of
+from moesaic.evaluation.inspect import prompt_tokens
+from moesaic.evaluation.perplexity import PROTOCOLS, perplexity
+from moesaic.evaluation.tasks import evaluate_tasks, read_tasks, score_pairs
+from moesaic.models.families import decoder_layers
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return moesaic.load("tiny", dtype=torch.float32)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n = Title = \n \n The first sentence of the text .\n" * 40)
+    return path
+
+
+@torch.no_grad()
+def test_gptq_protocol_is_the_published_one(tiny, text):
+    model, tokenizer = tiny
+    rows = text.read_text().split("\n")[:-1]
+    joined = "\n\n".join(row + "\n" if row.strip() else "" for row in rows)
+    ids = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
+    windows = [[0, *ids[i : i + 63]] for i in range(0, len(ids) // 63 * 63, 63)]
+    losses = [model(torch.tensor([w]), labels=torch.tensor([w])).loss.item() for w in windows]
+    result = perplexity(model, tokenizer, text=text, window=64)
+    assert result["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert result["tokens"] == 64 * len(windows)
+    assert result["protocol"] == "gptq"
+
+
+@torch.no_grad()
+def test_the_other_protocols(tiny, text):
+    model, tokenizer = tiny
+    ids = tokenizer(text.read_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    second_half, everything = [], 0.0
+    for i in range(0, len(ids), 63):
+        window = torch.tensor([[0, *ids[i : i + 63]]])
+        losses = cross_entropy(model(window).logits[0, :-1], window[0, 1:], reduction="none")
+        everything += losses.sum().item()
+        if window.shape[1] == 64:
+            second_half += losses[32:].tolist()
+    result = perplexity(model, tokenizer, text=text, window=64, protocol="llama.cpp")
+    assert result["perplexity"] == pytest.approx(math.exp(sum(second_half) / len(second_half)), rel=1e-4)
+    words = len(text.read_text().split())
+    result = perplexity(model, tokenizer, text=text, window=64, protocol="lm-eval")
+    assert result["perplexity"] == pytest.approx(math.exp(everything / words), rel=1e-3)
+
+
+def test_the_default_is_bundled_text_within_a_limit(tiny):
+    result = perplexity(*tiny, window=64, max_tokens=640)
+    assert result["tokens"] == 640
+    assert 20 < result["perplexity"] < 80
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"protocol": "mine"}, f"choose from: {', '.join(PROTOCOLS)}"),
+        ({"window": 4096}, "2 to 2048"),
+        ({"window": 64, "max_tokens": 10}, "less than one window"),
+        ({"protocol": "llama.cpp"}, "give one with --text"),
+    ],
+)
+def test_bad_requests(tiny, options, says):
+    with pytest.raises(InputError, match=says):
+        perplexity(*tiny, **options)
+
+
+@torch.no_grad()
+def test_choices_are_scored_by_their_likelihood(tiny):
+    model, tokenizer = tiny
+    pairs = (("The house is", " a very old building"), ("The house", " is"))
+    for (context, continuation), (score, greedy) in zip(pairs, score_pairs(model, tokenizer, pairs), strict=True):
+        whole = tokenizer(context + continuation)["input_ids"]
+        start = len(tokenizer(context)["input_ids"])
+        logits = model(torch.tensor([whole])).logits[0]
+        naive = sum(log_softmax(logits[i - 1], -1)[whole[i]].item() for i in range(start, len(whole)))
+        assert score == pytest.approx(naive, abs=1e-3)
+        assert greedy == all(logits[i - 1].argmax() == whole[i] for i in range(start, len(whole)))
+
+
+def test_task_files_of_all_forms(tiny, tmp_path):
+    model, tokenizer = tiny
+    rows = [
+        {"task": "a", "id": 1, "ctx": "Once upon a", "choices": ["time", "zq zq zq"], "gold": 0},
+        {"task": "a", "id": 2, "ctx": "Once upon a", "choices": ["time", "zq zq zq"], "gold": 1},
+        {"task": "w", "ctxs": ["The cat", "zq zq zq"], "cont": "is in the house.", "gold": 0},
+        {"task": "l", "ctx": "Once upon a", "cont": "zq"},
+    ]
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    result = evaluate_tasks(model, tokenizer, read_tasks(path))
+    assert result["a"] == {"acc": 0.5, "acc_norm": 0.5, "stderr": 0.5, "n": 2}
+    assert result["l"]["acc"] == 0
+    assert result["mean"]["n"] == 4
+    for bad, says in [("{}", ":1 is not a task item"), ("", "holds no items")]:
+        path.write_text(bad)
+        with pytest.raises(InputError, match=says):
+            read_tasks(path)
+    path.write_text(json.dumps({**rows[0], "gold": 7}))
+    with pytest.raises(InputError, match="gold is not the number"):
+        read_tasks(path)
+
+
+def test_the_harness_says_how_to_get_it(tiny, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(InputError, match=r"pip install 'moesaic\[eval\]'"):
+        moesaic.evaluate(*tiny, harness="arc_easy", max_tokens=64, window=64)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tiny") / "out"
+    config = moesaic.ConvertConfig(plan="S1A2E8", tokens=2_048, held_out_tokens=1_024)
+    metrics = moesaic.convert("tiny", out, config)
+    return out, metrics
+
+
+def test_benchmark_compares_and_counts(tiny, converted):
+    dense, tokenizer = tiny
+    model, _ = moesaic.load(converted[0], dtype=torch.float32)
+    result = benchmark(model, dense, prompt_tokens(tokenizer, 32), new=4, batches=(1, 3), rounds=2)
+    assert result["decode"].keys() == {"1", "3"}
+    assert result["prefill"].keys() == {"32"}
+    for group in (result["decode"], result["prefill"], result["block"]):
+        for value in group.values():
+            assert value["speedup"] == pytest.approx(value["tokens_per_s"] / value["dense_tokens_per_s"])
+            assert value["share_of_limit"] == pytest.approx(value["speedup"] / value["limit"])
+            assert value["limit"] > 1
+
+
+def test_weights_read_a_step_are_counted(tiny, converted):
+    """Bytes, not seconds: 3/8 of the FFN at batch 1, all of it for ever more sequences."""
+    dense, _ = tiny
+    model, _ = moesaic.load(converted[0], dtype=torch.float32)
+    ffn = sum(p.numel() for layer in decoder_layers(dense) for p in ffn_of(layer).parameters())
+    gates = sum(p.numel() for n, p in model.named_parameters() if ".gate." in n)
+    assert active_weights(dense, 1) == sum(p.numel() for p in dense.parameters())  # tied: the head is read whole
+    assert active_weights(model, 1) == pytest.approx(active_weights(dense, 1) - ffn * 5 / 8 + gates)
+    assert active_weights(model, 10_000) == pytest.approx(active_weights(dense, 1) + gates)
+
+
+def test_inspect_tells_what_was_saved(converted, tmp_path):
+    facts = moesaic.inspect(converted[0])
+    assert facts["plan"] == "S1A2E8"
+    assert facts["moe"]["num_experts"] == 7
+    assert facts["config"]["seed"] == 0
+    assert facts["model"] == "tiny"
+    with pytest.raises(InputError, match=r"holds no moesaic\.yaml"):
+        moesaic.inspect(tmp_path)
+
+
+def test_better_methods_are_better_on_a_real_model(tmp_path):
+    """The order that the tool rests on: dense < recovered routed < recovered static < FLAP; CMoE needs recovery."""
+    ratio = {}
+    for name, recovery in [
+        ("coactivation", "closed-form"),
+        ("static", "closed-form"),
+        ("static", "none"),
+        ("cmoe", "none"),
+    ]:
+        config = moesaic.ConvertConfig(active=0.25, partition=name, recovery=recovery)
+        metrics = moesaic.convert("tiny", tmp_path / f"{name}-{recovery}", config)
+        ratio[name, recovery] = metrics["perplexity"] / metrics["perplexity_dense"]
+    best = ratio["coactivation", "closed-form"]
+    assert 1 < best < ratio["static", "closed-form"] < ratio["static", "none"]
+    assert best < ratio["cmoe", "none"]
