@@ -42,7 +42,13 @@ class LayerSample:
         """At most `tokens` of the tokens, drawn without replacement."""
         if tokens >= self.tokens:
             return self
-        pick = torch.randperm(self.tokens, generator=generator)[:tokens].sort().values
+        return self._take(torch.randperm(self.tokens, generator=generator)[:tokens].sort().values)
+
+    def every(self, step: int) -> LayerSample:
+        """Every `step`-th token."""
+        return self if step == 1 else self._take(slice(None, None, step))
+
+    def _take(self, pick: Tensor | slice) -> LayerSample:
         return replace(self, input_TD=self.input_TD[pick], output_TD=self.output_TD[pick], weight_T=self.weight_T[pick])
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
