@@ -88,6 +88,18 @@ def convert(
     return metrics
 
 
+class Laps:
+    """Seconds between calls, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.monotonic()
+
+    def __call__(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name], self.last = round(now - self.last, 3), now
+
+
 def embed(job: Job) -> dict[str, Tensor]:
     """Hidden states that enter the first layer: calibration, and held-out text on the dense and converted path."""
     held_out_NLD = job.stream.embed(job.held_out_NL)
@@ -99,18 +111,23 @@ def convert_layer(
     job: Job, index: int, states: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """Convert one decoder layer: its tensors, the hidden states after it, and a record of what happened."""
-    start = time.monotonic()
+    laps = Laps()
     generator = torch.Generator().manual_seed(job.config.seed * 1_000_003 + index)
     with job.stream.layer(index) as layer:
+        laps("load")
         dense_NLD = job.stream.run(index, layer, states["dense"])
         sample = calibrate(job.stream, index, layer, states["calibration"])
+        laps("calibrate")
         partition = job.partitioner.split(sample, job.plan, generator)
+        laps("partition")
         moe = build_moe(job, sample, partition)
+        laps("route")
         self_test(moe, sample, partition, index)
         few = sample.subsample(CHUNK_TOKENS, generator)
         split_error = relative_error(few, moe(few.input_TD))
+        laps("self_test")
         job.recovery.recover(moe, sample, partition)
-
+        laps("recover")
         tap = Tap(moe)
         with replaced_ffn(layer, tap):
             calibration_NLD = job.stream.run(index, layer, states["calibration"])
@@ -120,14 +137,17 @@ def convert_layer(
             prefix = f"{job.stream.prefix}{index}."
             tensors = {prefix + name: tensor.cpu() for name, tensor in layer.state_dict().items()}
     load_E = expert_load(moe, sample)
+    rates = few.activation_rates()
+    laps("run_converted")
     record = {
         "layer": index,
         "split_error": split_error,
         "error": error,
         "expert_tokens": load_E.tolist(),
         "unreached_experts": (load_E == 0).nonzero().flatten().tolist(),
-        "activation_rates": few.activation_rates(),
-        "seconds": time.monotonic() - start,
+        "activation_rates": rates,
+        "seconds": sum(laps.seconds.values()),
+        "stage_seconds": laps.seconds,
     }
     return tensors, {"calibration": calibration_NLD, "dense": dense_NLD, "converted": converted_NLD}, record
 
