@@ -16,6 +16,7 @@ MAY_USE = {
     "routing": BASE | {"models", "calibration", "partition"},
     "recovery": BASE | {"models", "calibration", "partition", "routing"},
     "export": BASE | {"models"},
+    "runtime": BASE | {"models"},
     "evaluation": BASE | {"models", "calibration"},
 }
 

@@ -62,12 +62,44 @@ def test_block_equals_masking_the_dense_activations(plan):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-def test_transformers_experts_equal_the_naive_loop(implementation, dtype):
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "moesaic"])
+def test_experts_implementations_equal_the_naive_loop(implementation, dtype):
     moe, sample, _ = filled(Plan(0, 2, 3, 16), dtype=dtype)
     naive = moe(sample.input_TD)
     moe.experts.config._experts_implementation = implementation
     torch.testing.assert_close(moe(sample.input_TD), naive)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 200])
+@pytest.mark.parametrize("choice", ["all to one", "none", "some none", "random"])
+def test_our_experts_equal_the_naive_loop_for_any_choice(tokens, choice):
+    moe, sample, _ = filled(Plan(0, 2, 4, 12))
+    x = sample.input_TD[:tokens]
+    g = torch.Generator().manual_seed(0)
+    index = {
+        "all to one": torch.tensor([[2, 2]]).expand(tokens, 2),
+        "none": torch.full((tokens, 2), 4),
+        "some none": torch.randint(0, 6, (tokens, 2), generator=g),
+        "random": torch.randint(0, 4, (tokens, 2), generator=g),
+    }[choice]
+    weights = torch.rand(tokens, 2, generator=g)
+    expected = moe.experts(x, index, weights)
+    moe.experts.config._experts_implementation = "moesaic"
+    torch.testing.assert_close(moe.experts(x, index, weights), expected)
+    torch.testing.assert_close(moe.experts(x.T.contiguous().T, index, weights), expected)
+
+
+def test_gradients_flow_through_our_experts():
+    moe, sample, _ = filled(Plan(0, 2, 4, 12))
+    moe.requires_grad_(True)
+    grads = []
+    for implementation in ("eager", "moesaic"):
+        moe.experts.config._experts_implementation = implementation
+        moe.zero_grad()
+        moe(sample.input_TD).square().sum().backward()
+        grads.append([p.grad.clone() for p in moe.experts.parameters()])
+    for ours, naive in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-4)
 
 
 def test_indices_beyond_the_experts_stand_for_none():
@@ -101,11 +133,12 @@ def test_representative_gate_is_cmoes():
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "moesaic"])
 def test_the_block_compiles_without_graph_breaks(gate, implementation):
     moe, sample, _ = filled(Plan(1, 2, 4, 12), gate)
     if gate == "oracle":
         moe.gate.e_score_correction_bias.zero_()
     moe.experts.config._experts_implementation = implementation
+    torch._dynamo.reset()
     compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(sample.input_TD), moe(sample.input_TD))

@@ -15,9 +15,11 @@ from .evaluation.evaluate import evaluate
 from .evaluation.generate import complete
 from .evaluation.inspect import inspect
 from .models.loading import load
-from .models.working import register as _register
+from .models.working import register as _register_models
+from .runtime.experts import register as _register_experts
 
-_register()
+_register_experts()
+_register_models()
 
 __all__ = [
     "ConvertConfig",

@@ -20,7 +20,7 @@ from .errors import InputError
 from .models.checkpoint import Checkpoint
 from .models.sources import resolve
 from .models.stream import LayerStream
-from .models.working import default_experts, working_config
+from .models.working import DEFAULT_EXPERTS, working_config
 from .partition import Partitioner
 from .recovery import Recovery
 from .routing import RouterBuilder
@@ -79,7 +79,7 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
     plan = choose_plan(config, partitioner, stream.config.intermediate_size)
     working = working_config(stream.config, plan, router.gate, shared_expert_bias=partitioner.static)
     working.dtype = stream.dtype
-    working._experts_implementation = default_experts(working)
+    working._experts_implementation = DEFAULT_EXPERTS
     tokenizer = AutoTokenizer.from_pretrained(source)
     documents = read_documents(config.calibration)
     window = min(config.window, stream.config.max_position_embeddings)

@@ -75,7 +75,7 @@ def _jsonl(path: Path) -> list[str]:
 
 def _dataset(name: str) -> list[str]:
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyrefly: ignore[missing-import]
     except ImportError:
         raise InputError(
             f"no text file '{name}'; to read it as a dataset from the hub, install moesaic[datasets]"

@@ -20,7 +20,8 @@ from .families import activation, decoder_layers, ffn_name
 from .moe import Experts, MoE, SharedExperts
 
 MODEL_TYPE = "moesaic"
-GROUPED_MM_MULTIPLE = 8
+DEFAULT_EXPERTS = "moesaic"
+"""The experts implementation of `runtime/experts.py`."""
 
 
 class MoesaicConfig(PreTrainedConfig):
@@ -65,7 +66,7 @@ def model_class(dense: type[PreTrainedConfig], config: type[PreTrainedConfig]) -
     base: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[dense]  # pyrefly: ignore[missing-attribute]
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
-        requested = config._experts_implementation or default_experts(config)
+        requested = config._experts_implementation or DEFAULT_EXPERTS
         # the family's inner model class would refuse to choose: it has no experts of its own
         config._experts_implementation = "eager"
         base.__init__(self, config, *args, **kwargs)
@@ -91,12 +92,6 @@ def model_class(dense: type[PreTrainedConfig], config: type[PreTrainedConfig]) -
     cls = type(f"Moesaic{base.__name__}", (base,), namespace)
     setattr(sys.modules[__name__], cls.__name__, cls)
     return cls
-
-
-def default_experts(config: Any) -> str:
-    """The fastest experts implementation that takes this width: `grouped_mm` wants rows of 16 bytes."""
-    aligned = config.moe_intermediate_size % GROUPED_MM_MULTIPLE == config.hidden_size % GROUPED_MM_MULTIPLE == 0
-    return "grouped_mm" if aligned else "eager"
 
 
 def working_config(dense: PreTrainedConfig, plan: Plan, router: str, shared_expert_bias: bool = False) -> Any:

@@ -1,0 +1,77 @@
+"""Experts implementation `moesaic` for transformers' experts interface; it serves stock MoE checkpoints too.
+
+On CPUs torch's grouped product reaches little of the machine's speed, while one plain product per expert that has
+tokens reads only the chosen experts' weights and copies none. On GPUs, and under `torch.compile` (no data-dependent
+loop), transformers' own implementations run.
+
+Shapes: T tokens, D hidden size, E experts, K active experts, P = T K pairs of token and expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers.integrations.moe import (
+    ExpertsInterface,
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+)
+
+NAME = "moesaic"
+GROUPED_MM_ALIGNMENT_BYTES = 16
+FEW_PAIRS = 64
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """`y_t = sum_k weight_tk * expert_{index_tk}(x_t)`, [T, D]; equals the naive loop of `models.moe.Experts.forward`.
+
+    Indices from E on stand for no expert and cost nothing on CPUs.
+    """
+    if hidden_states.is_cuda or torch.compiler.is_compiling():
+        return _by_transformers(self, hidden_states, top_k_index, top_k_weights)
+    if len(hidden_states) == 1:
+        return _one_token(self, hidden_states, top_k_index, top_k_weights)
+    return _by_expert(self, hidden_states, top_k_index, top_k_weights)
+
+
+def _by_transformers(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    rows = (self.gate_up_proj.shape[-1], self.down_proj.shape[-1])
+    aligned = all(size * hidden_states.element_size() % GROUPED_MM_ALIGNMENT_BYTES == 0 for size in rows)
+    if not aligned or (hidden_states.is_cuda and top_k_index.numel() <= FEW_PAIRS):
+        return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+def _expert(self: Any, x: Tensor, expert: int) -> Tensor:
+    return linear(self._apply_gate(linear(x, self.gate_up_proj[expert])), self.down_proj[expert])
+
+
+def _one_token(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Decoding: the chosen experts one after the other, nothing sorted."""
+    output_1D = torch.zeros_like(hidden_states)
+    for slot, expert in enumerate(top_k_index[0].tolist()):
+        if expert < self.num_experts:
+            output_1D += _expert(self, hidden_states, expert) * top_k_weights[:, slot, None]
+    return output_1D
+
+
+def _by_expert(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Pairs sorted by expert, one product per expert that has any, summed over each token's slots."""
+    tokens, slots = top_k_index.shape
+    expert_P, order_P = top_k_index.flatten().sort(stable=True)
+    counts = torch.bincount(expert_P, minlength=self.num_experts)[: self.num_experts].tolist()
+    sorted_PD = hidden_states[order_P // slots]
+    output_PD = torch.zeros(tokens * slots, hidden_states.shape[1], dtype=hidden_states.dtype)
+    parts = sorted_PD[: sum(counts)].split(counts)
+    done = [_expert(self, x_CD, e) for e, x_CD in enumerate(parts) if len(x_CD)]
+    if done:
+        output_PD[order_P[: sum(counts)]] = torch.cat(done)
+    return (output_PD.view(tokens, slots, -1) * top_k_weights[..., None]).sum(1)
+
+
+def register() -> None:
+    """Make the implementation known to transformers by its name."""
+    ExpertsInterface.register(NAME, experts_forward)
