@@ -11,7 +11,7 @@ from rich.table import Table
 def _grid(title: str, *columns: str) -> Table:
     grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for number, column in enumerate(columns):
-        grid.add_column(column, justify="right" if number else "left")
+        grid.add_column(column, justify="right" if number else "left", no_wrap=True)
     return grid
 
 
@@ -57,18 +57,22 @@ def show_evaluation(console: Console, r: dict[str, Any]) -> None:
         console.print(grid)
 
 
+def _short(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 10_000 else f"{number:.0f}" if number >= 100 else f"{number:.1f}"
+
+
 def show_benchmark(console: Console, r: dict[str, Any]) -> None:
     """Speeds as ratios to dense and to the limit."""
     grid = _grid(
         f"Speed on {r['machine']}, {r['threads']} threads, {r['dtype']}",
-        "", "converted tok/s", "dense tok/s", "speed-up", "limit", "reached",
+        "", "MoE tok/s (range)", "dense", "speed-up", "limit", "reached",
     )  # fmt: skip
-    labels = {"decode": "decode, batch {}", "prefill": "prefill, {} tokens", "block": "FFN block, {} tokens"}
+    labels = {"decode": "decode, batch {}", "prefill": "prefill, {}", "block": "FFN block, {} tok"}
     for kind, label in labels.items():
         for size, v in r[kind].items():
-            low, high = v["tokens_per_s_range"]
+            low, high = map(_short, v["tokens_per_s_range"])
             grid.add_row(
-                label.format(size), f"{v['tokens_per_s']:.1f} ({low:.1f}-{high:.1f})", f"{v['dense_tokens_per_s']:.1f}",
+                label.format(size), f"{_short(v['tokens_per_s'])} ({low}-{high})", _short(v["dense_tokens_per_s"]),
                 f"{v['speedup']:.2f}x", f"{v['limit']:.2f}x", f"{v['share_of_limit']:.0%}",
             )  # fmt: skip
     console.print(grid)

@@ -58,7 +58,7 @@ def benchmark(
             limit, work = active_weights(dense, size) / active_weights(model, size), size * new
         elif kind == "prefill":
             pair = [_prefill_timer(m, tokens_L) for m in (model, dense)]
-            limit, work = active_weights(dense, 1) / active_weights(model, 1), size
+            limit, work = _body_weights(dense) / _body_weights(model), size
         else:
             blocks, x_TD = middle_blocks(model, dense, tokens_L, size)
             pair = [_block_timer(block, x_TD) for block in blocks]
@@ -172,6 +172,12 @@ def active_block_weights(block: nn.Module, batch: int) -> float:
         return total
     idle = (1 - block.gate.num_experts_per_tok / routed.num_experts) ** batch
     return total - idle * sum(p.numel() for p in routed.parameters())
+
+
+def _body_weights(model: PreTrainedModel) -> float:
+    """Weights that one prompt token multiplies with; the head runs on the last token only."""
+    head: Any = model.get_output_embeddings()
+    return active_weights(model, 1) - head.weight.numel()
 
 
 def active_weights(model: PreTrainedModel, batch: int) -> float:
