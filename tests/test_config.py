@@ -24,7 +24,8 @@ def test_plan_reads_and_writes():
         ("S3A3E5", None, "runs 6 of 5"),
         ("S0A0E8", None, "runs 0 of 8"),
         ("S3A3E7", None, "nearest count that does is 8"),
-        ("S3A3E8", 100, "drop --expert-width or write E48"),
+        ("S3A3E8", 100, "drop --expert-width"),
+        ("S3A3E8", 256, "write E19"),
     ],
 )
 def test_bad_plans_say_the_way_out(text, width, says):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import random_sample
-from moesaic import Plan, registry
+from moesaic import Plan, cli, registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,9 +27,9 @@ def test_readme_python_runs(tmp_path, monkeypatch):
 
 
 def test_readme_commands_exist():
-    for line in re.findall(r"^moesaic (\w+)", README, re.MULTILINE):
-        done = subprocess.run([sys.executable, "-m", "moesaic.cli", line, "--help"], capture_output=True, check=False)
-        assert done.returncode == 0, line
+    named = set(re.findall(r"^moesaic (\w+)", README, re.MULTILINE))
+    assert named
+    assert named <= {command.callback.__name__ for command in cli.app.registered_commands}
 
 
 def test_readme_lists_every_method_and_no_other():

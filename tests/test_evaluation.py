@@ -40,22 +40,31 @@ def test_gptq_protocol_is_the_published_one(tiny, text):
     assert result["protocol"] == "gptq"
 
 
-@torch.no_grad()
-def test_the_other_protocols(tiny, text):
+def naive_losses(model, window):
+    with torch.no_grad():
+        logits = model(torch.tensor([window])).logits[0, :-1]
+    return cross_entropy(logits, torch.tensor(window[1:]), reduction="none")
+
+
+def test_llama_cpp_scores_second_halves_with_bos_in_the_first_place(tiny, text):
     model, tokenizer = tiny
-    ids = tokenizer(text.read_text(), add_special_tokens=False, verbose=False)["input_ids"]
-    second_half, everything = [], 0.0
-    for i in range(0, len(ids), 63):
-        window = torch.tensor([[0, *ids[i : i + 63]]])
-        losses = cross_entropy(model(window).logits[0, :-1], window[0, 1:], reduction="none")
-        everything += losses.sum().item()
-        if window.shape[1] == 64:
-            second_half += losses[32:].tolist()
+    ids = tokenizer(text.read_text(), verbose=False)["input_ids"]  # opens with BOS
+    losses = []
+    for i in range(0, len(ids) // 64 * 64, 64):
+        window = [0, *ids[i + 1 : i + 64]]
+        losses += naive_losses(model, window)[32:].tolist()
     result = perplexity(model, tokenizer, text=text, window=64, protocol="llama.cpp")
-    assert result["perplexity"] == pytest.approx(math.exp(sum(second_half) / len(second_half)), rel=1e-4)
+    assert result["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+
+
+def test_lm_eval_scores_every_token_once_given_the_one_before(tiny, text):
+    model, tokenizer = tiny
+    ids = tokenizer(text.read_text(), verbose=False)["input_ids"]
+    losses = [naive_losses(model, ids[i : i + 65]) for i in range(0, len(ids) - 1, 64)]
+    assert sum(map(len, losses)) == len(ids) - 1
     words = len(text.read_text().split())
     result = perplexity(model, tokenizer, text=text, window=64, protocol="lm-eval")
-    assert result["perplexity"] == pytest.approx(math.exp(everything / words), rel=1e-3)
+    assert result["perplexity"] == pytest.approx(math.exp(torch.cat(losses).sum().item() / words), rel=1e-3)
 
 
 def test_the_default_is_bundled_text_within_a_limit(tiny):
@@ -133,9 +142,12 @@ def converted(tmp_path_factory):
 def test_benchmark_compares_and_counts(tiny, converted):
     dense, tokenizer = tiny
     model, _ = moesaic.load(converted[0], dtype=torch.float32)
-    result = benchmark(model, dense, prompt_tokens(tokenizer, 32), new=4, batches=(1, 3), rounds=2)
+    result = benchmark(model, dense, prompt_tokens(tokenizer, 32, 3), new=4, batches=(1, 3), rounds=2)
     assert result["decode"].keys() == {"1", "3"}
     assert result["prefill"].keys() == {"32"}
+    assert result["block"].keys() == {"1", "32"}
+    with pytest.raises(InputError, match="different dtypes"):
+        benchmark(model, moesaic.load("tiny")[0], prompt_tokens(tokenizer, 32))
     for group in (result["decode"], result["prefill"], result["block"]):
         for value in group.values():
             assert value["speedup"] == pytest.approx(value["tokens_per_s"] / value["dense_tokens_per_s"])

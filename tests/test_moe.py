@@ -24,7 +24,7 @@ def test_all_on_equals_dense_for_every_family(folders, family, name):
         sample = calibrate(job.stream, 1, layer, hidden)
         partition = job.partitioner.split(sample, job.plan, torch.Generator().manual_seed(0))
     moe = block_for(sample, job.plan, job.router.gate)
-    moe.fill(sample.ffn, partition.shared, partition.experts, job.router.build(sample, partition))
+    moe.fill(sample.ffn, partition.shared, partition.experts, job.router.build(sample, partition, job.plan.active))
     torch.testing.assert_close(moe.all_on(sample.input_TD), sample.output_TD, rtol=1e-4, atol=1e-5)
 
 

@@ -13,6 +13,9 @@ def test_options_are_read_and_checked():
     assert registry.build("partition", "cmoe:top_k=7,iterations=2").top_k == 7
     with pytest.raises(InputError, match="Did you mean 'top_k'"):
         registry.build("partition", "cmoe:topk=7")
+    for bad in ("top_k=0", "top_k=1.5"):
+        with pytest.raises(InputError, match="option top_k of partition 'cmoe' is"):
+            registry.build("partition", f"cmoe:{bad}")
     with pytest.raises(InputError, match="expected a number"):
         registry.build("partition", "cmoe:top_k=many")
 

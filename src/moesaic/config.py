@@ -64,10 +64,11 @@ def parse_plan(text: str, intermediate_size: int, expert_width: int | None = Non
     if not 0 < shared + active <= groups:
         raise InputError(f"plan '{text}' runs {shared + active} of {groups} groups; 1 to {groups} can run")
     if expert_width is not None and groups * expert_width != intermediate_size:
-        ways = f"drop --expert-width or write E{intermediate_size // expert_width}" if expert_width else "drop it"
+        fits = intermediate_size % expert_width == 0
+        way = f"write E{intermediate_size // expert_width}" if fits else "drop --expert-width"
         raise InputError(
             f"{groups} groups of --expert-width {expert_width} are {groups * expert_width} neurons, the FFN has "
-            f"{intermediate_size}; {ways}"
+            f"{intermediate_size}; {way}"
         )
     if intermediate_size % groups:
         divisors = [e for e in range(1, intermediate_size + 1) if intermediate_size % e == 0]

@@ -34,7 +34,7 @@ def demo(
     converted, tokenizer = load(output)
     dense, _ = load(model)
     speed = benchmark(
-        converted, dense, prompt_tokens(tokenizer, 256), rounds=3,
+        converted, dense, prompt_tokens(tokenizer, 512), rounds=3,
         progress=lambda done, count: report(done, count, "measuring speed"),
     )  # fmt: skip
     completions = {

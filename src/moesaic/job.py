@@ -11,16 +11,17 @@ import torch
 import yaml
 from pydantic import ValidationError
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from . import registry
 from .calibration.text import bundled, read_documents, text_hash, token_windows
 from .config import ConvertConfig, Plan, disjoint_plan, parse_plan, specialists_plan
 from .errors import InputError
 from .models.checkpoint import Checkpoint
+from .models.loading import load_tokenizer
 from .models.sources import resolve
 from .models.stream import LayerStream
 from .models.working import DEFAULT_EXPERTS, working_config
+from .models.writer import check_space, partial_folder
 from .partition import Partitioner
 from .recovery import Recovery
 from .routing import RouterBuilder
@@ -51,8 +52,15 @@ class Job:
         weights = self.stream.checkpoint.size() * max(
             1.0, self.plan.memory_factor(self.stream.config.intermediate_size)
         )
+        weights *= self.stream.dtype.itemsize / self.stream.checkpoint.dtype().itemsize
         tokens = self.tokens_NL.numel() + 2 * self.held_out_NL.numel()
         return round(1.1 * weights) + 2 * tokens * self.stream.config.hidden_size * self.stream.dtype.itemsize
+
+    def check_space(self, output: Path) -> None:
+        """Raises InputError unless OUT's disk has room for what is not yet in `OUT.partial`."""
+        partial = partial_folder(output)
+        done = sum(path.stat().st_size for path in partial.iterdir()) if partial.is_dir() else 0
+        check_space(output, max(0, self.bytes_needed() - done))
 
 
 def prepare(model: str | Path, config: ConvertConfig) -> Job:
@@ -69,6 +77,8 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
     config = config.model_copy(update={"partition": partition, "router": router_name})
     router = registry.build("router", router_name)
     recovery = registry.build("recovery", config.recovery)
+    if router.gate == "oracle" and config.recovery != "none":
+        raise InputError("router 'oracle' ranks by norms that recovery changes; use it with --recovery none")
     if router.token_clusters and not partitioner.overlapping:
         raise InputError(
             f"router '{router_name}' needs clusters of tokens (specialists); with '{partition}' use 'linear'"
@@ -80,7 +90,7 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
     working = working_config(stream.config, plan, router.gate, shared_expert_bias=partitioner.static)
     working.dtype = stream.dtype
     working._experts_implementation = DEFAULT_EXPERTS
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     documents = read_documents(config.calibration)
     window = min(config.window, stream.config.max_position_embeddings)
     tokens_NL = token_windows(documents, tokenizer, config.tokens, window)
@@ -91,7 +101,8 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
         "configuration": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
         "plan": f"{plan} of {plan.width}",
     }
-    name = Path(model).name if Path(model).exists() else str(model)
+    # a folder is known by its name only, with a stroke to tell it from a built-in model's
+    name = f"{source.name}/" if Path(model).is_dir() else str(model)
     return Job(
         name, source, config, plan, partitioner, router, recovery, stream, working, tokenizer, tokens_NL, held_out_NL,
         fingerprint,
@@ -191,8 +202,16 @@ def choose_plan(config: ConvertConfig, partitioner: Partitioner, intermediate_si
         raise InputError(
             f"--memory-factor {config.memory_factor} needs experts that overlap; use --partition specialists"
         )
+    if config.memory_factor != 1 and config.plan is not None:
+        raise InputError("--plan fixes how many experts there are, so --memory-factor has no say; give one of them")
+    if partitioner.overlapping and config.expert_width is not None:
+        raise InputError("a specialist's width follows from --active; drop --expert-width")
     if config.plan is not None:
         plan = parse_plan(config.plan, intermediate_size, config.expert_width)
+        if partitioner.overlapping and plan.active != 1:
+            raise InputError(
+                f"specialists run one at a time: plan '{plan}' must say A1, e.g. S{plan.shared}A1E{plan.groups}"
+            )
     else:
         assert config.active is not None
         if partitioner.overlapping:

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from .errors import InputError
 
 STAGES = {"partition": "moesaic.partition", "router": "moesaic.routing", "recovery": "moesaic.recovery"}
@@ -68,7 +70,13 @@ def build(stage: str, spec: str) -> Any:
             options[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             raise InputError(f"option {key} of {stage} '{name}' is '{text}', expected a number or True/False") from None
-    return cls(**options)
+    try:
+        return TypeAdapter(cls).validate_python(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"option {first['loc'][-1]} of {stage} '{name}' is {first['input']!r}: {first['msg']}"
+        ) from error
 
 
 def spec(instance: Any) -> str:

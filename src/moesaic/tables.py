@@ -1,10 +1,13 @@
-"""Results as tables for people."""
+"""Progress and results for people."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 
@@ -118,3 +121,23 @@ def show_demo(console: Console, d: dict[str, Any]) -> None:
         console.print(f"[bold]{name}:[/]")
         console.print(d["prompt"] + d["completions"][name], markup=False, highlight=False)
     console.print(f"The model, metrics.json and plots are in {d['output']}/", style="bold")
+
+
+@contextmanager
+def progress(console: Console, title: str, unit: str) -> Iterator[Callable[..., None]]:
+    """A bar on standard error; yields `tick(done, count, note)`."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit + "s"),
+        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left  {task.fields[note]}"),
+    )  # fmt: skip
+    bar = Progress(*columns, console=console, speed_estimate_period=120)
+    task = bar.add_task(title, total=None, note="")
+
+    def tick(done: int, count: int, note: str = "") -> None:
+        bar.start()  # not before there is progress: bad input gets its one line alone
+        bar.update(task, completed=done, total=count, note=note)
+
+    try:
+        yield tick
+    finally:
+        bar.stop()

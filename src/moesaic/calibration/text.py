@@ -49,7 +49,7 @@ def read_documents(sources: Sequence[str]) -> list[Document]:
 def _read(source: str) -> list[Document]:
     path = Path(source).expanduser()
     if path.is_file():
-        texts = _jsonl(path) if path.suffix in (".jsonl", ".json") else [path.read_text(encoding="utf-8")]
+        texts = _jsonl(path) if path.suffix in (".jsonl", ".json") else [read_text(path)]
     elif path.suffix or path.exists():
         raise InputError(f"no text file '{source}'")
     else:
@@ -62,13 +62,13 @@ def _read(source: str) -> list[Document]:
 
 def _jsonl(path: Path) -> list[str]:
     texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            texts.append(next(row[key] for key in TEXT_KEYS if key in row))
-        except (json.JSONDecodeError, StopIteration, TypeError):
+            texts.append(next(row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)))
+        except (json.JSONDecodeError, StopIteration, AttributeError):
             raise InputError(f"{path}:{number} is not a JSON object with a 'text' field") from None
     return texts
 
@@ -87,6 +87,18 @@ def _dataset(name: str) -> list[str]:
         raise InputError(f"dataset '{name}' has no column {' or '.join(TEXT_KEYS)}") from None
     except Exception as error:  # datasets raises many unrelated types for what cannot be had
         raise InputError(f"'{name}' is no text file, and no dataset could be had by that name: {error}") from error
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"'{path}' is not UTF-8 text ({error}); convert it") from error
 
 
 def text_hash(documents: Sequence[Document]) -> str:
@@ -122,7 +134,8 @@ def token_windows(documents: Sequence[Document], tokenizer: Any, tokens: int | N
     wanted = sys.maxsize if tokens is None else tokens // window
     cut = [_windows(texts, tokenizer, start, window - len(start), wanted) for texts in domains.values()]
     if tokens is None:
-        wanted = max(1, min(map(len, cut)) * len(cut))
+        cut = [windows for windows in cut if windows]
+        wanted = max(1, min(map(len, cut), default=0) * len(cut))
     share = _shares(list(map(len, cut)), wanted)
     if sum(share) < wanted:
         have = sum(map(len, cut)) * window

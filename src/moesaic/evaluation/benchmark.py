@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from ..errors import InputError
 from ..models.families import decoder_layers
 from ..models.moe import MoE
 from .machine import machine, peak_rss_bytes, versions
@@ -25,7 +26,7 @@ Timer = Callable[[], float]
 def benchmark(
     model: PreTrainedModel,
     dense: PreTrainedModel,
-    tokens_L: Tensor,
+    tokens_BL: Tensor,
     *,
     new: int = 32,
     batches: Sequence[int] = (1,),
@@ -41,20 +42,23 @@ def benchmark(
     Args:
         model: the converted model.
         dense: the model it came from, in the same dtype.
-        tokens_L: a prompt of real text; routing depends on it.
+        tokens_BL: prompts of real text, at least as many as the largest batch; routing depends on them.
         new: tokens decoded after the prompt.
         batches: sequences decoded at once.
         rounds: timed runs of each.
         progress: called with (finished, all) measurements.
     """
+    if model.dtype != dense.dtype:
+        raise InputError(f"the models have different dtypes, {model.dtype} and {dense.dtype}; choose one with --dtype")
+    tokens_L = tokens_BL[0]
     jobs: list[tuple[str, int]] = [("decode", b) for b in batches] + [("prefill", len(tokens_L))]
-    jobs += [("block", t) for t in BLOCK_TOKENS]
+    jobs += [("block", min(t, len(tokens_L))) for t in BLOCK_TOKENS]
     result: dict[str, Any] = {"decode": {}, "prefill": {}, "block": {}}
     for done, (kind, size) in enumerate(jobs):
         if progress:
             progress(done, len(jobs))
         if kind == "decode":
-            pair = [_decode_timer(m, tokens_L.expand(size, -1), new) for m in (model, dense)]
+            pair = [_decode_timer(m, tokens_BL[:size], new) for m in (model, dense)]
             limit, work = active_weights(dense, size) / active_weights(model, size), size * new
         elif kind == "prefill":
             pair = [_prefill_timer(m, tokens_L) for m in (model, dense)]

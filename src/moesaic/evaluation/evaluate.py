@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError
 from .machine import versions
-from .perplexity import perplexity
+from .perplexity import check_protocol, perplexity
 from .tasks import evaluate_tasks, read_tasks
 
 
@@ -44,6 +44,17 @@ def evaluate(
     if run_harness and harness:
         result["tasks"] |= run_harness(model, tokenizer, harness.split(","))
     return result | {"versions": versions()}
+
+
+def check_request(
+    text: Path | None, protocol: str, window: int, max_tokens: int | None, tasks: Path | None, harness: str | None
+) -> None:
+    """Raises InputError for what is wrong with a request whatever the model, before one is loaded."""
+    check_protocol(text, protocol, window, max_tokens)
+    if tasks:
+        read_tasks(tasks)
+    if harness:
+        _harness()
 
 
 def _harness() -> Callable[[PreTrainedModel, Any, list[str]], dict[str, Any]]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..errors import InputError
+
 
 @torch.inference_mode()
 def complete(
@@ -19,6 +21,8 @@ def complete(
     seed: int = 0,
 ) -> str:
     """A model's continuation of a prompt, greedy at temperature 0; with `chat` through the chat template."""
+    if chat and not tokenizer.chat_template:
+        raise InputError("this model has no chat template; drop --chat")
     if chat:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -42,11 +42,8 @@ def dense_origin(model: str) -> str:
         InputError: unknown, or a folder that only its maker knows.
     """
     origin = _saved(Path(model))["model"]
-    if "/" not in origin and Path(model).exists():
-        from ..models.builtin import NAMES
-
-        if origin not in NAMES:
-            raise InputError(f"'{model}' was converted from a local folder '{origin}'; name it with --against")
+    if origin.endswith(("/", ".gguf")):
+        raise InputError(f"'{model}' was converted from the local '{origin}'; name it with --against")
     return origin
 
 
@@ -57,14 +54,15 @@ def _saved(folder: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text())
 
 
-def prompt_tokens(tokenizer: Any, count: int) -> Tensor:
-    """The first `count` tokens of the bundled held-out text, int64 [count].
+def prompt_tokens(tokenizer: Any, length: int, batch: int = 1) -> Tensor:
+    """`batch` different prompts from the bundled held-out text, int64 [batch, length].
 
     Raises:
-        InputError: the text has fewer.
+        InputError: the text has fewer tokens.
     """
     text = "\n\n".join(document.text for document in bundled("heldout"))
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    if len(ids) < count:
-        raise InputError(f"--prompt {count} is more than the {len(ids)} tokens of the bundled text")
-    return torch.tensor(ids[:count])
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    if len(ids) < length + batch:
+        raise InputError(f"--prompt {length} is more than the {len(ids)} tokens of the bundled text")
+    first = torch.linspace(0, len(ids) - length, batch).long()
+    return ids[first[:, None] + torch.arange(length)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from ..calibration.text import bos, bundled, text_hash, token_windows
+from ..calibration.text import bos, bundled, read_text, text_hash, token_windows
 from ..errors import InputError
 
 PROTOCOLS = ("gptq", "llama.cpp", "lm-eval")
@@ -38,32 +38,26 @@ def perplexity(
     - `gptq`: rows joined as GPTQ and most papers do on WikiText-2, one token stream cut in windows; every token of a
       window but the first is scored.
     - `llama.cpp`: the raw file in windows; the second half of each window is scored (`llama-perplexity`).
-    - `lm-eval`: loss of all tokens over the number of words, rolling windows without overlap (word perplexity).
+    - `lm-eval`: loss of all tokens over the number of words (word perplexity); windows follow one another, each given
+      the token before it.
 
     Without `text` the bundled held-out text of six domains is used, in windows of packed documents.
 
     Raises:
         InputError: unknown protocol, missing file, a window beyond the model's, or text shorter than one window.
     """
-    if protocol not in PROTOCOLS:
-        raise InputError(f"unknown protocol '{protocol}'; choose from: {', '.join(PROTOCOLS)}")
+    check_protocol(text, protocol, window, max_tokens)
     longest = model.config.max_position_embeddings
     if not 2 <= window <= longest:
         raise InputError(f"--window {window} is not within 2 to {longest}, the model's longest")
-    if max_tokens is not None and max_tokens < window:
-        raise InputError(f"--max-tokens {max_tokens} is less than one window of {window}; lower --window")
     if text is None:
-        if protocol != "gptq":
-            raise InputError(f"protocol {protocol} reads a raw file; give one with --text")
         documents = bundled("heldout")
         tokens_NL = token_windows(documents, tokenizer, None, window)
         if max_tokens is not None:
             tokens_NL = tokens_NL[: max_tokens // window]
         data, words = text_hash(documents), 0
     else:
-        if not text.is_file():
-            raise InputError(f"no text file '{text}'")
-        raw = text.read_text(encoding="utf-8")
+        raw = read_text(text)
         tokens_NL, words = _cut(raw, tokenizer, protocol, window, max_tokens)
         data = hashlib.sha256(raw.encode()).hexdigest()
     first = window // 2 if protocol == "llama.cpp" else 0
@@ -74,7 +68,7 @@ def perplexity(
         if progress:
             progress(done + 1, len(tokens_NL))
     return {
-        "perplexity": math.exp(total / (words if protocol == "lm-eval" else count)),
+        "perplexity": math.exp(min(700.0, total / (words if protocol == "lm-eval" else count))),
         "tokens": sum(map(len, tokens_NL)),
         "protocol": protocol,
         "window": window,
@@ -83,35 +77,51 @@ def perplexity(
     }
 
 
+def check_protocol(text: Path | None, protocol: str, window: int, max_tokens: int | None) -> None:
+    """Raises InputError for an unknown protocol, a missing file, or a limit below one window."""
+    if protocol not in PROTOCOLS:
+        raise InputError(f"unknown protocol '{protocol}'; choose from: {', '.join(PROTOCOLS)}")
+    if max_tokens is not None and max_tokens < window:
+        raise InputError(f"--max-tokens {max_tokens} is less than one window of {window}; lower --window")
+    if text is None and protocol != "gptq":
+        raise InputError(f"protocol {protocol} reads a raw file; give one with --text")
+    if text is not None and not text.is_file():
+        raise InputError(f"no text file '{text}'")
+
+
 @torch.inference_mode()
 def window_losses(model: PreTrainedModel, tokens_L: Tensor) -> Tensor:
     """Next-token losses in nats of one window, float32 [L - 1]."""
     tokens_L = tokens_L.to(model.device)
-    logits_LV = model(input_ids=tokens_L[None], use_cache=False).logits[0, :-1]
+    logits_LV = model(input_ids=tokens_L[None, :-1], use_cache=False).logits[0]
     # in slices, so that the float32 copy of the logits stays small
     parts = zip(logits_LV.split(256), tokens_L[1:].split(256), strict=True)
     return torch.cat([cross_entropy(logits.float(), target, reduction="none") for logits, target in parts])
 
 
 def _cut(raw: str, tokenizer: Any, protocol: str, window: int, max_tokens: int | None) -> tuple[Sequence[Tensor], int]:
-    """(windows, words of the text that they hold)."""
+    """(windows, words of the text that they score)."""
     if protocol == "gptq":
         # the rows of the published data set keep their line end; its empty rows are empty strings
         rows = raw.split("\n")[: -1 if raw.endswith("\n") else None]
         raw = "\n\n".join(row + "\n" if row.strip() else "" for row in rows)
     start = bos(tokenizer)
     ids = tokenizer(raw, add_special_tokens=False, verbose=False)["input_ids"]
-    words = len(raw.split())
-    body = window - len(start)
-    count = len(ids) // body
-    if max_tokens is not None:
-        count = min(count, max_tokens // window)
-    if not count:
-        raise InputError(f"the text holds {len(ids)} tokens, less than one window of {window}; lower --window")
-    windows = [torch.tensor(start + ids[i * body : (i + 1) * body]) for i in range(count)]
     if protocol == "lm-eval":
-        if count < len(ids) // body:
-            words = len(tokenizer.decode(ids[: count * body]).split())
-        elif len(ids) % body > 1:
-            windows.append(torch.tensor(start + ids[count * body :]))
-    return windows, words
+        # each window is scored whole, given the token before it: a prefix, then the last one of the window before
+        ids = [*(start or [tokenizer.eos_token_id]), *ids]
+        cut = [ids[i : i + window + 1] for i in range(0, len(ids) - 1, window)]
+    elif protocol == "llama.cpp":
+        ids = [*start, *ids]
+        whole = range(0, len(ids) // window * window, window)
+        cut = [[*start, *ids[i + len(start) : i + window]] for i in whole]  # BOS takes the place of the first token
+    else:
+        body = window - len(start)
+        cut = [[*start, *ids[i : i + body]] for i in range(0, len(ids) // body * body, body)]
+    if not cut or len(cut[0]) < window:
+        raise InputError(f"the text holds {len(ids)} tokens, less than one window of {window}; lower --window")
+    words = len(raw.split())
+    if max_tokens is not None and max_tokens // window < len(cut):
+        cut = cut[: max_tokens // window]
+        words = len(tokenizer.decode([i for part in cut for i in part[1:]]).split())
+    return [torch.tensor(part) for part in cut], words

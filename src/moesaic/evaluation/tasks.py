@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from ..calibration.text import read_text
 from ..errors import InputError
 
 BATCH_TOKENS = 2_048
@@ -41,7 +42,7 @@ def read_tasks(path: Path) -> list[Item]:
     if not path.is_file():
         raise InputError(f"no task file '{path}'")
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -51,6 +52,8 @@ def read_tasks(path: Path) -> list[Item]:
             else:
                 pairs = [(row["ctx"], " " + choice) for choice in row.get("choices") or [row["cont"]]]
             gold = row.get("gold")
+            if gold is None and len(pairs) > 1:
+                raise ValueError("choices without gold")
             if gold is not None and not 0 <= gold < len(pairs):
                 raise ValueError("gold is not the number of a choice")
             items.append(Item(row["task"], tuple(pairs), gold))

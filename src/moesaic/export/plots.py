@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 
 INK, ACCENT, SOFT = "#1b1b1f", "#2a6f97", "#c9a227"
 
@@ -26,11 +24,11 @@ def write_plots(metrics: dict[str, Any], folder: Path) -> None:
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def _layer_error(layers: list[dict[str, Any]], plan: str, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 3.6))
+    figure = Figure(figsize=(7, 3.6))
+    axes = figure.subplots()
     x = range(len(layers))
     axes.plot(x, [r["split_error"] for r in layers], "o--", color=SOFT, label="after the split", markersize=4)
     axes.plot(x, [r["error"] for r in layers], "o-", color=ACCENT, label="after recovery", markersize=4)
@@ -42,8 +40,9 @@ def _layer_error(layers: list[dict[str, Any]], plan: str, path: Path) -> None:
 
 
 def _activation_rates(layers: list[dict[str, Any]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 3.6))
-    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(layers)))
+    figure = Figure(figsize=(7, 3.6))
+    axes = figure.subplots()
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     for record, color in zip(layers, colors, strict=True):
         axes.plot(range(101), record["activation_rates"][::-1], color=color, linewidth=1)
     axes.axhline(0.1, color=INK, linewidth=0.8, linestyle=":")
@@ -59,7 +58,8 @@ def _activation_rates(layers: list[dict[str, Any]], path: Path) -> None:
 def _expert_load(layers: list[dict[str, Any]], path: Path) -> None:
     load = np.array([record["expert_tokens"] for record in layers], dtype=float)
     share = load / load.sum(1, keepdims=True) * load.shape[1]
-    figure, axes = plt.subplots(figsize=(7, 1.6 + 0.14 * len(layers)))
+    figure = Figure(figsize=(7, 1.6 + 0.14 * len(layers)))
+    axes = figure.subplots()
     image = axes.imshow(share, aspect="auto", cmap="cividis", vmin=0, vmax=max(2.0, float(np.quantile(share, 0.98))))
     axes.set(xlabel="routed expert", ylabel="layer", title="Expert load (1 = an even share of the tokens)")
     figure.colorbar(image, ax=axes)
@@ -70,7 +70,8 @@ def write_speed(metrics: dict[str, Any], folder: Path) -> None:
     """Write `speed.png`: speed-up over dense and its limit, for each thing that `benchmark` measured."""
     names = {"decode": "decode\nbatch {}", "prefill": "prefill\n{} tokens", "block": "FFN block\n{} tokens"}
     rows = [(label.format(size), v) for kind, label in names.items() for size, v in metrics[kind].items()]
-    figure, axes = plt.subplots(figsize=(7, 3.6))
+    figure = Figure(figsize=(7, 3.6))
+    axes = figure.subplots()
     x = np.arange(len(rows))
     axes.bar(x, [v["speedup"] for _, v in rows], color=ACCENT, width=0.6, label="measured")
     axes.scatter(x, [v["limit"] for _, v in rows], color=SOFT, marker="_", s=900, linewidth=2.5, label="limit")

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from ..errors import WorkError
+from ..errors import InputError, WorkError
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def fetch_gguf(name: str, console: Console) -> Path:
     Pieces that were fetched before are kept, so a broken download goes on where it stopped.
 
     Raises:
-        WorkError: a piece cannot be fetched, or the file is not the pinned one.
+        InputError: the file is not the pinned one.
+        WorkError: a piece cannot be fetched.
     """
     builtin = BUILTINS[name]
     folder = cache_folder() / name
@@ -105,7 +106,7 @@ def fetch_gguf(name: str, console: Console) -> Path:
     if digest.hexdigest() != builtin.sha256:
         partial.unlink()
         shutil.rmtree(pieces)
-        raise WorkError(
+        raise InputError(
             f"the download of '{name}' is corrupt: sha256 {digest.hexdigest()}, expected {builtin.sha256}. It was "
             "removed; run the command again"
         )

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,27 +29,46 @@ class Checkpoint:
         self.folder = folder
         if not (folder / "config.json").is_file():
             raise InputError(f"'{folder}' holds no config.json; expected a folder saved by transformers")
-        self.config = json.loads((folder / "config.json").read_text())
+        self.config = self._json("config.json")
         if "quantization_config" in self.config:
             raise InputError(f"'{folder}' holds quantised weights; give the bf16, fp16 or fp32 checkpoint, or a .gguf")
         self.files = {name: folder / file for name, file in self._weight_map().items()}
 
     def _weight_map(self) -> dict[str, str]:
         if (self.folder / INDEX).is_file():
-            weight_map = json.loads((self.folder / INDEX).read_text())["weight_map"]
+            weight_map = self._json(INDEX).get("weight_map", {})
             missing = sorted({f for f in weight_map.values() if not (self.folder / f).is_file()})
             if missing:
                 raise InputError(
                     f"'{self.folder}' lacks {', '.join(missing)}, which its index names; download it again"
                 )
-            for file in sorted(set(weight_map.values())):
-                self._names(self.folder / file)
+            held = {name for file in set(weight_map.values()) for name in self._names(self.folder / file)}
+            if not weight_map or not held.issuperset(weight_map):
+                lost = sorted(set(weight_map) - held)[:1] or ["any tensor"]
+                raise InputError(f"'{self.folder / INDEX}' names {lost[0]}, which no shard holds; download it again")
             return weight_map
         single = self.folder / "model.safetensors"
         if not single.is_file():
             found = ", ".join(sorted(p.name for p in self.folder.iterdir())[:8]) or "nothing"
             raise InputError(f"'{self.folder}' holds no safetensors weights (found {found})")
         return dict.fromkeys(self._names(single), single.name)
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            content = json.loads((self.folder / name).read_text())
+        except ValueError as error:
+            raise InputError(f"'{self.folder / name}' is not JSON ({error}); download it again") from error
+        if not isinstance(content, dict):
+            raise InputError(f"'{self.folder / name}' is not a JSON object; download it again")
+        return content
+
+    def shapes(self) -> dict[str, list[int]]:
+        """The shape of every tensor, from the files' headers."""
+        found = {}
+        for path in set(self.files.values()):
+            with safe_open(path, framework="pt") as file:
+                found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        return found
 
     @staticmethod
     def _names(path: Path) -> list[str]:
@@ -81,7 +101,8 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, as the config says or else as the first tensor has."""
         name = self.config.get("dtype") or self.config.get("torch_dtype")
-        return getattr(torch, name) if name else self.read(next(iter(self.files))).dtype
+        found = getattr(torch, str(name).removeprefix("torch."), None) if name else None
+        return found if isinstance(found, torch.dtype) else self.read(next(iter(self.files))).dtype
 
     def size(self) -> int:
         """Bytes of all weight files."""

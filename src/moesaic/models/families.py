@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
@@ -43,9 +42,6 @@ class GatedFFN:
     def __call__(self, x_TD: Tensor) -> Tensor:
         """Output of the dense FFN, shape [T, D]."""
         return linear(self.hidden(x_TD), self.down_DF)
-
-    def to(self, dtype: torch.dtype) -> GatedFFN:
-        return GatedFFN(self.gate_FD.to(dtype), self.up_FD.to(dtype), self.down_DF.to(dtype), self.act_fn)
 
 
 def ffn_name(layer: nn.Module) -> str:
@@ -82,9 +78,17 @@ def gated_ffn(mlp: nn.Module) -> GatedFFN:
 
 
 def activation(mlp: nn.Module) -> nn.Module:
-    """The FFN's activation module: the child that is no linear layer."""
-    [act_fn] = [child for child in mlp.children() if not isinstance(child, nn.Linear)]
-    return act_fn
+    """The FFN's activation module: the one child that is no linear layer.
+
+    Raises:
+        InputError: there are other parts, so the FFN is not just `down(act(gate(x)) * up(x))`.
+    """
+    others = {name: child for name, child in mlp.named_children() if not isinstance(child, nn.Linear)}
+    if len(others) != 1:
+        raise InputError(
+            f"{type(mlp).__name__} has {', '.join(others) or 'nothing'} beside its linear layers; expected act"
+        )
+    return next(iter(others.values()))
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -106,7 +110,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def check_convertible(layers: Iterable[nn.Module]) -> None:
     """Raises InputError unless every layer has a convertible FFN."""
     for layer in layers:
-        ffn_name(layer)
+        activation(layer.get_submodule(ffn_name(layer)))
 
 
 def norms_ffn_output(layer: nn.Module) -> bool:

@@ -27,7 +27,21 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or checkpoint.dtype())
-        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"transformers cannot load '{folder}': {str(error).splitlines()[0]}") from error
-    return loaded.to(device).eval(), tokenizer
+    return loaded.to(device).eval(), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        InputError: there is none, or transformers cannot read it.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"no usable tokenizer in '{folder}' ({reason}); put the model's tokenizer files there"
+        ) from error

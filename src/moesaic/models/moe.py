@@ -5,6 +5,8 @@ Shapes: T tokens, D hidden size, E routed experts, I neurons of one, K active ex
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -84,18 +86,26 @@ class MoE(nn.Module):
         self, ffn: GatedFFN, shared: Tensor, experts_EI: Tensor, gate: dict[str, Tensor], bias_D: Tensor | None = None
     ) -> None:
         """Copy the dense FFN's neurons into the experts that own them, and the router's parameters into the gate."""
-        if self.shared_experts is not None:
-            self.shared_experts.gate_proj.weight.copy_(ffn.gate_FD[shared])
-            self.shared_experts.up_proj.weight.copy_(ffn.up_FD[shared])
-            self.shared_experts.down_proj.weight.copy_(ffn.down_DF[:, shared])
-            if bias_D is not None:
-                self.shared_experts.down_proj.bias.copy_(bias_D)
-        if self.experts is not None and self.gate is not None:
-            for e, neurons_I in enumerate(experts_EI):
-                self.experts.gate_up_proj[e].copy_(torch.cat([ffn.gate_FD[neurons_I], ffn.up_FD[neurons_I]]))
-                self.experts.down_proj[e].copy_(ffn.down_DF[:, neurons_I])
+        for _, neurons, (gate_ID, up_ID, down_DI) in self.parts(shared, experts_EI):
+            gate_ID.copy_(ffn.gate_FD[neurons])
+            up_ID.copy_(ffn.up_FD[neurons])
+            down_DI.copy_(ffn.down_DF[:, neurons])
+        if self.shared_experts is not None and bias_D is not None:
+            self.shared_experts.down_proj.bias.copy_(bias_D)
+        if self.gate is not None:
             for name, value in gate.items():
                 self.gate.get_parameter(name).copy_(value)
+
+    def parts(self, shared: Tensor, experts_EI: Tensor) -> Iterator[tuple[str, Tensor, tuple[Tensor, Tensor, Tensor]]]:
+        """(name, its neurons, (gate [I, D], up [I, D], down [D, I])) of the shared expert and each routed one."""
+        if self.shared_experts is not None:
+            e = self.shared_experts
+            yield "the shared expert", shared, (e.gate_proj.weight, e.up_proj.weight, e.down_proj.weight)
+        if self.experts is not None:
+            weights = zip(experts_EI, self.experts.gate_up_proj, self.experts.down_proj, strict=True)
+            for number, (neurons_I, gate_up, down_DI) in enumerate(weights):
+                gate_ID, up_ID = gate_up.chunk(2)
+                yield f"expert {number}", neurons_I, (gate_ID, up_ID, down_DI)
 
     def all_on(self, x_TD: Tensor) -> Tensor:
         """The sum of all experts with weight 1: the dense FFN's output if the partition was a permutation."""

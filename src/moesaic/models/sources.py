@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from ..errors import InputError
 from ..registry import nearest
 from .builtin import BUILTINS, NAMES, cache_folder, fetch_gguf, tiny_folder
+from .checkpoint import Checkpoint
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*", "merges.txt", "vocab*")
@@ -56,9 +57,12 @@ def _from_hub(hub_id: str, complain: bool = False) -> Path | None:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES), local_files_only=True))
-    except OSError:
-        pass  # not downloaded yet
+        folder = Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES), local_files_only=True))
+        Checkpoint(folder)
+        if any(folder.glob("tokenizer*")):
+            return folder
+    except (OSError, InputError):
+        pass  # not downloaded yet, or only in part
     try:
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             raise OSError("HF_HUB_OFFLINE is set")

@@ -45,12 +45,13 @@ class LayerStream:
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint = Checkpoint(folder)
         self.dtype, self.device = dtype, device
-        config = AutoConfig.from_pretrained(folder)
         try:
+            config = AutoConfig.from_pretrained(folder)
             with init_empty_weights(include_buffers=False):
                 self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except ValueError as error:
-            raise InputError(f"'{folder}' is no causal language model: {str(error).splitlines()[0]}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"'{folder}' is no causal language model that transformers knows: {reason}") from error
         self.model.eval()
         self.layers = list(decoder_layers(self.model))
         check_convertible(self.layers)
@@ -64,10 +65,18 @@ class LayerStream:
         return self.model.config
 
     def _check_names(self) -> None:
-        """Every parameter has its tensor on disk, before any work."""
-        wanted = [f"{self.prefix}{i}.{n}" for i, layer in enumerate(self.layers) for n, _ in layer.named_parameters()]
-        wanted += [name for name, _ in self.model.named_parameters() if name not in self._tied()]
+        """Every parameter has its tensor on disk, in its shape, before any work."""
+        wanted = {
+            f"{self.prefix}{i}.{n}": p for i, layer in enumerate(self.layers) for n, p in layer.named_parameters()
+        }
+        wanted |= {name: p for name, p in self.model.named_parameters() if name not in self._tied()}
         missing = [name for name in wanted if name not in self.checkpoint]
+        shapes = self.checkpoint.shapes()
+        for name, parameter in wanted.items():
+            if name in shapes and shapes[name] != list(parameter.shape):
+                raise InputError(
+                    f"'{self.checkpoint.folder}': {name} is {shapes[name]}, config.json says {list(parameter.shape)}"
+                )
         if missing:
             have = ", ".join(self.checkpoint.names()[:3])
             raise InputError(

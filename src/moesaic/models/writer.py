@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,6 +17,9 @@ from ..errors import InputError, WorkError
 from .checkpoint import INDEX
 
 STATE = "state.json"
+MARK = "moesaic.yaml"
+"""The file by which a finished conversion is known."""
+OUTER = "model-outer.safetensors"
 HEADROOM_BYTES = 64 << 20
 
 
@@ -23,6 +27,11 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Raises InputError if OUT exists (and may not be replaced) or its parent cannot be written."""
     if output.exists() and not overwrite:
         raise InputError(f"'{output}' exists; choose another folder or pass --overwrite")
+    if output.exists() and not (output / MARK).is_file():
+        raise InputError(f"'{output}' was not made by moesaic and is not replaced; choose another folder")
+    partial = partial_folder(output)
+    if partial.exists() and not (partial / STATE).is_file():
+        raise InputError(f"'{partial}' is in the way and was not made by moesaic; move it or choose another OUT")
     parent = next(p for p in output.absolute().parents if p.exists())
     if not parent.is_dir():
         raise InputError(f"'{parent}' is a file, so '{output}' cannot be made; choose another folder")
@@ -41,6 +50,11 @@ def check_space(output: Path, needed: int) -> None:
         )
 
 
+def partial_folder(output: Path) -> Path:
+    """Where OUT is built."""
+    return output.absolute().with_name(output.absolute().name + ".partial")
+
+
 class ResumableOutput:
     """The folder `OUT.partial`, which becomes OUT.
 
@@ -50,7 +64,7 @@ class ResumableOutput:
 
     def __init__(self, output: Path, fingerprint: dict[str, str], resume: bool) -> None:
         self.output = output.absolute()
-        self.folder = self.output.with_name(self.output.name + ".partial")
+        self.folder = partial_folder(output)
         self.layers: list[dict[str, Any]] = []
         """The records of finished layers."""
         if self.folder.exists() and not resume:
@@ -68,14 +82,28 @@ class ResumableOutput:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.fingerprint = fingerprint
         self._commit()
+        self._drop(keep=self._hidden_name())
 
     def shard(self, index: int) -> str:
+        """The file of one layer's tensors."""
         return f"model-layer-{index:05d}.safetensors"
 
-    def hidden(self) -> dict[str, Tensor] | None:
-        """The hidden states that enter the next layer; None before `start`."""
+    def _drop(self, keep: str = "") -> None:
+        """Remove what only resuming needs, or what a kill left half-written."""
+        for path in (*self.folder.glob("hidden-*"), *self.folder.glob("*.writing")):
+            if path.name != keep:
+                path.unlink(missing_ok=True)  # a hidden file half-written matches both
+
+    def hidden(self, device: torch.device) -> dict[str, Tensor] | None:
+        """The hidden states that enter the next layer; None before `start`.
+
+        Raises:
+            WorkError: they were deleted though layers are finished.
+        """
         path = self.folder / self._hidden_name()
-        return load_file(path) if path.is_file() else None
+        if self.layers and not path.is_file():
+            raise WorkError(f"'{path}' is missing, so the conversion cannot go on; pass --no-resume to start anew")
+        return load_file(path, device=str(device)) if path.is_file() else None
 
     def start(self, hidden: dict[str, Tensor]) -> dict[str, Tensor]:
         """Store the hidden states that enter the first layer, and return them."""
@@ -87,18 +115,17 @@ class ResumableOutput:
 
     def add_layer(self, tensors: dict[str, Tensor], hidden: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Store a finished layer."""
-        outdated = self.folder / self._hidden_name()
         self.write(self.shard(len(self.layers)), tensors)
         self.layers.append(record)
         self.write(self._hidden_name(), hidden)
         self._commit()
-        outdated.unlink(missing_ok=True)
+        self._drop(keep=self._hidden_name())
 
     def write(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write a safetensors file, in place only when whole."""
         partial = self.folder / f"{name}.writing"
         try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt"})
+            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt"})
         except Exception as error:
             partial.unlink(missing_ok=True)
             free = shutil.disk_usage(self.folder).free
@@ -114,19 +141,21 @@ class ResumableOutput:
         partial.replace(self.folder / STATE)
 
     def finish(self) -> None:
-        """Index the shards, drop what only resuming needs, and give the folder its name."""
+        """Index the shards, give the folder its name, and drop what only resuming needs."""
         weight_map, size = {}, 0
-        for path in sorted(self.folder.glob("model-*.safetensors")):
+        for name in (OUTER, *map(self.shard, range(len(self.layers)))):
+            path = self.folder / name
             with safe_open(path, framework="pt") as file:
                 weight_map |= dict.fromkeys(file.keys(), path.name)
             size += path.stat().st_size
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        for leftover in (STATE, self._hidden_name()):
-            (self.folder / leftover).unlink(missing_ok=True)
         replaced = self.output.with_name(self.output.name + ".replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if self.output.exists():
             self.output.rename(replaced)
         self.folder.rename(self.output)
+        self.folder = self.output
+        self._drop()
+        (self.output / STATE).unlink()
         shutil.rmtree(replaced, ignore_errors=True)

@@ -6,7 +6,7 @@ Shapes: F neurons of the dense FFN, E routed experts, I neurons of one, D hidden
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
@@ -39,8 +39,13 @@ class Partition:
         return torch.equal(self.all_neurons().sort().values, torch.arange(intermediate_size))
 
     def all_neurons(self) -> Tensor:
-        """Shared neurons, then each expert's."""
-        return torch.cat([self.shared, self.experts.flatten()]).cpu()
+        """Shared neurons, then each expert's, on the CPU."""
+        return torch.cat([self.shared.cpu(), self.experts.flatten().cpu()])
+
+    def to(self, device: torch.device) -> Partition:
+        """The same partition with all its tensors on one device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

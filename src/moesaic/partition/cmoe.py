@@ -4,9 +4,10 @@ Shapes: T tokens, F neurons, R routed neurons, E experts, K neurons that count a
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -27,9 +28,9 @@ class CMoE(Partitioner):
 
     default_router: ClassVar[str] = "representative"
 
-    top_k: int = 10
+    top_k: Annotated[int, Field(gt=0)] = 10
     """CMoE's K_a."""
-    iterations: int = 4
+    iterations: Annotated[int, Field(gt=0)] = 4
     """Rounds of balanced k-means."""
 
     def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:

@@ -4,8 +4,10 @@ Shapes: T tokens, F neurons, R routed neurons, E experts.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..calibration.sample import LayerSample
@@ -21,9 +23,9 @@ class Coactivation(Partitioner):
     A neuron's profile is the unit-norm centred vector of `(w_t h_t ‖Wd‖)²` over a sample of tokens.
     """
 
-    profile_tokens: int = 2_048
+    profile_tokens: Annotated[int, Field(gt=0)] = 2_048
     """Tokens in a profile."""
-    iterations: int = 8
+    iterations: Annotated[int, Field(gt=0)] = 8
     """Rounds of balanced k-means."""
 
     def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:

@@ -4,9 +4,10 @@ Shapes: T tokens, D hidden size, F neurons, E specialists, I neurons of one.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -26,7 +27,7 @@ class Specialists(Partitioner):
     default_router: ClassVar[str] = "centroid"
     overlapping: ClassVar[bool] = True
 
-    iterations: int = 20
+    iterations: Annotated[int, Field(gt=0)] = 20
     """Rounds of k-means."""
 
     def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:

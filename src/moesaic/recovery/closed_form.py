@@ -7,8 +7,10 @@ A *block* is the shared expert or one routed expert; its features are its neuron
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..calibration.sample import LayerSample
@@ -27,44 +29,37 @@ class ClosedForm(Recovery):
     weight on the tokens of the others, which pulls it to the static solution where it has few tokens of its own.
     """
 
-    ridge: float = 0.3
+    ridge: Annotated[float, Field(ge=0)] = 0.3
     """Relative to the mean diagonal of the normal equations."""
-    other_tokens: float = 0.03
+    other_tokens: Annotated[float, Field(ge=0)] = 0.03
     """Weight of the other specialists' tokens (τ); the own count 1."""
 
     @torch.no_grad()
     def recover(self, moe: MoE, sample: LayerSample, partition: Partition) -> None:
         blocks = [partition.shared] * bool(len(partition.shared)) + list(partition.experts)
-        target_TD = sample.output_TD.float()
-        if partition.bias_D is not None:
-            target_TD = target_TD - partition.bias_D
-        isolated = moe.shared_experts is None and moe.gate is not None and moe.gate.num_experts_per_tok == 1
-        down_WD = [sample.ffn.down_DF[:, block].T.float() for block in blocks]
-        if isolated:
-            solved = self._solve_isolated(moe, sample, blocks, target_TD, down_WD)
+        dense = [sample.ffn.down_DF[:, block].T.float() for block in blocks]
+        if moe.shared_experts is None and moe.gate is not None and moe.gate.num_experts_per_tok == 1:
+            changes = self._isolated(moe, sample, blocks, dense)
         else:
-            gram_WW, right_WD = normal_equations(moe, sample, blocks, target_TD)
-            solved = ridge_to_prior(gram_WW, right_WD, torch.cat(down_WD), self.ridge).split([len(b) for b in blocks])
-        if moe.shared_experts is not None:
-            moe.shared_experts.down_proj.weight.copy_(solved[0].T)
-            solved = solved[1:]
-        if moe.experts is not None:
-            moe.experts.down_proj.copy_(torch.stack([weight_ID.T for weight_ID in solved]))
+            changes = ridge_change(*normal_equations(moe, sample, blocks), self.ridge).split([len(b) for b in blocks])
+        for (_, _, (_, _, down_DI)), prior_ID, change_ID in zip(
+            moe.parts(partition.shared, partition.experts), dense, changes, strict=True
+        ):
+            down_DI.copy_((prior_ID + change_ID).T)
 
-    def _solve_isolated(
-        self, moe: MoE, sample: LayerSample, blocks: list[Tensor], target_TD: Tensor, down_WD: list[Tensor]
-    ) -> list[Tensor]:
-        grams = [torch.zeros(len(b), len(b), device=target_TD.device) for b in blocks]
-        rights = [torch.zeros(len(b), target_TD.shape[1], device=target_TD.device) for b in blocks]
+    def _isolated(self, moe: MoE, sample: LayerSample, blocks: list[Tensor], dense: list[Tensor]) -> list[Tensor]:
+        """The change of each expert's down-projection where no token runs two blocks."""
+        grams = [torch.zeros(len(b), len(b), device=d.device) for b, d in zip(blocks, dense, strict=True)]
+        rests = [torch.zeros_like(d) for d in dense]
         for part, h_CF in sample.chunks():
             expert_C = chosen(moe, sample.input_TD[part])[0].squeeze(1)
-            h_CF, y_CD = weighted(h_CF, target_TD[part], sample.weight_T[part])
-            for e, block in enumerate(blocks):
+            h_CF, y_CD = weighted(h_CF, sample.output_TD[part], sample.weight_T[part])
+            for e, (block, prior_ID) in enumerate(zip(blocks, dense, strict=True)):
                 share_C1 = torch.where(expert_C == e, 1.0, self.other_tokens**0.5)[:, None].to(h_CF.dtype)
                 z_CI = h_CF[:, block] * share_C1
                 grams[e] += z_CI.T @ z_CI
-                rights[e] += z_CI.T @ (y_CD * share_C1)
-        return [ridge_to_prior(*system, self.ridge) for system in zip(grams, rights, down_WD, strict=True)]
+                rests[e] += z_CI.T @ (y_CD * share_C1 - z_CI @ prior_ID.to(z_CI.dtype))
+        return [ridge_change(gram, rest, self.ridge) for gram, rest in zip(grams, rests, strict=True)]
 
 
 def weighted(h_CF: Tensor, y_CD: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,26 +78,27 @@ def chosen(moe: MoE, x_CD: Tensor) -> tuple[Tensor, Tensor]:
     return moe.gate(x_CD, moe.experts)
 
 
-def normal_equations(moe: MoE, sample: LayerSample, blocks: list[Tensor], target_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """(Z.T Z [W, W], Z.T Y [W, D]) of the weighted features of all blocks, each block only on its own tokens.
+def normal_equations(moe: MoE, sample: LayerSample, blocks: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(Z.T Z [W, W] below the diagonal blocks' upper edge, Z.T R [W, D]), R what the block leaves of the dense output.
 
-    Equals the products with a matrix Z that has zeros where an expert does not run; pairs of experts cost only the
-    tokens that run both.
+    Z holds the weighted activations of all blocks, zero where an expert does not run; pairs of experts cost only the
+    tokens that run both. Regressing the rest, not the output, keeps bf16 products accurate.
     """
     size = sum(len(block) for block in blocks)
     edges = torch.tensor([0, *[len(block) for block in blocks]]).cumsum(0).tolist()
-    gram_WW = torch.zeros(size, size, device=target_TD.device)
-    right_WD = torch.zeros(size, target_TD.shape[1], device=target_TD.device)
+    gram_WW = torch.zeros(size, size, device=sample.weight_T.device)
+    right_WD = torch.zeros(size, sample.output_TD.shape[1], device=sample.weight_T.device)
     for part, h_CF in sample.chunks():
-        h_CF, y_CD = weighted(h_CF, target_TD[part], sample.weight_T[part])
+        rest_CD = sample.output_TD[part].float() - moe(sample.input_TD[part]).float()
+        h_CF, rest_CD = weighted(h_CF, rest_CD, sample.weight_T[part])
         features = block_features(moe, sample.input_TD[part], h_CF, blocks)
         for i, (on_i, z_i) in enumerate(features):
-            right_WD[edges[i] : edges[i + 1]] += z_i.T @ y_CD[on_i]
+            right_WD[edges[i] : edges[i + 1]] += z_i.T @ rest_CD[on_i]
             for j, (on_j, z_j) in enumerate(features[: i + 1]):
                 both = on_i & on_j
                 product = z_i[both[on_i]].T @ z_j[both[on_j]]
                 gram_WW[edges[i] : edges[i + 1], edges[j] : edges[j + 1]] += product
-    return gram_WW.tril_() + gram_WW.tril(-1).T, right_WD
+    return gram_WW, right_WD
 
 
 def block_features(moe: MoE, x_CD: Tensor, h_CF: Tensor, blocks: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -122,25 +118,25 @@ def block_features(moe: MoE, x_CD: Tensor, h_CF: Tensor, blocks: list[Tensor]) -
     return features
 
 
-def ridge_to_prior(gram_WW: Tensor, right_WD: Tensor, prior_WD: Tensor, ridge: float) -> Tensor:
-    """`argmin_W tr(W.T G W) - 2 tr(W.T B) + λ ‖W - prior‖²`, λ = ridge × mean diagonal of G, [W, D].
+def ridge_change(gram_WW: Tensor, rest_WD: Tensor, ridge: float) -> Tensor:
+    """`argmin_C tr(C.T G C) - 2 tr(C.T B) + λ ‖C‖²`, λ = ridge × mean diagonal of G, [W, D]: the change from the prior.
 
-    Solved for the change from the prior by Cholesky, in float64 when float32 fails or its condition estimate is poor,
-    by eigenvalues when that fails too. Without any token the prior is returned. G is overwritten.
+    Only G's lower triangle is read, and its diagonal is overwritten. Cholesky in float32, in float64 when that fails
+    or its condition estimate is poor, eigenvalues when even that fails. Without any token the change is 0.
     """
     scale = gram_WW.diagonal().mean()
     if scale <= 0:
-        return prior_WD
-    rest_WD = right_WD - gram_WW @ prior_WD
+        return torch.zeros_like(rest_WD)
     gram_WW.diagonal().add_(ridge * scale)
     factor, failed = torch.linalg.cholesky_ex(gram_WW)
     diagonal = factor.diagonal()
-    if failed or (diagonal.max() / diagonal.min()).square() > CONDITION_FOR_FP32:
-        rest_WD, system_WW = rest_WD.double(), gram_WW.double()
-        factor, failed = torch.linalg.cholesky_ex(system_WW)
-        if failed:
-            values_W, vectors_WW = torch.linalg.eigh(system_WW)
-            kept_W = values_W > values_W[-1] * torch.finfo(torch.float32).eps
-            inverse_W = torch.where(kept_W, 1 / values_W, 0.0)[:, None]
-            return prior_WD + (vectors_WW @ (inverse_W * (vectors_WW.T @ rest_WD))).float()
-    return prior_WD + torch.cholesky_solve(rest_WD, factor).float()
+    if not failed and (diagonal.max() / diagonal.min()).square() <= CONDITION_FOR_FP32:
+        return torch.cholesky_solve(rest_WD, factor)
+    del factor, diagonal
+    factor, failed = torch.linalg.cholesky_ex(gram_WW.double())
+    if not failed:
+        return torch.cholesky_solve(rest_WD.double(), factor).float()
+    values_W, vectors_WW = torch.linalg.eigh(gram_WW.double())
+    kept_W = values_W > values_W[-1] * torch.finfo(torch.float32).eps
+    inverse_W = torch.where(kept_W, 1 / values_W, 0.0)[:, None]
+    return (vectors_WW @ (inverse_W * (vectors_WW.T @ rest_WD.double()))).float()

@@ -23,5 +23,5 @@ class RouterBuilder(ABC):
     """Whether it needs a partition made from clusters of tokens."""
 
     @abstractmethod
-    def build(self, sample: LayerSample, partition: Partition) -> dict[str, Tensor]:
-        """The gate's parameters by name."""
+    def build(self, sample: LayerSample, partition: Partition, active: int) -> dict[str, Tensor]:
+        """The parameters by name of a gate that lets `active` experts run."""

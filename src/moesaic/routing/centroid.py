@@ -16,6 +16,6 @@ class Centroid(RouterBuilder):
 
     token_clusters: ClassVar[bool] = True
 
-    def build(self, sample: LayerSample, partition: Partition) -> dict[str, Tensor]:
+    def build(self, sample: LayerSample, partition: Partition, active: int) -> dict[str, Tensor]:
         assert partition.centroids_ED is not None
         return {"weight": partition.centroids_ED}

@@ -4,8 +4,10 @@ Shapes: T tokens, D hidden size, E experts.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -18,12 +20,12 @@ from .base import RouterBuilder
 class Linear(RouterBuilder):
     """`min_{W,b} sum_t w_t² ‖x_t W + b - n_t‖² + ridge ‖W‖²`, n the experts' output norms centred per token."""
 
-    ridge: float = 1e-2
+    ridge: Annotated[float, Field(ge=0)] = 1e-2
     """Relative to the mean diagonal of the normal equations."""
-    max_tokens: int = 8_192
+    max_tokens: Annotated[int, Field(gt=0)] = 8_192
     """At most so many tokens, evenly spaced: D unknowns need far fewer than recovery does."""
 
-    def build(self, sample: LayerSample, partition: Partition) -> dict[str, Tensor]:
+    def build(self, sample: LayerSample, partition: Partition, active: int) -> dict[str, Tensor]:
         sample = sample.every(-(-sample.tokens // self.max_tokens))
         target_TE = torch.cat(list(self._norms(sample, partition)))
         target_TE = target_TE - target_TE.mean(1, keepdim=True)

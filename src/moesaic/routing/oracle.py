@@ -16,5 +16,5 @@ class Oracle(RouterBuilder):
 
     gate: ClassVar[str] = "oracle"
 
-    def build(self, sample: LayerSample, partition: Partition) -> dict[str, Tensor]:
+    def build(self, sample: LayerSample, partition: Partition, active: int) -> dict[str, Tensor]:
         return {}

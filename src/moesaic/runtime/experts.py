@@ -30,7 +30,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
     Indices from E on stand for no expert and cost nothing on CPUs.
     """
-    if hidden_states.is_cuda or torch.compiler.is_compiling():
+    if not _plain(self) or hidden_states.is_cuda or torch.compiler.is_compiling():
         return _by_transformers(self, hidden_states, top_k_index, top_k_weights)
     if len(hidden_states) == 1:
         return _one_token(self, hidden_states, top_k_index, top_k_weights)
@@ -40,9 +40,18 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 def _by_transformers(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     rows = (self.gate_up_proj.shape[-1], self.down_proj.shape[-1])
     aligned = all(size * hidden_states.element_size() % GROUPED_MM_ALIGNMENT_BYTES == 0 for size in rows)
-    if not aligned or (hidden_states.is_cuda and top_k_index.numel() <= FEW_PAIRS):
+    few = top_k_index.numel() <= FEW_PAIRS
+    if not aligned and not few and _plain(self) and not torch.compiler.is_compiling():
+        return _by_expert(self, hidden_states, top_k_index, top_k_weights)
+    if not aligned or (hidden_states.is_cuda and few):
         return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+def _plain(self: Any) -> bool:
+    """Whether the experts are laid out as ours are: `[gate; up]` rows, no biases, not split over devices."""
+    ours = self.has_gate and self.is_concatenated
+    return ours and not (self.is_transposed or self.has_bias or self.has_post_expert_norm or self._is_expert_parallel)
 
 
 def _expert(self: Any, x: Tensor, expert: int) -> Tensor:
@@ -64,12 +73,12 @@ def _by_expert(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     expert_P, order_P = top_k_index.flatten().sort(stable=True)
     counts = torch.bincount(expert_P, minlength=self.num_experts)[: self.num_experts].tolist()
     sorted_PD = hidden_states[order_P // slots]
-    output_PD = torch.zeros(tokens * slots, hidden_states.shape[1], dtype=hidden_states.dtype)
+    output_PD = hidden_states.new_zeros(tokens * slots, hidden_states.shape[1])
     parts = sorted_PD[: sum(counts)].split(counts)
     done = [_expert(self, x_CD, e) for e, x_CD in enumerate(parts) if len(x_CD)]
     if done:
         output_PD[order_P[: sum(counts)]] = torch.cat(done)
-    return (output_PD.view(tokens, slots, -1) * top_k_weights[..., None]).sum(1)
+    return (output_PD.view(tokens, slots, -1) * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
 
 
 def register() -> None:

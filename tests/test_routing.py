@@ -1,0 +1,30 @@
+import torch
+
+from conftest import random_sample
+from moesaic import Plan, registry
+from moesaic.routing.representative import balance
+
+
+def test_balancing_evens_out_the_load():
+    g = torch.Generator().manual_seed(0)
+    scores = torch.rand(4_000, 6, generator=g) + torch.tensor([0.5, 0.2, 0, 0, 0, 0])
+
+    def spread(bias):
+        load = torch.bincount((scores + bias).topk(2).indices.flatten(), minlength=6).float()
+        return (load.std() / load.mean()).item()
+
+    assert spread(torch.zeros(6)) > 0.5
+    assert spread(balance(scores, 2, rounds=600, step=1e-3)) < 0.05
+
+
+def test_cmoes_router_uses_the_representatives_unit_rows_and_can_balance():
+    sample, plan = random_sample(), Plan(0, 1, 4, 12)
+    partition = registry.build("partition", "cmoe").split(sample, plan, torch.Generator())
+    for e, neuron in enumerate(partition.representatives):
+        assert neuron in partition.experts[e]
+    parameters = registry.build("router", "representative:balance_rounds=50").build(sample, partition, 1)
+    rows = sample.ffn.gate_FD[partition.representatives]
+    torch.testing.assert_close(parameters["gate_proj"], rows / rows.norm(dim=1, keepdim=True))
+    assert parameters["scale"].abs().max() == 0
+    assert parameters["e_score_correction_bias"].abs().max() > 0
+    assert "e_score_correction_bias" not in registry.build("router", "representative").build(sample, partition, 1)
