@@ -176,6 +176,7 @@ def test_inspect_tells_what_was_saved(converted, tmp_path):
         moesaic.inspect(tmp_path)
 
 
+@pytest.mark.slow
 def test_better_methods_are_better_on_a_real_model(tmp_path):
     """The order that the tool rests on: dense < recovered routed < recovered static < FLAP; CMoE needs recovery."""
     ratio = {}
