@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 import moesaic
 from moesaic.evaluation.machine import machine, versions
 from moesaic.evaluation.perplexity import perplexity
@@ -65,6 +67,26 @@ def main(model: str, shares: list[float], out: Path, text: Path | None, tokens: 
             print(f"{active:.0%} {partition:13}{recovery:12} x {rows[-1]['ratio']:.3f}", flush=True)
             if text and dense:
                 print(f"     {text.name} x {rows[-1]['text']['perplexity'] / dense['perplexity']:.3f}", flush=True)
+
+    if rows:
+        plot(rows, model, path.with_suffix(".png"))
+
+
+def plot(rows: list[dict[str, Any]], model: str, path: Path) -> None:
+    """Bars of the perplexity ratio, one group for each share of the FFN that is active."""
+    shares = sorted({row["active"] for row in rows})
+    figure = Figure(figsize=(8, 3.4))
+    for axes, share in zip(figure.subplots(1, len(shares), squeeze=False)[0], shares, strict=True):
+        group = sorted((row for row in rows if row["active"] == share), key=lambda row: -row["ratio"])
+        names = [f"{r['partition']}{' + closed form' if r['recovery'] == 'closed-form' else ''}" for r in group]
+        routed = [r["recovery"] == "closed-form" and r["partition"] != "static" for r in group]
+        bars = axes.barh(names, [r["ratio"] for r in group], color=["#2a6f97" if x else "#b8b8bd" for x in routed])
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+        axes.set(title=f"{share:.0%} of each FFN active", xlabel=f"perplexity / dense, {model} (lower is better)")
+        axes.set_xlim(0, 1.15 * max(r["ratio"] for r in group))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

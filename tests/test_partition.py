@@ -61,6 +61,7 @@ def test_l1_distance_equals_cdist():
     a = (torch.rand(20, 30) < 0.2).float()
     c = torch.rand(4, 30)
     torch.testing.assert_close(l1_distance(a, c), torch.cdist(a, c, p=1))
+    torch.testing.assert_close(l1_distance(a.bool(), c), torch.cdist(a, c, p=1))
 
 
 def test_atopk_marks_the_largest_activations_of_each_token():

@@ -16,6 +16,8 @@ from ..config import Plan
 from ._assignment import balanced_assignment, groups
 from .base import Partition, Partitioner
 
+CHUNK_NEURONS = 1_024
+
 
 @dataclass(frozen=True, kw_only=True)
 class CMoE(Partitioner):
@@ -40,11 +42,13 @@ class CMoE(Partitioner):
         shared, routed = order_F.split([plan.shared_width, len(order_F) - plan.shared_width])
         if not plan.num_experts:
             return Partition(shared=shared.sort().values, experts=routed[:0].view(0, 0))
-        column_RT = active_FT[routed].to(sample.weight_T.dtype)
-        centers_ET = column_RT[: plan.num_experts]
+        column_RT = active_FT[routed]
+        centers_ET = column_RT[: plan.num_experts].float()
         expert_R = balanced_assignment(l1_distance(column_RT, centers_ET)).to(routed.device)
         for _ in range(self.iterations - 1):
-            sums_ET = torch.zeros_like(centers_ET).index_add_(0, expert_R, column_RT)
+            sums_ET = torch.zeros_like(centers_ET)
+            for expert_C, column_CT in zip(expert_R.split(CHUNK_NEURONS), column_RT.split(CHUNK_NEURONS), strict=True):
+                sums_ET.index_add_(0, expert_C, column_CT.float())
             centers_ET = sums_ET * plan.num_experts / len(routed)
             expert_R = balanced_assignment(l1_distance(column_RT, centers_ET)).to(routed.device)
         own_R = l1_distance(column_RT, centers_ET).gather(1, expert_R[:, None]).squeeze(1)
@@ -69,8 +73,10 @@ def active_neurons(sample: LayerSample, top_k: int) -> Tensor:
 
 
 def l1_distance(column_RT: Tensor, center_ET: Tensor) -> Tensor:
-    """`sum_t |a_rt - c_et|` of binary columns a and centers c in [0, 1], [R, E].
+    """`sum_t |a_rt - c_et|` of binary columns a (any dtype) and centers c in [0, 1], float32 [R, E].
 
     Equals `torch.cdist(column_RT, center_ET, p=1)`: where a is 0 the term is c, where a is 1 it is 1 - c.
     """
-    return column_RT.sum(1, keepdim=True) + center_ET.sum(1) - 2 * column_RT @ center_ET.T
+    center_TE = center_ET.float().T
+    parts = (column_CT.float() for column_CT in column_RT.split(CHUNK_NEURONS))
+    return torch.cat([a.sum(1, keepdim=True) + center_TE.sum(0) - 2 * (a @ center_TE) for a in parts])
