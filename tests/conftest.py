@@ -94,7 +94,8 @@ def random_sample(tokens=200, hidden=16, neurons=48, seed=0, dtype=torch.float32
     gate, up, down = (torch.randn(*shape, generator=g) / shape[1] ** 0.5 for shape in shapes)
     ffn = GatedFFN(gate.to(dtype), up.to(dtype), down.to(dtype), torch.nn.SiLU())
     x = torch.randn(tokens, hidden, generator=g).to(dtype)
-    return LayerSample(ffn=ffn, input_TD=x, output_TD=ffn(x), weight_T=0.5 + torch.rand(tokens, generator=g))
+    weight, domain = 0.5 + torch.rand(tokens, generator=g), torch.arange(tokens) % 4
+    return LayerSample(ffn=ffn, input_TD=x, output_TD=ffn(x), weight_T=weight, domain_T=domain)
 
 
 def block_for(sample, plan, gate="linear", bias=False):

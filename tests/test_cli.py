@@ -85,7 +85,7 @@ def test_recipes_are_read_and_overridden(run, tmp_path):
         (["tiny", "OUT", "--tokens", "-3"], "--tokens is -3"),
         (["tiny", "OUT", "--format", "gguf"], "--format is 'gguf'"),
         (["tiny", "OUT", "--calibration", "missing.txt"], "no text file 'missing.txt'"),
-        (["tiny", "OUT", "--memory-factor", "0.3"], "two or more need"),
+        (["tiny", "OUT", "--memory-factor", "0.3"], "leaves no room for specialists"),
         (["tiny", "/proc/out"], "choose another folder"),
     ],
 )

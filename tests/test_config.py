@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic import ConvertConfig, InputError, Plan
-from moesaic.config import disjoint_plan, parse_plan, specialists_plan
+from moesaic.config import FEWEST, disjoint_plan, parse_plan, specialists_plan
 from moesaic.partition.cmoe import CMoE
 
 
@@ -50,13 +50,22 @@ def test_specialists_stay_within_memory(active, factor, size):
     assert plan.active == 1
 
 
+@given(active=st.floats(0.51, 0.95), size=st.sampled_from([768, 4864, 8960]))
+def test_where_two_specialists_do_not_fit_a_part_is_shared(active, size):
+    plan = specialists_plan(active, 1.0, size)
+    assert plan.shared > 0
+    assert plan.num_experts == FEWEST
+    assert plan.memory_factor(size) <= 1
+    assert abs(plan.ffn_active(size) - active) <= 0.03
+
+
 def test_impossible_wishes():
     with pytest.raises(InputError, match="above 0 and at most 1"):
         disjoint_plan(1.5, 768)
     with pytest.raises(InputError, match="nearest that does is 256"):
         disjoint_plan(0.5, 768, expert_width=250)
-    with pytest.raises(InputError, match="two or more need"):
-        specialists_plan(0.75, 1.0, 768)
+    with pytest.raises(InputError, match="leaves no room for specialists"):
+        specialists_plan(0.75, 0.75, 768)
 
 
 def test_methods_may_be_given_as_objects():

@@ -21,7 +21,7 @@ def test_all_on_equals_dense_for_every_family(folders, family, name):
     job.stream.load_outer()
     hidden = job.stream.embed(job.tokens_NL)
     with job.stream.layer(1) as layer:
-        sample = calibrate(job.stream, 1, layer, hidden)
+        sample = calibrate(job.stream, 1, layer, hidden, job.domain_N)
         partition = job.partitioner.split(sample, job.plan, torch.Generator().manual_seed(0))
     moe = block_for(sample, job.plan, job.router.gate)
     moe.fill(sample.ffn, partition.shared, partition.experts, job.router.build(sample, partition, job.plan.active))

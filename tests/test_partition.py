@@ -105,3 +105,21 @@ def test_kmeans_separates_what_is_separate_and_survives_empty_clusters():
     centroids = spherical_kmeans(points, 3, 20, torch.Generator().manual_seed(5))
     assert (points @ centroids.T).argmax(1).view(3, 20).unique(dim=1).shape == (3, 1)
     assert torch.isfinite(spherical_kmeans(points[:1].repeat(8, 1), 4, 3, torch.Generator())).all()
+
+
+def test_domain_experts_have_the_neurons_of_their_domain():
+    sample = random_sample(tokens=400)
+    partition = registry.build("partition", "domains").split(sample, Plan(0, 1, 4, 12), torch.Generator())
+    h = sample.ffn.hidden(sample.input_TD) * sample.weight_T[:, None] * sample.ffn.down_DF.norm(dim=0)
+    for domain in range(4):
+        own = h[sample.domain_T == domain].square().sum(0).topk(12).indices.sort().values
+        assert partition.experts[domain].tolist() == own.tolist()
+    assert partition.centroids_ED.norm(dim=1).tolist() == pytest.approx([1.0] * 4)
+
+
+def test_moefication_puts_similar_gate_rows_together():
+    sample = random_sample(neurons=24)
+    direction = torch.eye(16)[:4].repeat_interleave(6, 0)
+    sample.ffn.gate_FD.copy_(direction + 0.01 * torch.randn(24, 16))
+    partition = registry.build("partition", "moefication").split(sample, Plan(0, 1, 4, 6), torch.Generator())
+    assert {tuple(e) for e in partition.experts.tolist()} == {tuple(range(i, i + 6)) for i in range(0, 24, 6)}

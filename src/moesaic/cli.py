@@ -6,19 +6,17 @@ one JSON object; everything for people goes to standard error.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from . import registry, tables
 from .errors import InputError, WorkError
+from .options import Device, Dtype, Json, ModelArgument, Threads, emit, load_model, numbers, people
 
 app = typer.Typer(
     help="Turn a dense language model into a Mixture-of-Experts, without training, and measure what that gives.",
@@ -27,16 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-people = Console(stderr=True)
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(help="hub id, folder, .gguf file, or built in: tiny, demo, demo-1.5b, gemma-270m", metavar="MODEL"),
-]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object; all else goes to standard error")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cores)", min=1)]
 
 
 def main() -> None:
@@ -80,7 +68,9 @@ def convert(
     ] = None,
     plan: Annotated[str | None, typer.Option(help="fixed shape, e.g. S3A3E8: 3 shared + 3 of 8 groups run")] = None,
     expert_width: Annotated[int | None, typer.Option(help="neurons in a group", min=1)] = None,
-    partition: Annotated[str | None, typer.Option(help=f"one of: {', '.join(registry.names('partition'))}")] = None,
+    partition: Annotated[
+        str | None, typer.Option(help=f"auto or one of: {', '.join(registry.names('partition'))} [default: auto]")
+    ] = None,
     router: Annotated[str | None, typer.Option(help=f"one of: {', '.join(registry.names('router'))}")] = None,
     recovery: Annotated[
         str | None, typer.Option(help=f"one of: {', '.join(registry.names('recovery'))} [default: closed-form]")
@@ -102,8 +92,9 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert a dense model into a Mixture-of-Experts, layer by layer, without training."""
+    from .choice import candidates
     from .convert import convert as run
-    from .job import describe, make_config, prepare
+    from .job import describe, make_config
     from .models.writer import check_output
 
     given = {
@@ -114,18 +105,20 @@ def convert(
     config = make_config(recipe, {name: value for name, value in given.items() if value is not None})
     if dry_run:
         check_output(out, overwrite)
-        job = prepare(model, config)
-        job.check_space(out)
-        facts = describe(job)
-        _emit(facts, as_json, lambda: tables.show_facts(people, "Dry run: nothing was written", facts))
+        jobs = candidates(model, config)
+        jobs[0].check_space(out)
+        facts = describe(jobs[0])
+        if len(jobs) > 1:
+            facts["partition"] = " or ".join(str(job.config.partition) for job in jobs) + ", the better in a trial"
+        emit(facts, as_json, lambda: tables.show_facts(people, "Dry run: nothing was written", facts))
         return
     with tables.progress(people, "converting", "layer") as tick:
 
         def show(done: int, count: int, record: dict[str, Any] | None) -> None:
-            tick(done, count, f"layer error {record['error']:.3f}" if record else "")
+            tick(done, count, tables.note(record))
 
         metrics = run(model, out, config, resume=resume, overwrite=overwrite, force=force, progress=show)
-    _emit(metrics, as_json, lambda: tables.show_conversion(people, metrics))
+    emit(metrics, as_json, lambda: tables.show_conversion(people, metrics))
 
 
 @app.command()
@@ -147,12 +140,12 @@ def generate(
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if not prompt:
         raise InputError("the prompt is empty; give some text")
-    loaded, tokenizer = _load(model, device, dtype, threads)
+    loaded, tokenizer = load_model(model, device, dtype, threads)
     with people.status("generating"):
         text = complete(
             loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat, seed=seed
         )
-    _emit({"prompt": prompt, "completion": text}, as_json, lambda: print(text if chat else prompt + text))
+    emit({"prompt": prompt, "completion": text}, as_json, lambda: print(text if chat else prompt + text))
 
 
 @app.command()
@@ -174,13 +167,13 @@ def evaluate(
     from .evaluation.evaluate import evaluate as run
 
     check_request(text, protocol, window, max_tokens, tasks, harness)
-    loaded, tokenizer = _load(model, device, dtype, threads)
+    loaded, tokenizer = load_model(model, device, dtype, threads)
     with tables.progress(people, "evaluating", "step") as tick:
         result = run(
             loaded, tokenizer, text=text, protocol=protocol, window=window, max_tokens=max_tokens, tasks=tasks,
             harness=harness, progress=tick,
         )  # fmt: skip
-    _emit(result, as_json, lambda: tables.show_evaluation(people, result))
+    emit(result, as_json, lambda: tables.show_evaluation(people, result))
 
 
 @app.command()
@@ -202,14 +195,14 @@ def benchmark(
     from .evaluation.benchmark import benchmark as run
     from .evaluation.inspect import dense_origin, prompt_tokens
 
-    sizes = _numbers(batch)
+    sizes = numbers(batch, "--batch")
     against = against or dense_origin(model)
-    loaded, tokenizer = _load(model, device, dtype, threads)
+    loaded, tokenizer = load_model(model, device, dtype, threads)
     tokens_BL = prompt_tokens(tokenizer, prompt, max(sizes))
-    dense, _ = _load(against, device, str(loaded.dtype).removeprefix("torch."), threads)
+    dense, _ = load_model(against, device, str(loaded.dtype).removeprefix("torch."), threads)
     with tables.progress(people, "measuring", "measurement") as tick:
         result = run(loaded, dense, tokens_BL, new=new, batches=sizes, rounds=rounds, progress=tick)
-    _emit(result, as_json, lambda: tables.show_benchmark(people, result))
+    emit(result, as_json, lambda: tables.show_benchmark(people, result))
 
 
 @app.command()
@@ -220,7 +213,41 @@ def inspect(
     from .evaluation.inspect import inspect as run
 
     facts = run(out)
-    _emit(facts, as_json, lambda: tables.show_inspection(people, facts))
+    emit(facts, as_json, lambda: tables.show_inspection(people, facts))
+
+
+@app.command()
+def frontier(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="folder for rows and chart; finished rows are kept")] = Path("frontier"),
+    active: Annotated[str, typer.Option(help="per cent of each FFN that run, comma-separated")] = "25,50,75",
+    memory_factor: Annotated[str, typer.Option(help="sizes of all experts relative to the dense FFN")] = "1",
+    methods: Annotated[str, typer.Option(help="comma-separated, or all")] = "default,static+closed-form,flap,cmoe",
+    seeds: Annotated[str, typer.Option(help="seeds, comma-separated")] = "0",
+    text: Annotated[Path | None, typer.Option(help="raw text file [default: bundled held-out text]")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="stop the perplexity after so many tokens")] = None,
+    tasks: Annotated[Path | None, typer.Option(help="multiple-choice items, .jsonl")] = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="text; repeat for more [default: bundled]")] = None,
+    tokens: Annotated[int, typer.Option(help="calibration tokens", min=1)] = 16_384,
+    speed: Annotated[bool, typer.Option(help="measure decode speed")] = True,
+    as_json: Json = False,
+) -> None:
+    """Methods x budgets x memory on one model: a table and a chart of quality against speed."""
+    from .frontier import METHODS, NEURONS, Measurement
+    from .frontier import frontier as run
+
+    measurement = Measurement(
+        text=str(text) if text else None, max_tokens=max_tokens, tasks=str(tasks) if tasks else None,
+        calibration=tuple(calibration or ()), tokens=tokens, speed=speed,
+    )  # fmt: skip
+    with tables.progress(people, "frontier", "conversion") as tick:
+        result = run(
+            model, out, active=[share / 100 for share in numbers(active, "--active", float)],
+            memory_factors=numbers(memory_factor, "--memory-factor", float, least=0.01),
+            methods=[*METHODS, NEURONS] if methods == "all" else methods.split(","),
+            seeds=numbers(seeds, "--seeds", least=0), measurement=measurement, progress=tick,
+        )  # fmt: skip
+    emit(result, as_json, lambda: tables.show_frontier(people, result, str(out)))
 
 
 @app.command()
@@ -235,38 +262,7 @@ def demo(
 
     with tables.progress(people, "demo", "step") as tick:
         result = run(out, model, active, progress=tick)
-    _emit(result, as_json, lambda: tables.show_demo(people, result))
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise InputError(f"--batch '{text}' is not a list of positive numbers such as 1,8,32")
-    return numbers
-
-
-def _load(model: str, device: str, dtype: str, threads: int | None) -> tuple[Any, Any]:
-    import torch
-
-    from .job import choose_device, choose_dtype
-    from .models.loading import load
-    from .models.sources import resolve
-
-    if threads:
-        torch.set_num_threads(threads)
-    folder = resolve(model, people)
-    with people.status(f"loading {model}"):
-        return load(folder, dtype=choose_dtype(dtype, folder), device=choose_device(device))
-
-
-def _emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
-    if as_json:
-        print(json.dumps(result))
-    else:
-        show()
+    emit(result, as_json, lambda: tables.show_demo(people, result))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from . import registry
 from .errors import InputError
 
+FEWEST = 4
+"""Specialists beside a shared expert."""
 PLAN = re.compile(r"S(\d+)A(\d+)E(\d+)")
 
 
@@ -123,22 +126,32 @@ def _nearest_plan(active: float, intermediate_size: int, groups: int) -> Plan:
 def specialists_plan(active: float, memory_factor: float, intermediate_size: int) -> Plan:
     """Top-1 specialists: each as wide as the active share, as many as the memory budget holds.
 
+    Where it holds fewer than two, a part of the active share is shared and `FEWEST` specialists vary the rest.
+
     Raises:
-        InputError: an impossible share, or a memory budget for fewer than two specialists.
+        InputError: an impossible share, or a memory budget that leaves nothing to vary.
     """
     if not 0 < active <= 1:
         raise InputError(f"--active is {active}; it is a share of the FFN, above 0 and at most 1, e.g. 0.5")
-    wish = active * intermediate_size
+    count, shared = int(memory_factor / active + 1e-6), 0
+    if count < 2:
+        spare = memory_factor - active
+        if spare < 0.01:
+            raise InputError(
+                f"--memory-factor {memory_factor} leaves no room for specialists beside the {active:.0%} that run; "
+                f"give at least {active + 0.1:.1f}"
+            )
+        count, shared = FEWEST, math.ceil((FEWEST * active - memory_factor) / spare - 1e-6)
+    wish = active * intermediate_size / (shared + 1)
     # rounded down, so that rounding never costs a specialist
     widths = [int(wish / step + 1e-9) * step for step in (256, 32, 8)]
-    width = next((w for w in widths if w and wish - w <= 0.01 * intermediate_size), max(1, int(wish)))
-    count = int(memory_factor * intermediate_size / width + 1e-6)
-    if count < 2:
-        raise InputError(
-            f"--memory-factor {memory_factor} holds {count} specialist(s) of {width} neurons; two or more need "
-            f"{2 * width / intermediate_size:.2f}"
-        )
-    return Plan(0, 1, count, width)
+    close = 0.01 * intermediate_size / (shared + 1)
+    width = next((w for w in widths if w and wish - w <= close), max(1, int(wish)))
+    groups = int(memory_factor * intermediate_size / width + 1e-6)
+    if shared:
+        shared = min(round(active * intermediate_size / width) - 1, groups - count)
+        groups = shared + count
+    return Plan(shared, 1, groups, width)
 
 
 class ConvertConfig(BaseModel):
@@ -154,8 +167,8 @@ class ConvertConfig(BaseModel):
     """A fixed disjoint shape such as `S3A3E8`, instead of `active`."""
     expert_width: int | None = None
     """Neurons in a group."""
-    partition: str | None = None
-    """Partitioning method; None takes `coactivation`, or `specialists` under a memory budget other than 1."""
+    partition: str = "auto"
+    """Partitioning method; `auto` tries `specialists` and `coactivation` on part of the model and takes the better."""
     router: str | None = None
     """Routing method; None takes the one that belongs to the partition."""
     recovery: str = "closed-form"

@@ -14,6 +14,7 @@ from .evaluation.generate import complete
 from .evaluation.inspect import prompt_tokens
 from .export.plots import write_speed
 from .models.loading import load
+from .tables import note
 
 PROMPT = 'def fibonacci(n: int) -> list[int]:\n    """The first n Fibonacci numbers."""\n'
 
@@ -29,7 +30,7 @@ def demo(
     report = progress or (lambda done, count, note="": None)
     metrics = convert(
         model, output, ConvertConfig(active=active), overwrite=True,
-        progress=lambda done, count, record: report(done, count, "converting layers"),
+        progress=lambda done, count, record: report(done, count, f"converting layers, {note(record)}"),
     )  # fmt: skip
     converted, tokenizer = load(output)
     dense, _ = load(model)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from . import registry
-from .calibration.text import bundled, read_documents, text_hash, token_windows
+from .calibration.text import bundled, labelled_windows, read_documents, text_hash, token_windows
 from .config import ConvertConfig, Plan, disjoint_plan, parse_plan, specialists_plan
 from .errors import InputError
 from .models.checkpoint import Checkpoint
@@ -44,6 +44,7 @@ class Job:
     """The converted model's transformers configuration."""
     tokenizer: Any
     tokens_NL: Tensor
+    domain_N: Tensor
     held_out_NL: Tensor
     fingerprint: dict[str, str]
 
@@ -63,25 +64,29 @@ class Job:
         check_space(output, max(0, self.bytes_needed() - done))
 
 
+def fingerprint(jobs: list[Job]) -> dict[str, str]:
+    """What an unfinished output must agree in to be gone on with: all that the jobs may do."""
+    return {key: " or ".join(dict.fromkeys(job.fingerprint[key] for job in jobs)) for key in jobs[0].fingerprint}
+
+
 def prepare(model: str | Path, config: ConvertConfig) -> Job:
-    """Resolve and check everything that a conversion needs.
+    """Resolve and check everything that a conversion with a named partition needs.
 
     Raises:
         InputError: unknown model or method, a plan that does not fit, or unusable calibration text.
     """
     if config.active is None and config.plan is None:
         config = config.model_copy(update={"active": 0.5})
-    partition = config.partition or ("specialists" if config.memory_factor != 1 else "coactivation")
-    partitioner = registry.build("partition", partition)
+    partitioner = registry.build("partition", config.partition)
     router_name = config.router or partitioner.default_router
-    config = config.model_copy(update={"partition": partition, "router": router_name})
+    config = config.model_copy(update={"router": router_name})
     router = registry.build("router", router_name)
     recovery = registry.build("recovery", config.recovery)
     if router.gate == "oracle" and config.recovery != "none":
         raise InputError("router 'oracle' ranks by norms that recovery changes; use it with --recovery none")
     if router.token_clusters and not partitioner.overlapping:
         raise InputError(
-            f"router '{router_name}' needs clusters of tokens (specialists); with '{partition}' use 'linear'"
+            f"router '{router_name}' needs clusters of tokens (specialists); with '{config.partition}' use 'linear'"
         )
     source = resolve(str(model))
     device = choose_device(config.device)
@@ -92,8 +97,14 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
     working._experts_implementation = DEFAULT_EXPERTS
     tokenizer = load_tokenizer(source)
     documents = read_documents(config.calibration)
+    domains = len({document.domain for document in documents})
+    if partitioner.labelled and domains < plan.num_experts:
+        raise InputError(
+            f"partition '{config.partition}' needs a domain of text for each expert: {plan.num_experts}, found "
+            f"{domains}; give each domain a file of its own with --calibration, or ask for fewer experts"
+        )
     window = min(config.window, stream.config.max_position_embeddings)
-    tokens_NL = token_windows(documents, tokenizer, config.tokens, window)
+    tokens_NL, domain_N = labelled_windows(documents, tokenizer, config.tokens, window)
     held_out_NL = token_windows(bundled("heldout"), tokenizer, config.held_out_tokens, window)
     fingerprint = {
         "model": stream.checkpoint.fingerprint(),
@@ -104,8 +115,8 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
     # a folder is known by its name only, with a stroke to tell it from a built-in model's
     name = f"{source.name}/" if Path(model).is_dir() else str(model)
     return Job(
-        name, source, config, plan, partitioner, router, recovery, stream, working, tokenizer, tokens_NL, held_out_NL,
-        fingerprint,
+        name, source, config, plan, partitioner, router, recovery, stream, working, tokenizer, tokens_NL, domain_N,
+        held_out_NL, fingerprint,
     )  # fmt: skip
 
 

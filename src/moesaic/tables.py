@@ -27,6 +27,13 @@ def show_facts(console: Console, title: str, facts: dict[str, Any]) -> None:
     console.print(grid)
 
 
+def note(record: dict[str, Any] | None) -> str:
+    """What to say of the last layer while a conversion goes on."""
+    if record is None:
+        return ""
+    return f"trying {record['trial']}" if "trial" in record else f"layer error {record['error']:.3f}"
+
+
 def show_conversion(console: Console, m: dict[str, Any]) -> None:
     """Dense against converted, and what to do next."""
     grid = _grid(f"{m['output']}: plan {m['plan']}, {m['ffn_active']:.0%} of each FFN active", "", "dense", "converted")
@@ -35,6 +42,9 @@ def show_conversion(console: Console, m: dict[str, Any]) -> None:
     grid.add_row("perplexity (held-out text)", f"{m['perplexity_dense']:.2f}", f"{m['perplexity']:.2f}")
     grid.add_row("ratio to dense", "1", f"{m['perplexity'] / m['perplexity_dense']:.3f}")
     console.print(grid)
+    if m["trials"]:
+        losses = ", ".join(f"{t['partition']} {t['plan']} {t['held_out_loss']:.3f}" for t in m["trials"])
+        console.print(f"{m['partition']} was chosen by the loss on held-out calibration tokens: {losses}")
     unreached = {r["layer"]: r["unreached_experts"] for r in m["layers"] if r["unreached_experts"]}
     if unreached:
         console.print(f"[yellow]no calibration token reached these experts (layer: experts):[/] {unreached}")
@@ -121,6 +131,25 @@ def show_demo(console: Console, d: dict[str, Any]) -> None:
         console.print(f"[bold]{name}:[/]")
         console.print(d["prompt"] + d["completions"][name], markup=False, highlight=False)
     console.print(f"The model, metrics.json and plots are in {d['output']}/", style="bold")
+
+
+def show_frontier(console: Console, f: dict[str, Any], folder: str) -> None:
+    """A row for each method at each budget, best first."""
+    setting = f["setting"]
+    grid = _grid(
+        f"{setting['model']}: perplexity over dense ({f['dense']['perplexity']:.2f}, {f['dense']['protocol']}, "
+        f"{f['dense']['text']})",
+        "method", "active", "plan", "memory", "ratio", "decode", "zero-shot",
+    )  # fmt: skip
+    for r in sorted(f["summary"], key=lambda r: (r["active"], r["perplexity_ratio"])):
+        spread = f" ± {r['perplexity_ratio_deviation']:.3f}" if r["seeds"] > 1 else ""
+        grid.add_row(
+            r["method"], f"{r['ffn_active']:.0%}", r["plan"] or "-", f"{r['memory'] or 1:.2g} x",
+            f"{r['perplexity_ratio']:.3f}{spread}", f"{r['speedup']:.2f}x" if r["speedup"] else "-",
+            f"{r['tasks_mean']:.3f} ± {r['tasks_stderr']:.3f}" if "tasks_mean" in r else "-",
+        )  # fmt: skip
+    console.print(grid)
+    console.print(f"frontier.json, frontier.png and frontier.svg are in {folder}/", style="bold")
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class Tap(nn.Module):
         return output
 
 
-def calibrate(stream: LayerStream, index: int, layer: nn.Module, hidden_NLD: Tensor) -> LayerSample:
+def calibrate(stream: LayerStream, index: int, layer: nn.Module, hidden_NLD: Tensor, domain_N: Tensor) -> LayerSample:
     """Run the dense layer on the calibration tokens and keep what concerns its FFN."""
     ffn = layer.get_submodule(ffn_name(layer))
     tap = Tap(ffn)
@@ -57,7 +57,11 @@ def calibrate(stream: LayerStream, index: int, layer: nn.Module, hidden_NLD: Ten
     disturbed_TD = output_TD if norms_ffn_output(layer) else after_TD
     weight_T = disturbed_TD.float().norm(dim=1).clamp(min=MIN_NORM).reciprocal()
     return LayerSample(
-        ffn=gated_ffn(ffn), input_TD=torch.cat(tap.inputs), output_TD=output_TD, weight_T=weight_T / weight_T.mean()
+        ffn=gated_ffn(ffn),
+        input_TD=torch.cat(tap.inputs),
+        output_TD=output_TD,
+        weight_T=weight_T / weight_T.mean(),
+        domain_T=domain_N.repeat_interleave(hidden_NLD.shape[1]),
     )
 
 

@@ -27,6 +27,8 @@ class LayerSample:
     """The dense FFN's output on that input."""
     weight_T: Tensor
     """Token weights `1 / ‖residual stream after the layer‖` (where the FFN's output is normalised: `1 / ‖y‖`)."""
+    domain_T: Tensor
+    """The number of the text's domain that each token comes from, int64."""
 
     @property
     def tokens(self) -> int:
@@ -49,7 +51,8 @@ class LayerSample:
         return self if step == 1 else self._take(slice(None, None, step))
 
     def _take(self, pick: Tensor | slice) -> LayerSample:
-        return replace(self, input_TD=self.input_TD[pick], output_TD=self.output_TD[pick], weight_T=self.weight_T[pick])
+        names = ("input_TD", "output_TD", "weight_T", "domain_T")
+        return replace(self, **{name: getattr(self, name)[pick] for name in names})
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """Per neuron over all tokens: mean of h, mean of h², and saliency `mean (w h)² ‖Wd‖²`, float32 [F] each."""

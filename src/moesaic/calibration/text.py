@@ -116,7 +116,16 @@ def bos(tokenizer: Any) -> list[int]:
 
 
 def token_windows(documents: Sequence[Document], tokenizer: Any, tokens: int | None, window: int) -> Tensor:
-    """`tokens // window` windows of packed text, shape [N, window] int64, the same number of each domain in turn.
+    """`labelled_windows` without their domains."""
+    return labelled_windows(documents, tokenizer, tokens, window)[0]
+
+
+def labelled_windows(
+    documents: Sequence[Document], tokenizer: Any, tokens: int | None, window: int
+) -> tuple[Tensor, Tensor]:
+    """`tokens // window` windows of packed text, [N, window] int64, and the number of each one's domain, [N] int64.
+
+    Every domain gives the same number of windows, in turn; domains are numbered as they first appear.
 
     A domain's windows are spread evenly over its text: many documents say more about a model than long ones. Every
     window opens with the tokenizer's BOS where the model expects one, so that attention sinks are where they will be
@@ -144,7 +153,8 @@ def token_windows(documents: Sequence[Document], tokenizer: Any, tokens: int | N
             "ask for fewer or shorter windows"
         )
     even = [[w[i * len(w) // n] for i in range(n)] for w, n in zip(cut, share, strict=True)]
-    return torch.tensor([window for turn in zip_longest(*even) for window in turn if window is not None])
+    turns = [(d, window) for turn in zip_longest(*even) for d, window in enumerate(turn) if window is not None]
+    return torch.tensor([window for _, window in turns]), torch.tensor([d for d, _ in turns])
 
 
 def _shares(available: list[int], wanted: int) -> list[int]:

@@ -80,6 +80,18 @@ class RepresentativeGate(Gate):
         return (1 + scores_TE.softmax(-1) * self.scale.float()).gather(-1, index_TK)
 
 
+class MLPGate(Gate):
+    """`tanh(x W1.T) W2.T`, a small network that predicts how much each expert will say (MoEfication)."""
+
+    def __init__(self, config: GateConfig) -> None:
+        super().__init__(config)
+        self.hidden_proj = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.num_experts))
+
+    def scores(self, hidden_TD: Tensor, experts: Experts) -> Tensor:
+        return linear(linear(hidden_TD.float(), self.hidden_proj.float()).tanh(), self.weight.float())
+
+
 class OracleGate(Gate):
     """`‖h_e Wd_e‖`, the true norm of each expert's output: runs every expert, so it is for analysis only."""
 
@@ -87,4 +99,9 @@ class OracleGate(Gate):
         return experts.output_norms(hidden_TD)
 
 
-GATES: dict[str, type[Gate]] = {"linear": LinearGate, "representative": RepresentativeGate, "oracle": OracleGate}
+GATES: dict[str, type[Gate]] = {
+    "linear": LinearGate,
+    "representative": RepresentativeGate,
+    "mlp": MLPGate,
+    "oracle": OracleGate,
+}

@@ -67,6 +67,8 @@ class ResumableOutput:
         self.folder = partial_folder(output)
         self.layers: list[dict[str, Any]] = []
         """The records of finished layers."""
+        self.trials: dict[str, float] = {}
+        """Losses of finished trials, by partition."""
         if self.folder.exists() and not resume:
             shutil.rmtree(self.folder)
         if (self.folder / STATE).is_file():
@@ -77,7 +79,7 @@ class ResumableOutput:
                     f"'{self.folder}' holds an unfinished conversion with another {', '.join(changed)}; repeat that "
                     "command to finish it, or pass --no-resume to start anew"
                 )
-            self.layers = state["layers"]
+            self.layers, self.trials = state["layers"], state["trials"]
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.fingerprint = fingerprint
@@ -113,6 +115,11 @@ class ResumableOutput:
     def _hidden_name(self) -> str:
         return f"hidden-{len(self.layers):05d}.safetensors"
 
+    def add_trial(self, name: str, loss: float) -> None:
+        """Store a finished trial."""
+        self.trials[name] = loss
+        self._commit()
+
     def add_layer(self, tensors: dict[str, Tensor], hidden: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Store a finished layer."""
         self.write(self.shard(len(self.layers)), tensors)
@@ -137,7 +144,8 @@ class ResumableOutput:
 
     def _commit(self) -> None:
         partial = self.folder / f"{STATE}.writing"
-        partial.write_text(json.dumps({"fingerprint": self.fingerprint, "layers": self.layers}))
+        state = {"fingerprint": self.fingerprint, "layers": self.layers, "trials": self.trials}
+        partial.write_text(json.dumps(state))
         partial.replace(self.folder / STATE)
 
     def finish(self) -> None:

@@ -56,6 +56,8 @@ class Partitioner(ABC):
     """The routing method that belongs to this partition."""
     overlapping: ClassVar[bool] = False
     """Whether experts may share neurons, so that the plan's groups need not add up to the FFN."""
+    labelled: ClassVar[bool] = False
+    """Whether it needs text of several domains, one an expert at least."""
     static: ClassVar[bool] = False
     """Whether nothing is routed: shared groups stay, the others are dropped."""
 

@@ -1,0 +1,87 @@
+"""Which way to cut a model: the candidates are tried on part of it, and the one that speaks best is taken.
+
+Layer errors do not rank methods as perplexity does, so whole models are compared: every `EVERY`-th layer converted, the
+others dense, and the loss on calibration tokens that the trial was not fitted to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .config import ConvertConfig
+from .errors import InputError
+from .job import Job, prepare
+from .layer import convert_layer, embed
+from .models.writer import ResumableOutput
+
+CANDIDATES = ("specialists", "coactivation")
+EVERY = 3
+FIT_TOKENS, HELD_OUT_TOKENS = 6_144, 2_048
+
+
+def candidates(model: str, config: ConvertConfig) -> list[Job]:
+    """A checked job for each way to cut that the configuration leaves open; one if it names a partition.
+
+    Raises:
+        InputError: none of them fits; the error is that of the first.
+    """
+    if config.active is None and config.plan is None:
+        config = config.model_copy(update={"active": 0.5})
+    if config.partition != "auto":
+        return [prepare(model, config)]
+    jobs: list[Job] = []
+    errors: list[InputError] = []
+    for name in CANDIDATES:
+        try:
+            job = prepare(model, config.model_copy(update={"partition": name}))
+            jobs.append(replace(job, stream=jobs[0].stream) if jobs else job)  # its outer weights once in memory
+        except InputError as error:
+            errors.append(error)
+    if not jobs:
+        raise errors[0]
+    return jobs
+
+
+def choose(jobs: list[Job], partial: ResumableOutput, progress: Any = None) -> tuple[Job, list[dict[str, Any]]]:
+    """The job of least held-out loss, and what each trial gave; finished trials are kept in the partial output."""
+    if len(jobs) == 1:
+        return jobs[0], []
+    for job in jobs:
+        name = str(job.config.partition)
+        if name not in partial.trials:
+            partial.add_trial(name, trial(job, progress))
+    found = [
+        {"partition": name, "plan": str(job.plan), "width": job.plan.width, "held_out_loss": partial.trials[name]}
+        for job in jobs
+        for name in [str(job.config.partition)]
+    ]
+    best = min(range(len(jobs)), key=lambda i: found[i]["held_out_loss"])
+    return jobs[best], found
+
+
+@torch.no_grad()
+def trial(job: Job, progress: Any = None) -> float:
+    """Mean next-token loss in nats on held-out calibration tokens with every `EVERY`-th layer converted."""
+    window = job.tokens_NL.shape[1]
+    count = min(len(job.tokens_NL), (FIT_TOKENS + HELD_OUT_TOKENS) // window)
+    pick = torch.arange(count) * len(job.tokens_NL) // count
+    held_out = pick[3::4]
+    fit = pick[[i for i in range(count) if i % 4 != 3]]
+    job = replace(
+        job, tokens_NL=job.tokens_NL[fit], domain_N=job.domain_N[fit], held_out_NL=job.tokens_NL[held_out]
+    )  # fmt: skip
+    stream = job.stream
+    stream.load_outer()
+    states = embed(job)
+    for index in range(len(stream.layers)):
+        if progress:
+            progress(index, len(stream.layers), {"trial": job.config.partition})
+        if index % EVERY == EVERY - 1:
+            _, states, _ = convert_layer(job, index, states)
+            continue
+        with stream.layer(index) as layer:
+            states = {name: stream.run(index, layer, hidden_NLD) for name, hidden_NLD in states.items()}
+    return stream.token_losses(job.held_out_NL, states["converted"]).mean().item()

@@ -1,0 +1,255 @@
+"""The frontier: methods x budgets x memory on one model, each converted and measured the same way, resumable."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import registry
+from .choice import candidates
+from .config import ConvertConfig
+from .convert import convert
+from .errors import InputError
+from .evaluation.benchmark import benchmark
+from .evaluation.evaluate import check_request, evaluate
+from .evaluation.inspect import prompt_tokens
+from .evaluation.machine import machine, versions
+from .evaluation.neurons import top_neurons
+from .models.loading import load
+
+RESULT = "frontier.json"
+NEURONS = "neurons"
+"""The method that is a bound: every token its own best neurons."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one line of the frontier is converted with."""
+
+    partition: str
+    recovery: str = "closed-form"
+    router: str | None = None
+
+
+METHODS = {
+    "default": Method("auto"),
+    "specialists": Method("specialists"),
+    "coactivation": Method("coactivation"),
+    "static+closed-form": Method("static"),
+    "flap": Method("static", "none"),
+    "cmoe": Method("cmoe", "none"),
+    "expertweaver": Method("expertweaver", "none"),
+    "moefication": Method("moefication", "none"),
+    "llama-moe": Method("random", "none"),
+    "read-me": Method("domains", "none"),
+    "coactivation-oracle": Method("coactivation", "none", "oracle"),
+}
+"""Lines by name; the published methods as they are published, without recovery."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How every row of a frontier is measured; rows of another measurement are not mixed with these."""
+
+    text: str | None = None
+    max_tokens: int | None = None
+    tasks: str | None = None
+    calibration: tuple[str, ...] = ()
+    tokens: int = 16_384
+    speed: bool = True
+
+
+@dataclass(frozen=True)
+class Point:
+    """One conversion of the frontier."""
+
+    method: str
+    active: float
+    memory_factor: float
+    seed: int
+
+    def config(self, measurement: Measurement) -> ConvertConfig:
+        """The conversion that it stands for."""
+        method = METHODS[self.method]
+        return ConvertConfig(
+            active=self.active, memory_factor=self.memory_factor, seed=self.seed, partition=method.partition,
+            recovery=method.recovery, router=method.router, calibration=measurement.calibration,
+            tokens=measurement.tokens,
+        )  # fmt: skip
+
+
+def frontier(
+    model: str,
+    output: Path,
+    *,
+    active: Sequence[float] = (0.25, 0.5, 0.75),
+    memory_factors: Sequence[float] = (1.0,),
+    methods: Sequence[str] = ("default", "static+closed-form", "flap", "cmoe"),
+    seeds: Sequence[int] = (0,),
+    measurement: Measurement | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Any]:
+    """Convert and measure `model` with every method at every budget; rows are kept in `output/frontier.json`.
+
+    Finished rows are not measured again. A row has `method, ffn_active, memory_factor, plan, seed, perplexity,
+    perplexity_ratio, speedup, tasks_mean`; the bound `neurons` has no plan and no speed-up. Memory factors other than 1
+    are measured for methods whose experts may overlap. Each conversion is deleted when it is measured.
+
+    Returns:
+        What `frontier.json` holds; `frontier.png` and `frontier.svg` beside it show it.
+
+    Raises:
+        InputError: an unknown method, a shape that does not fit, or bad files; before anything is converted.
+    """
+    measurement = measurement or Measurement()
+    check_request(path(measurement.text), "gptq", 2_048, measurement.max_tokens, path(measurement.tasks), None)
+    points = list(_points(active, memory_factors, methods, seeds))
+    for point in points:
+        if point.method != NEURONS:
+            candidates(model, point.config(measurement))
+    result = _resume(model, output, measurement)
+    rows: list[dict[str, Any]] = result["rows"]
+    done = {_key(row) for row in rows}
+    report = progress or (lambda count, all, note: None)
+    if "dense" not in result:
+        report(0, len(points), "dense")
+        result["dense"] = _evaluate(model, measurement)
+        _save(result, output)
+    for number, point in enumerate(points):
+        if _key(asdict(point)) not in done:
+            report(number, len(points), f"{point.method}, {point.active:.0%} active")
+            rows.append(_measure(model, point, measurement, result, output / "work"))
+            _save(result, output)
+    report(len(points), len(points), "done")
+    result["summary"] = summarise(rows)
+    _save(result, output)
+    from .export.plots import write_frontier  # matplotlib is slow to import
+
+    write_frontier(result["summary"], model, output)
+    return result
+
+
+def path(name: str | None) -> Path | None:
+    """A path, or None for none."""
+    return None if name is None else Path(name)
+
+
+def _points(
+    active: Sequence[float], memory_factors: Sequence[float], methods: Sequence[str], seeds: Sequence[int]
+) -> Iterator[Point]:
+    known = [*METHODS, NEURONS]
+    for name in methods:
+        if name not in known:
+            raise InputError(
+                f"unknown method '{name}'.{registry.nearest(name, known)} Choose from: {', '.join(known)}."
+            )
+    for seed in seeds:
+        for share in active:
+            for name in methods:
+                for factor in memory_factors if _may_overlap(name) else (1.0,):
+                    yield Point(name, share, factor, seed)
+
+
+def _may_overlap(name: str) -> bool:
+    """Whether memory beyond the dense model's is of use to the method."""
+    if name == NEURONS:
+        return False
+    partition = METHODS[name].partition
+    return partition == "auto" or registry.build("partition", partition).overlapping
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("method", "active", "memory_factor", "seed"))
+
+
+def _resume(model: str, output: Path, measurement: Measurement) -> dict[str, Any]:
+    """The rows found in `output` if they were measured in the same way, else a fresh result."""
+    setting = {"model": model} | json.loads(json.dumps(asdict(measurement)))
+    file = output / RESULT
+    if output.exists() and not output.is_dir():
+        raise InputError(f"'{output}' is a file; choose another folder with --out")
+    if not file.is_file():
+        return {"setting": setting, "versions": versions(), "machine": machine(), "rows": []}
+    found = json.loads(file.read_text())
+    changed = [name for name, value in setting.items() if found["setting"].get(name) != value]
+    if changed:
+        raise InputError(
+            f"'{file}' was measured with another {', '.join(changed)}; choose another --out, or delete it to start anew"
+        )
+    return found
+
+
+def _save(result: dict[str, Any], output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    partial = output / f"{RESULT}.writing"
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    partial.replace(output / RESULT)
+
+
+def _evaluate(model: str | Path, measurement: Measurement, keep: float | None = None) -> dict[str, Any]:
+    """Perplexity and tasks of a model, or of the bound that keeps a share of its neurons."""
+    loaded, tokenizer = load(model)
+    options: Any = {
+        "text": path(measurement.text), "max_tokens": measurement.max_tokens, "tasks": path(measurement.tasks),
+    }  # fmt: skip
+    if keep is None:
+        return evaluate(loaded, tokenizer, **options)
+    with top_neurons(loaded, keep):
+        return evaluate(loaded, tokenizer, **options)
+
+
+def _measure(model: str, point: Point, measurement: Measurement, result: dict[str, Any], work: Path) -> dict[str, Any]:
+    row: dict[str, Any] = asdict(point)
+    if point.method == NEURONS:
+        found = _evaluate(model, measurement, keep=point.active)
+        row |= {"plan": None, "ffn_active": point.active, "speedup": None}
+    else:
+        metrics = convert(model, work, point.config(measurement), overwrite=True, force=True)
+        names = ("plan", "expert_width", "ffn_active", "seconds", "peak_rss_bytes", "partition", "fingerprint")
+        row |= {name: metrics[name] for name in names} | {"memory": metrics["memory_factor"]}
+        found = _evaluate(work, measurement)
+        row["speedup"] = _speedup(model, work, row, result["rows"]) if measurement.speed else None
+        shutil.rmtree(work)
+    row["perplexity"] = found["perplexity"]
+    row["perplexity_ratio"] = found["perplexity"] / result["dense"]["perplexity"]
+    if found["tasks"]:
+        row |= {"tasks": found["tasks"], "tasks_mean": found["tasks"]["mean"]["acc"]}
+        row["tasks_stderr"] = found["tasks"]["mean"]["stderr"]
+    return row
+
+
+def _speedup(model: str, converted: Path, row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
+    """Decode speed over dense at batch 1; of the same shape measured before, that number."""
+    shape = ("plan", "expert_width", "memory")
+    for other in rows:
+        if all(other.get(name) == row[name] for name in shape) and other["speedup"]:
+            return other["speedup"]
+    loaded, tokenizer = load(converted)
+    dense, _ = load(model)
+    speed = benchmark(loaded, dense, prompt_tokens(tokenizer, 64), new=16, rounds=3)
+    return speed["decode"]["1"]["speedup"]
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that differ by seed only as one: means, `perplexity_ratio_deviation` (of the sample) and `seeds`."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(_key(row)[:3], []).append(row)
+    summary = []
+    for same in groups.values():
+        ratios = [row["perplexity_ratio"] for row in same]
+        mean = sum(ratios) / len(ratios)
+        deviation = math.sqrt(sum((r - mean) ** 2 for r in ratios) / max(1, len(ratios) - 1))
+        names = ("method", "active", "ffn_active", "memory_factor", "memory", "plan", "partition", "speedup")
+        row = {name: same[0].get(name) for name in names}
+        row |= {"perplexity_ratio": mean, "perplexity_ratio_deviation": deviation, "seeds": len(same)}
+        if "tasks_mean" in same[0]:
+            row["tasks_mean"] = sum(r["tasks_mean"] for r in same) / len(same)
+            row["tasks_stderr"] = same[0]["tasks_stderr"]
+        summary.append(row)
+    return summary

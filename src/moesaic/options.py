@@ -1,0 +1,63 @@
+"""What the verbs share: their common options, and how a result is printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from .errors import InputError
+
+Number = TypeVar("Number", int, float)
+people = Console(stderr=True)
+"""Standard error: everything that is for people."""
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(help="hub id, folder, .gguf file, or built in: tiny, demo, demo-1.5b, gemma-270m", metavar="MODEL"),
+]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object; all else goes to standard error")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cores)", min=1)]
+
+
+def numbers(text: str, option: str, kind: type[Number] = int, least: float = 1) -> list[Number]:
+    """A comma-separated list of numbers.
+
+    Raises:
+        InputError: something else, or a number below `least`.
+    """
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < least:
+        raise InputError(f"{option} '{text}' is not a list of numbers from {least} up, such as 1,8,32")
+    return found
+
+
+def load_model(model: str, device: str, dtype: str, threads: int | None) -> tuple[Any, Any]:
+    """(model, tokenizer) as the options ask for."""
+    import torch
+
+    from .job import choose_device, choose_dtype
+    from .models.loading import load
+    from .models.sources import resolve
+
+    if threads:
+        torch.set_num_threads(threads)
+    folder = resolve(model, people)
+    with people.status(f"loading {model}"):
+        return load(folder, dtype=choose_dtype(dtype, folder), device=choose_device(device))
+
+
+def emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    """Print a result: one JSON object, or what `show` prints for people."""
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show()
