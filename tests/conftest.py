@@ -52,7 +52,7 @@ SMALL = {
     "num_key_value_heads": 1, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
     "initializer_range": 0.1,
 }  # fmt: skip
-QUICK = ConvertConfig(tokens=1_024, window=64, held_out_tokens=256)
+QUICK = ConvertConfig(partition="coactivation", tokens=1_024, window=64, held_out_tokens=256)
 
 
 def small_model(family):

@@ -43,7 +43,7 @@ def test_everything_that_is_promised_is_there(made):
     assert metrics["plan"] == "S1A2E8"
     assert metrics["ffn_active"] == pytest.approx(3 / 8)
     assert len(metrics["layers"]) == 3
-    assert sum(metrics["layers"][0]["expert_tokens"]) == 2 * 1_024
+    assert sum(metrics["layers"][0]["expert_tokens"]) == 2 * 15 * 64  # every 16th window is for validation
     names = {path.name for path in out.iterdir()}
     assert names >= {
         "config.json", "moesaic.yaml", "metrics.json", "README.md", "tokenizer.json", "model.safetensors.index.json",
@@ -248,7 +248,7 @@ def test_bad_wishes_are_refused_before_any_work(folders, tmp_path):
         ({"router": "oracle"}, "use it with --recovery none"),
         ({"partition": "specialists", "plan": "S1A2E8"}, "must say A1"),
         ({"partition": "specialists", "expert_width": 8}, "drop --expert-width"),
-        ({"plan": "S0A1E4", "memory_factor": 2.0}, "give one of them"),
+        ({"partition": "specialists", "plan": "S0A1E4", "memory_factor": 2.0}, "give one of them"),
         ({"router": "centroid"}, "with 'coactivation' use 'linear'"),
         ({"partition": "coactivatoin"}, "Did you mean 'coactivation'"),
         ({"tokens": 32}, "less than one window"),

@@ -58,7 +58,7 @@ def test_rows_and_charts_are_kept_and_not_measured_again(measured, monkeypatch):
     monkeypatch.setattr("moesaic.frontier.convert", None)
     again = frontier("tiny", out, active=[0.25], methods=["flap", "cmoe"], measurement=MEASUREMENT)
     assert again["rows"] == result["rows"]
-    with pytest.raises(InputError, match="another .*tokens"):
+    with pytest.raises(InputError, match=r"another .*tokens"):
         frontier("tiny", out, measurement=Measurement(tokens=1_024))
 
 

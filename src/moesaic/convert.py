@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .calibration.text import bundled, text_hash
 from .choice import candidates, choose
+from .confidence import fit_confidence
 from .config import ConvertConfig
 from .errors import WorkError
 from .evaluation.machine import machine, peak_rss_bytes, versions
@@ -77,27 +78,29 @@ def convert(
         partial.add_layer(tensors, states, record)
     if progress:
         progress(count, count, partial.layers[-1])
-    metrics = measure(job, output, partial.layers, states) | {"trials": trials}
+    factor, norm = confidence(job, states)
+    metrics = measure(job, output, partial.layers, states, norm) | {"trials": trials, "logit_factor": factor}
     metrics["seconds"] = time.monotonic() - start
     check_collapse(metrics, job.config, partial, force)
-    write_rest(job, partial, metrics)
+    write_rest(job, partial, metrics, norm)
     partial.finish()
     return metrics
 
 
-def measure(job: Job, output: Path, layers: list[dict[str, Any]], states: dict[str, Tensor]) -> dict[str, Any]:
+def confidence(job: Job, states: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """The factor of the logits and the tensors that carry it; 1 and none without recovery or validation tokens."""
+    if job.config.recovery == "none" or "validation" not in states:
+        return 1.0, {}
+    return fit_confidence(job, states["validation"])
+
+
+def measure(
+    job: Job, output: Path, layers: list[dict[str, Any]], states: dict[str, Tensor], norm: dict[str, Tensor]
+) -> dict[str, Any]:
     """The metrics of a finished conversion; perplexities are `exp(mean loss)` on bundled held-out text."""
-    # NaN and what overflows become e^700, which JSON can hold and which counts as a collapse
-    dense, converted = (
-        job.stream.token_losses(job.held_out_NL, states[name])
-        .mean()
-        .double()
-        .nan_to_num(700)
-        .clamp(max=700)
-        .exp()
-        .item()
-        for name in ("dense", "converted")
-    )
+    dense = perplexity(job, states["dense"])
+    job.stream.model.load_state_dict(norm, strict=False)
+    converted = perplexity(job, states["converted"])
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(job.working)
     total = sum(p.numel() for p in model.parameters())
@@ -131,6 +134,12 @@ def measure(job: Job, output: Path, layers: list[dict[str, Any]], states: dict[s
     }
 
 
+def perplexity(job: Job, hidden_NLD: Tensor) -> float:
+    """`exp(mean loss)` of held-out text; NaN and what overflows become e^700, which JSON holds and is a collapse."""
+    loss = job.stream.token_losses(job.held_out_NL, hidden_NLD).mean().double()
+    return loss.nan_to_num(700).clamp(max=700).exp().item()
+
+
 def check_collapse(metrics: dict[str, Any], config: ConvertConfig, partial: ResumableOutput, force: bool) -> None:
     """Raises WorkError if the converted model has lost its language and `force` does not accept that."""
     ratio = metrics["perplexity"] / metrics["perplexity_dense"]
@@ -143,10 +152,10 @@ def check_collapse(metrics: dict[str, Any], config: ConvertConfig, partial: Resu
         )
 
 
-def write_rest(job: Job, partial: ResumableOutput, metrics: dict[str, Any]) -> None:
+def write_rest(job: Job, partial: ResumableOutput, metrics: dict[str, Any], norm: dict[str, Tensor]) -> None:
     """Everything in OUT that is not a layer: outer weights, configuration, tokenizer, metrics, card and plots."""
     folder, stream = partial.folder, job.stream
-    partial.write(OUTER, {n: t.to(stream.dtype) for n, t in stream.outer_tensors()})
+    partial.write(OUTER, {n: t.to(stream.dtype) for n, t in (dict(stream.outer_tensors()) | norm).items()})
     job.working.save_pretrained(folder)
     generation = job.source / "generation_config.json"
     if generation.is_file():

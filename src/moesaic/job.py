@@ -26,6 +26,8 @@ from .partition import Partitioner
 from .recovery import Recovery
 from .routing import RouterBuilder
 
+VALIDATION = 16
+
 
 @dataclass(frozen=True)
 class Job:
@@ -44,7 +46,10 @@ class Job:
     """The converted model's transformers configuration."""
     tokenizer: Any
     tokens_NL: Tensor
+    """Calibration tokens that layers are fitted to."""
     domain_N: Tensor
+    validation_NL: Tensor
+    """Every `VALIDATION`-th calibration window: nothing is fitted to it but the confidence of the whole model."""
     held_out_NL: Tensor
     fingerprint: dict[str, str]
 
@@ -54,7 +59,7 @@ class Job:
             1.0, self.plan.memory_factor(self.stream.config.intermediate_size)
         )
         weights *= self.stream.dtype.itemsize / self.stream.checkpoint.dtype().itemsize
-        tokens = self.tokens_NL.numel() + 2 * self.held_out_NL.numel()
+        tokens = self.tokens_NL.numel() + self.validation_NL.numel() + 2 * self.held_out_NL.numel()
         return round(1.1 * weights) + 2 * tokens * self.stream.config.hidden_size * self.stream.dtype.itemsize
 
     def check_space(self, output: Path) -> None:
@@ -105,6 +110,7 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
         )
     window = min(config.window, stream.config.max_position_embeddings)
     tokens_NL, domain_N = labelled_windows(documents, tokenizer, config.tokens, window)
+    spare = torch.arange(len(tokens_NL)) % VALIDATION == VALIDATION - 1
     held_out_NL = token_windows(bundled("heldout"), tokenizer, config.held_out_tokens, window)
     fingerprint = {
         "model": stream.checkpoint.fingerprint(),
@@ -115,8 +121,8 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
     # a folder is known by its name only, with a stroke to tell it from a built-in model's
     name = f"{source.name}/" if Path(model).is_dir() else str(model)
     return Job(
-        name, source, config, plan, partitioner, router, recovery, stream, working, tokenizer, tokens_NL, domain_N,
-        held_out_NL, fingerprint,
+        name, source, config, plan, partitioner, router, recovery, stream, working, tokenizer, tokens_NL[~spare],
+        domain_N[~spare], tokens_NL[spare], held_out_NL, fingerprint,
     )  # fmt: skip
 
 
@@ -165,7 +171,7 @@ def describe(job: Job) -> dict[str, Any]:
         "partition": job.config.partition,
         "router": job.config.router,
         "recovery": job.config.recovery,
-        "calibration_tokens": job.tokens_NL.numel(),
+        "calibration_tokens": job.tokens_NL.numel() + job.validation_NL.numel(),
         "dense_parameters": job.stream.parameters(),
         "dtype": str(job.stream.dtype).removeprefix("torch."),
         "device": str(job.stream.device),

@@ -20,6 +20,9 @@ from .job import Job
 from .models.moe import MoE
 from .partition import Partition
 
+CONVERTED = {"converted", "validation"}
+"""States that see converted layers and are fitted to by none."""
+
 
 class Laps:
     """Seconds between calls, and the process's peak memory so far at each, by name."""
@@ -38,7 +41,9 @@ class Laps:
 def embed(job: Job) -> dict[str, Tensor]:
     """Hidden states that enter the first layer: calibration, and held-out text on the dense and converted path."""
     held_out_NLD = job.stream.embed(job.held_out_NL)
-    return {"calibration": job.stream.embed(job.tokens_NL), "dense": held_out_NLD, "converted": held_out_NLD.clone()}
+    states = {"calibration": job.tokens_NL, "validation": job.validation_NL}
+    states = {name: job.stream.embed(tokens_NL) for name, tokens_NL in states.items() if len(tokens_NL)}
+    return states | {"dense": held_out_NLD, "converted": held_out_NLD.clone()}
 
 
 @torch.no_grad()
@@ -68,7 +73,7 @@ def convert_layer(
             calibration_NLD = job.stream.run(index, layer, states["calibration"])
         error = relative_error(sample, torch.cat(tap.outputs))
         with replaced_ffn(layer, moe):
-            converted_NLD = job.stream.run(index, layer, states["converted"])
+            after = {name: job.stream.run(index, layer, states[name]) for name in states.keys() & CONVERTED}
             prefix = f"{job.stream.prefix}{index}."
             tensors = {prefix + name: tensor.cpu() for name, tensor in layer.state_dict().items()}
     load_E = expert_load(moe, sample)
@@ -85,7 +90,7 @@ def convert_layer(
         "stage_seconds": laps.seconds,
         "stage_peak_rss_bytes": laps.peak_rss_bytes,
     }
-    return tensors, {"calibration": calibration_NLD, "dense": dense_NLD, "converted": converted_NLD}, record
+    return tensors, after | {"calibration": calibration_NLD, "dense": dense_NLD}, record
 
 
 def build_moe(job: Job, sample: LayerSample, partition: Partition) -> MoE:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
@@ -116,3 +117,19 @@ def check_convertible(layers: Iterable[nn.Module]) -> None:
 def norms_ffn_output(layer: nn.Module) -> bool:
     """Whether the FFN's output is normalised before it joins the residual stream (Gemma 2 and 3, OLMo-2)."""
     return hasattr(layer, "post_feedforward_layernorm")
+
+
+def scale_logits(model: PreTrainedModel, factor: float) -> str:
+    """Multiply the logits by a factor through the final norm's weight; the name of that parameter.
+
+    Norms are told apart by what they do: `weight * x / rms(x)`, or Gemma's `(1 + weight) * x / rms(x)`.
+    """
+    norm: nn.Module = model.base_model.norm  # pyrefly: ignore[bad-assignment]
+    weight = norm.get_parameter("weight")
+    ones = torch.ones_like(weight)
+    gain = norm(ones)
+    offset = (gain - weight).float().mean().round().item()
+    weight.data.copy_((weight.float() + offset) * factor - offset)
+    if not torch.allclose(norm(ones).float(), gain.float() * factor, rtol=0.02, atol=1e-3):
+        raise AssertionError(f"{type(norm).__name__} does not multiply by its weight")
+    return f"{model.base_model_prefix}.norm.weight"

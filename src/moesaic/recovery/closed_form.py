@@ -12,6 +12,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ..calibration.sample import LayerSample
 from ..models.moe import MoE
@@ -19,18 +20,24 @@ from ..partition import Partition
 from .base import Recovery
 
 CONDITION_FOR_FP32 = 1e6
+RIDGE_FLOOR = 1e-3
+PANEL = 512
+"""Rows of the normal equations computed at once; above the diagonal nothing is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClosedForm(Recovery):
-    """`min_W sum_t w_t² ‖y_t - (m_t * h_t) W‖² + ridge ‖W - W_dense‖²`, m the mask of the neurons that run.
+    """`min_W sum_t w_t² ‖y_t - (m_t * h_t) W‖² + ridge sum_i G_ii ‖W_i - W_dense,i‖²`, m the mask of what runs.
+
+    G_ii is the neuron's own weighted energy, so the ridge does not depend on a neuron's scale: it is the penalty that
+    multiplicative noise of variance `ridge` on the activations amounts to.
 
     Experts that never run together and share nothing (top-1 specialists) are solved one by one, each also with a small
     weight on the tokens of the others, which pulls it to the static solution where it has few tokens of its own.
     """
 
     ridge: Annotated[float, Field(ge=0)] = 0.3
-    """Relative to the mean diagonal of the normal equations."""
+    """Relative to each diagonal entry of the normal equations."""
     other_tokens: Annotated[float, Field(ge=0)] = 0.03
     """Weight of the other specialists' tokens (τ); the own count 1."""
 
@@ -79,55 +86,51 @@ def chosen(moe: MoE, x_CD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normal_equations(moe: MoE, sample: LayerSample, blocks: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(Z.T Z [W, W] below the diagonal blocks' upper edge, Z.T R [W, D]), R what the block leaves of the dense output.
+    """(lower triangle of Z.T Z [W, W], Z.T R [W, D]), R what the block leaves of the dense output.
 
-    Z holds the weighted activations of all blocks, zero where an expert does not run; pairs of experts cost only the
-    tokens that run both. Regressing the rest, not the output, keeps bf16 products accurate.
+    Z holds the weighted activations of all blocks, times the gate's weights, zero where an expert does not run.
+    Regressing the rest, not the output, keeps bf16 products accurate.
     """
-    size = sum(len(block) for block in blocks)
-    edges = torch.tensor([0, *[len(block) for block in blocks]]).cumsum(0).tolist()
-    gram_WW = torch.zeros(size, size, device=sample.weight_T.device)
-    right_WD = torch.zeros(size, sample.output_TD.shape[1], device=sample.weight_T.device)
+    neurons_W = torch.cat(blocks)
+    size, device = len(neurons_W), sample.weight_T.device
+    gram_WW = torch.zeros(size, size, device=device)
+    right_WD = torch.zeros(size, sample.output_TD.shape[1], device=device)
+    prior_DW = sample.ffn.down_DF[:, neurons_W]
+    bias = moe.shared_experts.down_proj.bias if moe.shared_experts is not None else None
     for part, h_CF in sample.chunks():
-        rest_CD = sample.output_TD[part].float() - moe(sample.input_TD[part]).float()
-        h_CF, rest_CD = weighted(h_CF, rest_CD, sample.weight_T[part])
-        features = block_features(moe, sample.input_TD[part], h_CF, blocks)
-        for i, (on_i, z_i) in enumerate(features):
-            right_WD[edges[i] : edges[i + 1]] += z_i.T @ rest_CD[on_i]
-            for j, (on_j, z_j) in enumerate(features[: i + 1]):
-                both = on_i & on_j
-                product = z_i[both[on_i]].T @ z_j[both[on_j]]
-                gram_WW[edges[i] : edges[i + 1], edges[j] : edges[j + 1]] += product
+        z_CW = h_CF[:, neurons_W] * gains(moe, sample.input_TD[part], blocks).to(h_CF.dtype)
+        rest_CD = sample.output_TD[part].float() - linear(z_CW, prior_DW, bias).float()
+        z_CW, rest_CD = weighted(z_CW, rest_CD, sample.weight_T[part])
+        right_WD += z_CW.T @ rest_CD
+        for first in range(0, size, PANEL):
+            last = first + PANEL
+            gram_WW[first:last, :last] += z_CW[:, first:last].T @ z_CW[:, :last]
     return gram_WW, right_WD
 
 
-def block_features(moe: MoE, x_CD: Tensor, h_CF: Tensor, blocks: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """For each block (tokens that run it, bool [C]; their activations times the gate's weight, [tokens, I])."""
-    features = []
-    experts = blocks
-    if moe.shared_experts is not None:
-        features.append((torch.ones(len(x_CD), dtype=torch.bool, device=x_CD.device), h_CF[:, blocks[0]]))
-        experts = blocks[1:]
-    if experts:
+def gains(moe: MoE, x_CD: Tensor, blocks: list[Tensor]) -> Tensor:
+    """The factor on each neuron in each token, [C, W]: 1 for shared ones, the gate's weight or 0 for routed ones."""
+    widths = torch.tensor([len(block) for block in blocks], device=x_CD.device)
+    gain_CB = torch.ones(len(x_CD), len(blocks), dtype=x_CD.dtype, device=x_CD.device)
+    if moe.experts is not None:
         index_CK, weight_CK = chosen(moe, x_CD)
-        for e, block in enumerate(experts):
-            hit_CK = index_CK == e
-            on_C = hit_CK.any(1)
-            gain_C1 = (weight_CK * hit_CK).sum(1, keepdim=True)[on_C].to(h_CF.dtype)
-            features.append((on_C, h_CF[on_C][:, block] * gain_C1))
-    return features
+        gain_CB[:, -moe.experts.num_experts :] = 0
+        gain_CB.scatter_(1, index_CK + len(blocks) - moe.experts.num_experts, weight_CK)
+    return gain_CB.repeat_interleave(widths, dim=1)
 
 
 def ridge_change(gram_WW: Tensor, rest_WD: Tensor, ridge: float) -> Tensor:
-    """`argmin_C tr(C.T G C) - 2 tr(C.T B) + λ ‖C‖²`, λ = ridge × mean diagonal of G, [W, D]: the change from the prior.
+    """`argmin_C tr(C.T G C) - 2 tr(C.T B) + sum_i λ_i ‖C_i‖²`, λ_i = ridge × G_ii, [W, D]: the change from the prior.
 
-    Only G's lower triangle is read, and its diagonal is overwritten. Cholesky in float32, in float64 when that fails
-    or its condition estimate is poor, eigenvalues when even that fails. Without any token the change is 0.
+    λ_i is at least `RIDGE_FLOOR` × the mean of all, so that neurons that never speak stay as they are. Only G's lower
+    triangle is read, and its diagonal is overwritten. Cholesky in float32, in float64 when that fails or its condition
+    estimate is poor, eigenvalues when even that fails. Without any token the change is 0.
     """
-    scale = gram_WW.diagonal().mean()
-    if scale <= 0:
+    diagonal = gram_WW.diagonal()
+    floor = RIDGE_FLOOR * diagonal.mean()
+    if floor <= 0:
         return torch.zeros_like(rest_WD)
-    gram_WW.diagonal().add_(ridge * scale)
+    diagonal.add_(ridge * diagonal.clamp(min=floor))
     factor, failed = torch.linalg.cholesky_ex(gram_WW)
     diagonal = factor.diagonal()
     if not failed and (diagonal.max() / diagonal.min()).square() <= CONDITION_FOR_FP32:

@@ -1,0 +1,95 @@
+"""The choice between the cuts is the least loss, is kept for resuming, and confidence is fitted where it says."""
+
+import json
+
+import pytest
+import torch
+
+import moesaic
+from conftest import QUICK, small_model
+from moesaic import InputError, choice, convert
+from moesaic.choice import candidates, trial
+from moesaic.confidence import STEP, fit_confidence
+from moesaic.layer import embed
+from moesaic.models.families import scale_logits
+
+AUTO = QUICK.model_copy(update={"partition": "auto", "active": 0.5})
+
+
+def test_the_better_cut_is_taken_and_both_are_reported(tmp_path):
+    metrics = convert("tiny", tmp_path / "out", AUTO)
+    losses = {t["partition"]: t["held_out_loss"] for t in metrics["trials"]}
+    assert losses.keys() == {"specialists", "coactivation"}
+    assert metrics["partition"] == min(losses, key=losses.get)
+    jobs = candidates("tiny", AUTO)
+    assert [trial(job) for job in jobs] == pytest.approx(list(losses.values()))
+
+
+def test_finished_trials_are_not_repeated(tmp_path, monkeypatch):
+    def stop(done, count, record):
+        if record is None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert("tiny", tmp_path / "out", AUTO, progress=stop)
+    kept = json.loads((tmp_path / "out.partial" / "state.json").read_text())["trials"]
+    monkeypatch.setattr(choice, "trial", None)
+    metrics = convert("tiny", tmp_path / "out", AUTO)
+    assert {t["partition"]: t["held_out_loss"] for t in metrics["trials"]} == kept
+
+
+def test_a_named_partition_or_one_that_fits_alone_needs_no_trial():
+    assert len(candidates("tiny", QUICK)) == 1
+    assert [job.config.partition for job in candidates("tiny", AUTO.model_copy(update={"memory_factor": 2.0}))] == [
+        "specialists"
+    ]
+    with pytest.raises(InputError, match="at most 1"):
+        candidates("tiny", AUTO.model_copy(update={"active": 1.5}))
+
+
+@torch.no_grad()
+def test_logits_scale_in_every_family(family):
+    model = small_model(family)
+    tokens = torch.arange(30)[None]
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    before = model(tokens).logits
+    name = scale_logits(model, 0.5)
+    assert name in dict(model.named_parameters())
+    expected = before / 2 if cap is None else (before / cap).atanh().mul(cap / 2).div(cap).tanh() * cap
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_confidence_is_the_best_factor_on_the_grid():
+    [job] = candidates("tiny", QUICK.model_copy(update={"active": 0.5, "tokens": 4_096}))
+    job.stream.load_outer()
+    hidden = embed(job)["validation"]
+    for index in range(len(job.stream.layers)):
+        with job.stream.layer(index) as layer:
+            hidden = job.stream.run(index, layer, hidden)
+    weight = job.stream.model.base_model.norm.weight
+    weight *= 1.5  # too sure of itself
+    before = weight.clone()
+    factor, tensors = fit_confidence(job, hidden)
+    assert torch.equal(weight, before)
+    assert factor < 0.8
+    [scaled] = tensors.values()
+    torch.testing.assert_close(scaled, before * factor)
+
+    def loss(value):
+        weight.copy_(before * value)
+        found = job.stream.token_losses(job.validation_NL, hidden).mean().item()
+        weight.copy_(before)
+        return found
+
+    assert loss(factor) <= min(loss(factor - STEP), loss(factor + STEP)) + 1e-6
+
+
+def test_the_scaled_norm_is_in_the_checkpoint(tmp_path):
+    metrics = convert("tiny", tmp_path / "out", QUICK.model_copy(update={"plan": "S0A1E24", "tokens": 8_192}))
+    assert metrics["logit_factor"] < 1
+    model, _ = moesaic.load(tmp_path / "out")
+    dense, _ = moesaic.load("tiny")
+    torch.testing.assert_close(
+        model.base_model.norm.weight, dense.base_model.norm.weight * metrics["logit_factor"], rtol=1e-2, atol=1e-3
+    )
