@@ -13,8 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from . import registry
 from .errors import InputError
 
-GROUPS, MOST_GROUPS = 100, 192
-"""Groups of a disjoint plan: the wish, and what engines' routers still take gladly."""
 FEWEST = 4
 """Specialists beside a shared expert."""
 PLAN = re.compile(r"S(\d+)A(\d+)E(\d+)")
@@ -88,8 +86,8 @@ def parse_plan(text: str, intermediate_size: int, expert_width: int | None = Non
 def disjoint_plan(active: float, intermediate_size: int, expert_width: int | None = None) -> Plan:
     """The disjoint plan nearest to running `active` of the FFN, half of it shared.
 
-    About a hundred groups (finer ones follow the tokens better), of a width that q8_0 and q4_0 (32) or at least grouped
-    kernels (8) take, where the FFN's width allows.
+    About sixteen groups, of a width that K-quants (256), q8_0 (32) or at least grouped kernels (8) take, where the
+    FFN's width allows. Finer ones (`expert_width`) follow the tokens better and are slow on CPUs.
 
     Raises:
         InputError: an impossible share or width.
@@ -105,18 +103,16 @@ def disjoint_plan(active: float, intermediate_size: int, expert_width: int | Non
                 f"that does is {closest}"
             )
         return _nearest_plan(active, intermediate_size, intermediate_size // expert_width)
-    counts = [e for e in range(4, MOST_GROUPS + 1) if intermediate_size % e == 0]
+    counts = [e for e in range(4, 65) if intermediate_size % e == 0]
     if not counts:
-        raise InputError(
-            f"no group count from 4 to {MOST_GROUPS} divides the FFN's {intermediate_size} neurons; use --plan"
-        )
+        raise InputError(f"no group count from 4 to 64 divides the FFN's {intermediate_size} neurons; use --plan")
 
     def cost(groups: int) -> tuple[float, ...]:
         width = intermediate_size // groups
         plan = _nearest_plan(active, intermediate_size, groups)
-        misfit = next(rank for rank, multiple in enumerate((32, 8, 1)) if width % multiple == 0)
+        misfit = next(rank for rank, multiple in enumerate((256, 32, 8, 1)) if width % multiple == 0)
         miss = abs(plan.ffn_active(intermediate_size) - active)
-        return (round(miss / 0.02), misfit, abs(math.log(groups / GROUPS)))
+        return (round(miss / 0.02), misfit, abs(groups - 16))
 
     return _nearest_plan(active, intermediate_size, min(counts, key=cost))
 

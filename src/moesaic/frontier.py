@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -34,12 +35,14 @@ class Method:
     partition: str
     recovery: str = "closed-form"
     router: str | None = None
+    expert_width: int | None = None
 
 
 METHODS = {
     "default": Method("auto"),
     "specialists": Method("specialists"),
     "coactivation": Method("coactivation"),
+    "coactivation-fine": Method("coactivation", expert_width=64),
     "static+closed-form": Method("static"),
     "flap": Method("static", "none"),
     "cmoe": Method("cmoe", "none"),
@@ -63,6 +66,13 @@ class Measurement:
     tokens: int = 16_384
     speed: bool = True
 
+    def setting(self) -> dict[str, Any]:
+        """What decides the numbers, wherever the files lie: names and SHA-256 in place of paths."""
+        return {
+            "text": _named(self.text), "max_tokens": self.max_tokens, "tasks": _named(self.tasks),
+            "calibration": [_named(source) for source in self.calibration], "tokens": self.tokens,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Point:
@@ -79,7 +89,7 @@ class Point:
         return ConvertConfig(
             active=self.active, memory_factor=self.memory_factor, seed=self.seed, partition=method.partition,
             recovery=method.recovery, router=method.router, calibration=measurement.calibration,
-            tokens=measurement.tokens,
+            tokens=measurement.tokens, expert_width=method.expert_width,
         )  # fmt: skip
 
 
@@ -139,6 +149,13 @@ def path(name: str | None) -> Path | None:
     return None if name is None else Path(name)
 
 
+def _named(source: str | None) -> str | None:
+    """A file's name and SHA-256; what is no file (a dataset) by its name alone."""
+    if source is None or not Path(source).is_file():
+        return source
+    return f"{Path(source).name} sha256:{hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]}"
+
+
 def _points(
     active: Sequence[float], memory_factors: Sequence[float], methods: Sequence[str], seeds: Sequence[int]
 ) -> Iterator[Point]:
@@ -169,7 +186,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _resume(model: str, output: Path, measurement: Measurement) -> dict[str, Any]:
     """The rows found in `output` if they were measured in the same way, else a fresh result."""
-    setting = {"model": model} | json.loads(json.dumps(asdict(measurement)))
+    setting = {"model": model} | measurement.setting()
     file = output / RESULT
     if output.exists() and not output.is_dir():
         raise InputError(f"'{output}' is a file; choose another folder with --out")

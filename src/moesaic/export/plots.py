@@ -98,7 +98,7 @@ def write_frontier(summary: list[dict[str, Any]], model: str, folder: Path) -> N
         for method, factor in lines:
             rows = [r for r in summary if (r["method"], r["memory_factor"]) == (method, factor) and r[key]]
             rows.sort(key=lambda row: row[key])
-            ours = method in ("default", "specialists", "coactivation")
+            ours = method.startswith(("default", "specialists", "coactivation"))
             many = sum(name == method for name, _ in lines) > 1
             panel.errorbar(
                 [r[key] for r in rows], [r["perplexity_ratio"] for r in rows],
