@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from . import registry
 from .errors import InputError
 
-FEWEST = 4
-"""Specialists beside a shared expert."""
+FEWEST = 3
+"""Specialists beside a shared expert, at least."""
 PLAN = re.compile(r"S(\d+)A(\d+)E(\d+)")
 
 
@@ -124,33 +124,29 @@ def _nearest_plan(active: float, intermediate_size: int, groups: int) -> Plan:
 
 
 def specialists_plan(active: float, memory_factor: float, intermediate_size: int) -> Plan:
-    """Top-1 specialists: each as wide as the active share, as many as the memory budget holds.
+    """Top-1 specialists beside a shared expert of the same width, as many as the memory budget holds.
 
-    Where it holds fewer than two, a part of the active share is shared and `FEWEST` specialists vary the rest.
+    Where it holds fewer than `FEWEST`, groups are narrower and more of them shared.
 
     Raises:
         InputError: an impossible share, or a memory budget that leaves nothing to vary.
     """
     if not 0 < active <= 1:
         raise InputError(f"--active is {active}; it is a share of the FFN, above 0 and at most 1, e.g. 0.5")
-    count, shared = int(memory_factor / active + 1e-6), 0
-    if count < 2:
-        spare = memory_factor - active
-        if spare < 0.01:
-            raise InputError(
-                f"--memory-factor {memory_factor} leaves no room for specialists beside the {active:.0%} that run; "
-                f"give at least {active + 0.1:.1f}"
-            )
-        count, shared = FEWEST, math.ceil((FEWEST * active - memory_factor) / spare - 1e-6)
+    spare = memory_factor - active
+    if spare < 0.01:
+        raise InputError(
+            f"--memory-factor {memory_factor} leaves no room for specialists beside the {active:.0%} that run; "
+            f"give at least {active + 0.1:.1f}"
+        )
+    shared = max(1, math.ceil((FEWEST * active - memory_factor) / spare - 1e-6))
     wish = active * intermediate_size / (shared + 1)
     # rounded down, so that rounding never costs a specialist
     widths = [int(wish / step + 1e-9) * step for step in (256, 32, 8)]
     close = 0.01 * intermediate_size / (shared + 1)
     width = next((w for w in widths if w and wish - w <= close), max(1, int(wish)))
     groups = int(memory_factor * intermediate_size / width + 1e-6)
-    if shared:
-        shared = min(round(active * intermediate_size / width) - 1, groups - count)
-        groups = shared + count
+    shared = max(1, min(round(active * intermediate_size / width) - 1, groups - FEWEST))
     return Plan(shared, 1, groups, width)
 
 

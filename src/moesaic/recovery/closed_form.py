@@ -32,21 +32,21 @@ class ClosedForm(Recovery):
     G_ii is the neuron's own weighted energy, so the ridge does not depend on a neuron's scale: it is the penalty that
     multiplicative noise of variance `ridge` on the activations amounts to.
 
-    Experts that never run together and share nothing (top-1 specialists) are solved one by one, each also with a small
-    weight on the tokens of the others, which pulls it to the static solution where it has few tokens of its own.
+    Experts that never run together (top-1) couple through the shared expert only, so each has its own small system. Each
+    also sees the others' tokens with a small weight, which pulls it to the static solution where it has few tokens.
     """
 
     ridge: Annotated[float, Field(ge=0)] = 0.3
     """Relative to each diagonal entry of the normal equations."""
-    other_tokens: Annotated[float, Field(ge=0)] = 0.03
+    other_tokens: Annotated[float, Field(ge=0)] = 0.005
     """Weight of the other specialists' tokens (τ); the own count 1."""
 
     @torch.no_grad()
     def recover(self, moe: MoE, sample: LayerSample, partition: Partition) -> None:
         blocks = [partition.shared] * bool(len(partition.shared)) + list(partition.experts)
         dense = [sample.ffn.down_DF[:, block].T.float() for block in blocks]
-        if moe.shared_experts is None and moe.gate is not None and moe.gate.num_experts_per_tok == 1:
-            changes = self._isolated(moe, sample, blocks, dense)
+        if moe.gate is not None and moe.gate.num_experts_per_tok == 1:
+            changes = self._top_one(moe, sample, blocks, dense)
         else:
             changes = ridge_change(*normal_equations(moe, sample, blocks), self.ridge).split([len(b) for b in blocks])
         for (_, _, (_, _, down_DI)), prior_ID, change_ID in zip(
@@ -54,19 +54,69 @@ class ClosedForm(Recovery):
         ):
             down_DI.copy_((prior_ID + change_ID).T)
 
-    def _isolated(self, moe: MoE, sample: LayerSample, blocks: list[Tensor], dense: list[Tensor]) -> list[Tensor]:
-        """The change of each expert's down-projection where no token runs two blocks."""
-        grams = [torch.zeros(len(b), len(b), device=d.device) for b, d in zip(blocks, dense, strict=True)]
-        rests = [torch.zeros_like(d) for d in dense]
+    def _top_one(self, moe: MoE, sample: LayerSample, blocks: list[Tensor], dense: list[Tensor]) -> list[Tensor]:
+        """The change of each block's down-projection where no token runs two routed experts.
+
+        The normal equations are an arrow: shared [S, S], each expert [I, I], and each expert with the shared [I, S].
+        """
+        has_shared = moe.shared_experts is not None
+        shared = blocks[0] if has_shared else blocks[0][:0]
+        prior_SD = dense[0] if has_shared else dense[0][:0]
+        experts = list(zip(blocks, dense, strict=True))[has_shared:]
+        system = [Arrow.empty(len(shared), len(block), prior_ID) for block, prior_ID in experts]
         for part, h_CF in sample.chunks():
             expert_C = chosen(moe, sample.input_TD[part])[0].squeeze(1)
             h_CF, y_CD = weighted(h_CF, sample.output_TD[part], sample.weight_T[part])
-            for e, (block, prior_ID) in enumerate(zip(blocks, dense, strict=True)):
+            h_CS = h_CF[:, shared]
+            y_CD = y_CD - h_CS @ prior_SD.to(h_CS.dtype)
+            for e, (block, prior_ID) in enumerate(experts):
                 share_C1 = torch.where(expert_C == e, 1.0, self.other_tokens**0.5)[:, None].to(h_CF.dtype)
                 z_CI = h_CF[:, block] * share_C1
-                grams[e] += z_CI.T @ z_CI
-                rests[e] += z_CI.T @ (y_CD * share_C1 - z_CI @ prior_ID.to(z_CI.dtype))
-        return [ridge_change(gram, rest, self.ridge) for gram, rest in zip(grams, rests, strict=True)]
+                system[e].add(h_CS * share_C1, z_CI, y_CD * share_C1 - z_CI @ prior_ID.to(z_CI.dtype))
+        return solve_arrows(system, self.ridge)[0 if has_shared else 1 :]
+
+
+@dataclass(frozen=True)
+class Arrow:
+    """One expert's part in the normal equations of top-1 routing, summed in float32."""
+
+    gram_SS: Tensor
+    gram_IS: Tensor
+    gram_II: Tensor
+    rest_SD: Tensor
+    rest_ID: Tensor
+
+    @classmethod
+    def empty(cls, shared: int, width: int, like_ID: Tensor) -> Arrow:
+        hidden = like_ID.shape[1]
+        shapes = ((shared, shared), (width, shared), (width, width), (shared, hidden), (width, hidden))
+        return cls(*(like_ID.new_zeros(shape) for shape in shapes))
+
+    def add(self, z_CS: Tensor, z_CI: Tensor, rest_CD: Tensor) -> None:
+        """Add a chunk of weighted activations and of what the block leaves of the dense output."""
+        self.gram_SS.add_(z_CS.T @ z_CS)
+        self.gram_IS.add_(z_CI.T @ z_CS)
+        self.gram_II.add_(z_CI.T @ z_CI)
+        self.rest_SD.add_(z_CS.T @ rest_CD)
+        self.rest_ID.add_(z_CI.T @ rest_CD)
+
+
+def solve_arrows(system: list[Arrow], ridge: float) -> list[Tensor]:
+    """[change of the shared block, of each expert]: block elimination of the experts, then the shared block.
+
+    Equals `ridge_change` of the whole system, whose blocks between different experts are 0.
+    """
+    gram_SS = damp(sum(part.gram_SS for part in system), ridge)  # pyrefly: ignore[bad-argument-type]
+    rest_SD = sum(part.rest_SD for part in system)
+    solved = []
+    for part in system:
+        x_IX = solve_spd(damp(part.gram_II, ridge), torch.cat([part.gram_IS, part.rest_ID], dim=1))
+        x_IS, x_ID = x_IX.split([part.gram_IS.shape[1], part.rest_ID.shape[1]], dim=1)
+        gram_SS = gram_SS - part.gram_IS.T @ x_IS
+        rest_SD = rest_SD - part.gram_IS.T @ x_ID
+        solved.append((x_IS, x_ID))
+    change_SD = solve_spd(gram_SS, rest_SD) if len(gram_SS) else rest_SD
+    return [change_SD, *(x_ID - x_IS @ change_SD for x_IS, x_ID in solved)]
 
 
 def weighted(h_CF: Tensor, y_CD: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,15 +172,24 @@ def gains(moe: MoE, x_CD: Tensor, blocks: list[Tensor]) -> Tensor:
 def ridge_change(gram_WW: Tensor, rest_WD: Tensor, ridge: float) -> Tensor:
     """`argmin_C tr(C.T G C) - 2 tr(C.T B) + sum_i λ_i ‖C_i‖²`, λ_i = ridge × G_ii, [W, D]: the change from the prior.
 
-    λ_i is at least `RIDGE_FLOOR` × the mean of all, so that neurons that never speak stay as they are. Only G's lower
-    triangle is read, and its diagonal is overwritten. Cholesky in float32, in float64 when that fails or its condition
-    estimate is poor, eigenvalues when even that fails. Without any token the change is 0.
+    Only G's lower triangle is read, and its diagonal is overwritten. Without any token the change is 0.
     """
+    return solve_spd(damp(gram_WW, ridge), rest_WD)
+
+
+def damp(gram_WW: Tensor, ridge: float) -> Tensor:
+    """G + diag(λ) in place, λ_i = ridge × G_ii, at least `RIDGE_FLOOR` × the mean, so that a silent neuron stays."""
     diagonal = gram_WW.diagonal()
-    floor = RIDGE_FLOOR * diagonal.mean()
-    if floor <= 0:
-        return torch.zeros_like(rest_WD)
-    diagonal.add_(ridge * diagonal.clamp(min=floor))
+    floor = RIDGE_FLOOR * diagonal.mean() if len(diagonal) else 0
+    diagonal.add_(ridge * diagonal.clamp(min=floor) if floor > 0 else 1.0)
+    return gram_WW
+
+
+def solve_spd(gram_WW: Tensor, rest_WD: Tensor) -> Tensor:
+    """`G⁻¹ R` from G's lower triangle.
+
+    Cholesky in float32, in float64 when that fails or its condition estimate is poor, eigenvalues when even that fails.
+    """
     factor, failed = torch.linalg.cholesky_ex(gram_WW)
     diagonal = factor.diagonal()
     if not failed and (diagonal.max() / diagonal.min()).square() <= CONDITION_FOR_FP32:
