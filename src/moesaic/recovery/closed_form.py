@@ -32,7 +32,7 @@ class ClosedForm(Recovery):
     G_ii is the neuron's own weighted energy, so the ridge does not depend on a neuron's scale: it is the penalty that
     multiplicative noise of variance `ridge` on the activations amounts to.
 
-    Experts that never run together (top-1) couple through the shared expert only, so each has a small system of its own.
+    Experts that never run together (top-1) couple through the shared expert only, so each has its own small system.
     It also sees the others' tokens with a small weight, which pulls it to the static solution where it has few tokens.
     """
 
