@@ -7,6 +7,7 @@ A *block* is the shared expert or one routed expert; its features are its neuron
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Annotated
 
 import torch
@@ -106,8 +107,8 @@ def solve_arrows(system: list[Arrow], ridge: float) -> list[Tensor]:
 
     Equals `ridge_change` of the whole system, whose blocks between different experts are 0.
     """
-    gram_SS = damp(sum(part.gram_SS for part in system), ridge)  # pyrefly: ignore[bad-argument-type]
-    rest_SD = sum(part.rest_SD for part in system)
+    gram_SS = damp(reduce(torch.add, (part.gram_SS for part in system)), ridge)
+    rest_SD = reduce(torch.add, (part.rest_SD for part in system))
     solved = []
     for part in system:
         x_IX = solve_spd(damp(part.gram_II, ridge), torch.cat([part.gram_IS, part.rest_ID], dim=1))
