@@ -4,8 +4,8 @@ import torch
 
 import moesaic
 from moesaic.calibration.layers import calibrate, expert_load, relative_error
-from moesaic.convert import build_moe
 from moesaic.job import prepare
+from moesaic.layer import build_moe
 from moesaic.partition.coactivation import Coactivation
 
 job = prepare("tiny", moesaic.ConvertConfig(plan="S2A2E8", tokens=4_096, partition=Coactivation(iterations=4)))

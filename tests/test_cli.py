@@ -54,7 +54,10 @@ def test_convert_shows_a_table(run, tmp_path):
 def test_dry_run_writes_nothing(run, tmp_path):
     code, out, _ = run("convert", "tiny", tmp_path / "out", "--active", "0.25", "--dry-run", "--json")
     assert code == 0
-    assert json.loads(out)["plan"] == "S1A2E12"
+    facts = json.loads(out)
+    assert facts["plan"] == "S1A1E8 or S1A2E12"
+    assert facts["partition"] == "specialists or coactivation"
+    assert facts["layers"] == 4
     assert list(tmp_path.iterdir()) == []
 
 
@@ -134,7 +137,7 @@ def test_generate_evaluate_benchmark_inspect(run, converted):
         (["generate", "tiny", ""], "prompt is empty"),
         (["evaluate", "tiny", "--protocol", "x"], "choose from: gptq"),
         (["evaluate", "tiny", "--tasks", "missing.jsonl"], "no task file"),
-        (["benchmark", "tiny", "--batch", "1,x"], "list of positive numbers"),
+        (["benchmark", "tiny", "--batch", "1,x"], "list of numbers from 1 up"),
         (["benchmark", "tiny"], "holds no moesaic.yaml"),
         (["inspect", "nowhere"], "holds no moesaic.yaml"),
     ],
@@ -143,3 +146,32 @@ def test_other_verbs_refuse_too(run, arguments, says):
     code, _, err = run(*arguments)
     assert code == 2
     assert says in err
+
+
+def test_frontier_prints_rows_and_keeps_them(run, tmp_path):
+    small = ["--out", tmp_path / "f", "--active", "50", "--tokens", "1024", "--max-tokens", "2048", "--no-speed"]
+    code, out, err = run("frontier", "tiny", *small, "--methods", "static+closed-form,flap", "--json")
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert [row["method"] for row in rows] == ["static+closed-form", "flap"]
+    assert rows[0].keys() >= {"method", "ffn_active", "perplexity_ratio", "speedup"}
+    code, out, err = run("frontier", "tiny", *small, "--methods", "static+closed-form,flap")
+    assert (code, out) == (0, "")
+    assert "static+closed-form" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--active", "half"], "--active 'half' is not a list of numbers"),
+        (["--active", "150"], "at most 1"),
+        (["--methods", "flapp"], "Did you mean 'flap'"),
+        (["--tasks", "missing.jsonl"], "no task file"),
+        (["--methods", "read-me", "--calibration", "pyproject.toml"], "needs a domain of text for each expert"),
+    ],
+)
+def test_frontier_refuses_bad_input(run, tmp_path, arguments, says):
+    code, out, err = run("frontier", "tiny", "--out", tmp_path / "f", *arguments)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert not (tmp_path / "f").exists()

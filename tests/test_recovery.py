@@ -8,7 +8,7 @@ from conftest import block_for, random_sample
 from moesaic import Plan, registry
 from moesaic.calibration import sample as sample_module
 from moesaic.calibration.layers import relative_error
-from moesaic.recovery.closed_form import ClosedForm, normal_equations, ridge_change
+from moesaic.recovery.closed_form import Arrow, ClosedForm, normal_equations, ridge_change, solve_arrows
 from moesaic.routing.linear import weighted_ridge
 
 PLANS = [
@@ -111,6 +111,30 @@ def test_singular_systems_fall_back_to_double_and_no_tokens_to_the_prior():
     y = z @ torch.randn(6, 3)
     solved = ridge_change(z.T @ z, z.T @ y, 1e-9)
     torch.testing.assert_close(z @ solved, y, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shared", [0, 5])
+def test_block_elimination_equals_the_whole_system(shared):
+    g = torch.Generator().manual_seed(0)
+    system = [Arrow.empty(shared, 6, torch.zeros(6, 4)) for _ in range(3)]
+    whole, rest = torch.zeros(shared + 18, shared + 18), torch.zeros(shared + 18, 4)
+    for e, part in enumerate(system):
+        z, y = torch.randn(50, shared + 6, generator=g), torch.randn(50, 4, generator=g)
+        part.add(z[:, :shared], z[:, shared:], y)
+        columns = [*range(shared), *range(shared + 6 * e, shared + 6 * e + 6)]
+        wide = torch.zeros(50, shared + 18)
+        wide[:, columns] = z
+        whole += wide.T @ wide
+        rest += wide.T @ y
+    torch.testing.assert_close(torch.cat(solve_arrows(system, 0.3)), ridge_change(whole, rest, 0.3))
+
+
+def test_the_ridge_does_not_depend_on_a_neurons_scale():
+    z, y = torch.randn(60, 6), torch.randn(60, 3)
+    scale = torch.tensor([1.0, 4, 0.3, 1, 3, 1])
+    plain = z @ ridge_change(z.T @ z, z.T @ y, 0.3)
+    scaled = (z * scale) @ ridge_change((z * scale).T @ (z * scale), (z * scale).T @ y, 0.3)
+    torch.testing.assert_close(plain, scaled, rtol=1e-3, atol=1e-4)
 
 
 def test_ridge_router_equals_weighted_lstsq_with_intercept():

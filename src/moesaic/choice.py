@@ -6,6 +6,7 @@ others dense, and the loss on calibration tokens that the trial was not fitted t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,8 @@ from .models.writer import ResumableOutput
 CANDIDATES = ("specialists", "coactivation")
 EVERY = 3
 FIT_TOKENS, HELD_OUT_TOKENS = 6_144, 2_048
+Progress = Callable[[int, int, dict[str, Any] | None], None]
+"""Called with (finished layers, all layers, record of the last one); in a trial the record is `{"trial": name}`."""
 
 
 def candidates(model: str, config: ConvertConfig) -> list[Job]:
@@ -45,7 +48,9 @@ def candidates(model: str, config: ConvertConfig) -> list[Job]:
     return jobs
 
 
-def choose(jobs: list[Job], partial: ResumableOutput, progress: Any = None) -> tuple[Job, list[dict[str, Any]]]:
+def choose(
+    jobs: list[Job], partial: ResumableOutput, progress: Progress | None = None
+) -> tuple[Job, list[dict[str, Any]]]:
     """The job of least held-out loss, and what each trial gave; finished trials are kept in the partial output."""
     if len(jobs) == 1:
         return jobs[0], []
@@ -63,7 +68,7 @@ def choose(jobs: list[Job], partial: ResumableOutput, progress: Any = None) -> t
 
 
 @torch.no_grad()
-def trial(job: Job, progress: Any = None) -> float:
+def trial(job: Job, progress: Progress | None = None) -> float:
     """Mean next-token loss in nats on held-out calibration tokens with every `EVERY`-th layer converted."""
     window = job.tokens_NL.shape[1]
     count = min(len(job.tokens_NL), (FIT_TOKENS + HELD_OUT_TOKENS) // window)

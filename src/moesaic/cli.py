@@ -107,9 +107,7 @@ def convert(
         check_output(out, overwrite)
         jobs = candidates(model, config)
         jobs[0].check_space(out)
-        facts = describe(jobs[0])
-        if len(jobs) > 1:
-            facts["partition"] = " or ".join(str(job.config.partition) for job in jobs) + ", the better in a trial"
+        facts = describe(jobs)
         emit(facts, as_json, lambda: tables.show_facts(people, "Dry run: nothing was written", facts))
         return
     with tables.progress(people, "converting", "layer") as tick:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from .calibration.text import bundled, text_hash
-from .choice import candidates, choose
+from .choice import Progress, candidates, choose
 from .confidence import fit_confidence
 from .config import ConvertConfig
 from .errors import WorkError
@@ -26,9 +25,6 @@ from .export.card import write_card
 from .job import Job, fingerprint
 from .layer import convert_layer, embed
 from .models.writer import MARK, OUTER, ResumableOutput, check_output
-
-Progress = Callable[[int, int, dict[str, Any] | None], None]
-"""Called with (finished layers, all layers, record of the last one); in a trial the record is `{"trial": name}`."""
 
 
 def convert(

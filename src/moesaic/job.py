@@ -157,8 +157,16 @@ def make_config(recipe: Path | None, settings: dict[str, Any]) -> ConvertConfig:
         raise InputError(f"{name} is {first['input']!r}: {first['msg'].lower()}") from error
 
 
-def describe(job: Job) -> dict[str, Any]:
-    """What a conversion would do: shape, methods, data, sizes."""
+def describe(jobs: list[Job]) -> dict[str, Any]:
+    """What a conversion would do: shape, methods, data, sizes; `a or b` where a trial between jobs decides."""
+    facts = [_facts(job) for job in jobs]
+    return {
+        name: value if all(other[name] == value for other in facts) else " or ".join(str(o[name]) for o in facts)
+        for name, value in facts[0].items()
+    }
+
+
+def _facts(job: Job) -> dict[str, Any]:
     width = job.stream.config.intermediate_size
     return {
         "model": job.model,
