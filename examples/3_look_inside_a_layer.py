@@ -11,7 +11,7 @@ from moesaic.partition.coactivation import Coactivation
 job = prepare("tiny", moesaic.ConvertConfig(plan="S2A2E8", tokens=4_096, partition=Coactivation(iterations=4)))
 job.stream.load_outer()
 with torch.no_grad(), job.stream.layer(0) as layer:
-    sample = calibrate(job.stream, 0, layer, job.stream.embed(job.tokens_NL))
+    sample = calibrate(job.stream, 0, layer, job.stream.embed(job.tokens_NL), job.domain_N)
     partition = job.partitioner.split(sample, job.plan, torch.Generator().manual_seed(0))
     moe = build_moe(job, sample, partition)
     print("all experts on:", relative_error(sample, moe.all_on(sample.input_TD)))
