@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 INK, ACCENT, SOFT = "#1b1b1f", "#2a6f97", "#c9a227"
 
@@ -110,6 +111,9 @@ def write_frontier(summary: list[dict[str, Any]], model: str, folder: Path) -> N
                 s=[40 * (r["memory"] or 1) for r in rows], color=colors[methods.index(method) % 10], zorder=3,
             )  # fmt: skip
         panel.set(xlabel=label, ylabel="perplexity over dense", yscale="log", title=model)
+        if key == "ffn_active":
+            panel.set_xlim(0, 1)
+            panel.xaxis.set_major_formatter(PercentFormatter(1))
         panel.axhline(1, color=INK, linewidth=0.8, linestyle=":")
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter("{x:g}")
