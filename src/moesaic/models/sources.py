@@ -95,7 +95,7 @@ def _from_gguf(gguf: Path, console: Console) -> Path:
             gguf.parent, **place, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **place)
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except (ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"transformers cannot read '{gguf}': {error}") from error
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -32,15 +32,26 @@ class Coactivation(Partitioner):
         few = sample.subsample(self.profile_tokens, generator)
         h_TF = torch.cat([h_CF.float() for _, h_CF in few.chunks()])
         value_TF = (few.weight_T[:, None] * h_TF * sample.ffn.down_DF.float().norm(dim=0)).square()
-        order_F = value_TF.mean(0).argsort(descending=True, stable=True)
-        shared, routed = order_F.split([plan.shared_width, len(order_F) - plan.shared_width])
-        shared = shared.sort().values
-        if not plan.num_experts:
-            return Partition(shared=shared, experts=routed[:0].view(0, 0))
-        profile_RT = value_TF[:, routed].T
-        profile_RT = torch.nn.functional.normalize(profile_RT - profile_RT.mean(1, keepdim=True), dim=1)
-        expert_R = balanced_kmeans(profile_RT, plan.num_experts, self.iterations, generator)
-        return Partition(shared=shared, experts=groups(expert_R.to(routed.device), routed, plan.num_experts))
+        return cluster_neurons(value_TF.mean(0), profiles(value_TF), plan, self.iterations, generator)
+
+
+def profiles(value_TF: Tensor) -> Tensor:
+    """Each neuron's values over the tokens as a centred unit vector, [F, T]."""
+    centred_FT = (value_TF - value_TF.mean(0)).T
+    return torch.nn.functional.normalize(centred_FT, dim=1)
+
+
+def cluster_neurons(
+    score_F: Tensor, points_FX: Tensor, plan: Plan, iterations: int, generator: torch.Generator
+) -> Partition:
+    """Shared are the neurons of greatest score; the others are grouped by balanced k-means on their unit vectors."""
+    order_F = score_F.argsort(descending=True, stable=True)
+    shared, routed = order_F.split([plan.shared_width, len(order_F) - plan.shared_width])
+    shared = shared.sort().values
+    if not plan.num_experts:
+        return Partition(shared=shared, experts=routed[:0].view(0, 0))
+    expert_R = balanced_kmeans(points_FX[routed], plan.num_experts, iterations, generator)
+    return Partition(shared=shared, experts=groups(expert_R.to(routed.device), routed, plan.num_experts))
 
 
 def balanced_kmeans(points_RT: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
 """Neurons whose *gates* open together share an expert: after ExpertWeaver (arXiv 2602.15521, §3).
 
-Shapes: T tokens, F neurons, R routed neurons.
+Shapes: T tokens, F neurons.
 """
 
 from dataclasses import dataclass
@@ -9,13 +9,12 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import linear
 
 from ..calibration.sample import LayerSample
 from ..config import Plan
-from ._assignment import groups
 from .base import Partition, Partitioner
-from .coactivation import balanced_kmeans
+from .coactivation import cluster_neurons, profiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +34,7 @@ class ExpertWeaver(Partitioner):
 
     def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
         gate_TF = gate_activations(sample.subsample(self.profile_tokens, generator))
-        order_F = gate_TF.mean(0).argsort(descending=True, stable=True)
-        shared, routed = order_F.split([plan.shared_width, len(order_F) - plan.shared_width])
-        shared = shared.sort().values
-        if not plan.num_experts:
-            return Partition(shared=shared, experts=routed[:0].view(0, 0))
-        profile_RT = gate_TF[:, routed].T
-        profile_RT = normalize(profile_RT - profile_RT.mean(1, keepdim=True), dim=1)
-        expert_R = balanced_kmeans(profile_RT, plan.num_experts, self.iterations, generator)
-        return Partition(shared=shared, experts=groups(expert_R.to(routed.device), routed, plan.num_experts))
+        return cluster_neurons(gate_TF.mean(0), profiles(gate_TF), plan, self.iterations, generator)
 
 
 def gate_activations(sample: LayerSample) -> Tensor:

@@ -9,9 +9,8 @@ from torch.nn.functional import normalize
 
 from ..calibration.sample import LayerSample
 from ..config import Plan
-from ._assignment import groups
 from .base import Partition, Partitioner
-from .coactivation import balanced_kmeans
+from .coactivation import cluster_neurons
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +27,5 @@ class MoEfication(Partitioner):
 
     def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
         _, _, saliency_F = sample.moments()
-        order_F = saliency_F.argsort(descending=True, stable=True)
-        shared, routed = order_F.split([plan.shared_width, len(order_F) - plan.shared_width])
-        shared = shared.sort().values
-        if not plan.num_experts:
-            return Partition(shared=shared, experts=routed[:0].view(0, 0))
-        rows_RD = normalize(sample.ffn.gate_FD[routed].float(), dim=1)
-        expert_R = balanced_kmeans(rows_RD, plan.num_experts, self.iterations, generator)
-        return Partition(shared=shared, experts=groups(expert_R.to(routed.device), routed, plan.num_experts))
+        rows_FD = normalize(sample.ffn.gate_FD.float(), dim=1)
+        return cluster_neurons(saliency_F, rows_FD, plan, self.iterations, generator)
