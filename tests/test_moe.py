@@ -28,6 +28,18 @@ def test_all_on_equals_dense_for_every_family(folders, family, name):
     torch.testing.assert_close(moe.all_on(sample.input_TD), sample.output_TD, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_tokens_count_relative_to_their_output():
+    job = prepare("tiny", QUICK)
+    job.stream.load_outer()
+    with job.stream.layer(0) as layer:
+        sample = calibrate(job.stream, 0, layer, job.stream.embed(job.tokens_NL), job.domain_N)
+    norm = sample.output_TD.float().norm(dim=1)
+    relative = sample.weight_T * norm.clamp(min=norm.median() / 20)
+    torch.testing.assert_close(relative, relative[0].expand_as(relative))
+    torch.testing.assert_close(sample.weight_T.mean(), torch.tensor(1.0))
+
+
 def filled(plan, gate="linear", dtype=torch.float32, name="random"):
     sample = random_sample(dtype=dtype)
     partition = registry.build("partition", name).split(sample, plan, torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ from conftest import block_for, random_sample
 from moesaic import Plan, registry
 from moesaic.calibration import sample as sample_module
 from moesaic.calibration.layers import relative_error
-from moesaic.recovery.closed_form import Arrow, ClosedForm, normal_equations, ridge_change, solve_arrows
+from moesaic.recovery.closed_form import HELD_OUT, RIDGES, ClosedForm, normal_equations, ridge_change, solve_arrows
 from moesaic.routing.linear import weighted_ridge
 
 PLANS = [
@@ -65,7 +65,7 @@ def test_recovery_equals_weighted_lstsq(name, plan):
     target = sample.output_TD - (partition.bias_D if partition.bias_D is not None else 0)
     right = (target * sample.weight_T[:, None]).double()
     expected = np.linalg.lstsq(z.numpy(), right.numpy(), rcond=None)[0]
-    ClosedForm(ridge=1e-9, other_tokens=0).recover(moe, sample, partition)
+    ClosedForm(ridge=1e-9).recover(moe, sample, partition)
     parts = [moe.shared_experts.down_proj.weight.T] if moe.shared_experts is not None else []
     parts += [d.T for d in moe.experts.down_proj] if moe.experts is not None else []
     torch.testing.assert_close(torch.cat(parts), torch.from_numpy(expected).float(), rtol=2e-3, atol=2e-3)
@@ -75,7 +75,7 @@ def test_recovery_equals_weighted_lstsq(name, plan):
 def test_recovery_never_raises_the_calibration_objective(name, plan):
     moe, sample, partition = converted(name, plan)
     before = relative_error(sample, moe(sample.input_TD))
-    ClosedForm(other_tokens=0).recover(moe, sample, partition)
+    ClosedForm().recover(moe, sample, partition)
     assert relative_error(sample, moe(sample.input_TD)) <= before + 1e-6
 
 
@@ -88,6 +88,21 @@ def test_infinite_ridge_leaves_the_weights_alone(name, plan):
         torch.testing.assert_close(value, before[key])
 
 
+@pytest.mark.parametrize(("name", "plan"), PLANS)
+def test_the_ridge_is_that_of_least_error_on_held_out_tokens(name, plan):
+    moe, sample, partition = converted(name, plan)
+    few = sample.take(slice(sample.tokens - sample.tokens // HELD_OUT))
+    rest = sample.take(slice(few.tokens, None))
+    errors = []
+    for ridge in RIDGES:
+        ClosedForm(ridge=ridge).recover(moe, few, partition)
+        errors.append(relative_error(rest, moe(rest.input_TD)))
+    ClosedForm(ridge=RIDGES[int(np.argmin(errors))]).recover(moe, sample, partition)
+    expected = {name: weight.clone() for name, weight in moe.state_dict().items()}
+    ClosedForm().recover(moe, sample, partition)
+    torch.testing.assert_close(dict(moe.state_dict()), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_full_width_needs_no_recovery():
     moe, sample, partition = converted("random", Plan(1, 3, 4, 12))
     ClosedForm().recover(moe, sample, partition)
@@ -97,11 +112,11 @@ def test_full_width_needs_no_recovery():
 def test_a_specialist_that_no_token_reached_keeps_the_static_solution():
     moe, sample, partition = converted("specialists", Plan(0, 1, 3, 16))
     moe.gate.e_score_correction_bias[2] = -1e9
-    ClosedForm(other_tokens=0.5).recover(moe, sample, partition)
+    ClosedForm(ridge=0.3, other_tokens=0.5).recover(moe, sample, partition)
     z = sample.ffn.hidden(sample.input_TD)[:, partition.experts[2]] * sample.weight_T[:, None]
     right = sample.output_TD * sample.weight_T[:, None]
     dense = sample.ffn.down_DF[:, partition.experts[2]].T
-    own = dense + ridge_change(z.T @ z, z.T @ (right - z @ dense), ClosedForm().ridge)
+    own = dense + ridge_change(z.T @ z, z.T @ (right - z @ dense), 0.3)
     torch.testing.assert_close(moe.experts.down_proj[2].T, own, rtol=1e-3, atol=1e-3)
 
 
@@ -116,17 +131,17 @@ def test_singular_systems_fall_back_to_double_and_no_tokens_to_the_prior():
 @pytest.mark.parametrize("shared", [0, 5])
 def test_block_elimination_equals_the_whole_system(shared):
     g = torch.Generator().manual_seed(0)
-    system = [Arrow.empty(shared, 6, torch.zeros(6, 4)) for _ in range(3)]
+    systems = []
     whole, rest = torch.zeros(shared + 18, shared + 18), torch.zeros(shared + 18, 4)
-    for e, part in enumerate(system):
+    for e in range(3):
         z, y = torch.randn(50, shared + 6, generator=g), torch.randn(50, 4, generator=g)
-        part.add(z[:, :shared], z[:, shared:], y)
+        systems.append((z.T @ z, z.T @ y))
         columns = [*range(shared), *range(shared + 6 * e, shared + 6 * e + 6)]
         wide = torch.zeros(50, shared + 18)
         wide[:, columns] = z
         whole += wide.T @ wide
         rest += wide.T @ y
-    torch.testing.assert_close(torch.cat(solve_arrows(system, 0.3)), ridge_change(whole, rest, 0.3))
+    torch.testing.assert_close(torch.cat(solve_arrows(systems, shared, 0.3)), ridge_change(whole, rest, 0.3))
 
 
 def test_the_ridge_does_not_depend_on_a_neurons_scale():

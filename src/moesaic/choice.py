@@ -1,7 +1,8 @@
 """Which way to cut a model: the candidates are tried on part of it, and the one that speaks best is taken.
 
 Layer errors do not rank methods as perplexity does, so whole models are compared: every `EVERY`-th layer converted, the
-others dense, and the loss on calibration tokens that the trial was not fitted to.
+others dense, and the loss on calibration tokens that the trial was not fitted to. Cuts that are equal on the
+calibration's own domain may differ by far on another, so bundled text of six domains counts as much.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .calibration.text import bundled, token_windows
 from .config import ConvertConfig
 from .errors import InputError
 from .job import Job, prepare
@@ -69,15 +71,19 @@ def choose(
 
 @torch.no_grad()
 def trial(job: Job, progress: Progress | None = None) -> float:
-    """Mean next-token loss in nats on held-out calibration tokens with every `EVERY`-th layer converted."""
+    """Mean next-token loss in nats on held-out calibration tokens with every `EVERY`-th layer converted.
+
+    Half of them are bundled text if the calibration text is the user's.
+    """
     window = job.tokens_NL.shape[1]
     count = min(len(job.tokens_NL), (FIT_TOKENS + HELD_OUT_TOKENS) // window)
     pick = torch.arange(count) * len(job.tokens_NL) // count
-    held_out = pick[3::4]
     fit = pick[[i for i in range(count) if i % 4 != 3]]
-    job = replace(
-        job, tokens_NL=job.tokens_NL[fit], domain_N=job.domain_N[fit], held_out_NL=job.tokens_NL[held_out]
-    )  # fmt: skip
+    held_out_NL = job.tokens_NL[pick[3::4]]
+    if job.config.calibration:
+        other_NL = token_windows(bundled("calibration"), job.tokenizer, held_out_NL.numel(), window)
+        held_out_NL = torch.cat([held_out_NL, other_NL])
+    job = replace(job, tokens_NL=job.tokens_NL[fit], domain_N=job.domain_N[fit], held_out_NL=held_out_NL)
     stream = job.stream
     stream.load_outer()
     states = embed(job)

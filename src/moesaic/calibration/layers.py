@@ -11,12 +11,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..models.families import ffn_name, gated_ffn, norms_ffn_output
+from ..models.families import ffn_name, gated_ffn
 from ..models.moe import MoE
 from ..models.stream import LayerStream
 from .sample import CHUNK_TOKENS, LayerSample
 
-MIN_NORM = 1e-6
+MIN_NORM = 0.05
+"""Least norm of an FFN output that is told apart from less, relative to the median."""
 
 
 @contextmanager
@@ -52,10 +53,10 @@ def calibrate(stream: LayerStream, index: int, layer: nn.Module, hidden_NLD: Ten
     ffn = layer.get_submodule(ffn_name(layer))
     tap = Tap(ffn)
     with replaced_ffn(layer, tap):
-        after_TD = stream.run(index, layer, hidden_NLD).flatten(0, 1)
+        stream.run(index, layer, hidden_NLD)
     output_TD = torch.cat(tap.outputs)
-    disturbed_TD = output_TD if norms_ffn_output(layer) else after_TD
-    weight_T = disturbed_TD.float().norm(dim=1).clamp(min=MIN_NORM).reciprocal()
+    norm_T = output_TD.float().norm(dim=1)
+    weight_T = norm_T.clamp(min=MIN_NORM * norm_T.median().item()).clamp(min=1e-30).reciprocal()
     return LayerSample(
         ffn=gated_ffn(ffn),
         input_TD=torch.cat(tap.inputs),

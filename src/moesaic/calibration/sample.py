@@ -26,7 +26,7 @@ class LayerSample:
     output_TD: Tensor
     """The dense FFN's output on that input."""
     weight_T: Tensor
-    """Token weights `1 / ‖residual stream after the layer‖` (where the FFN's output is normalised: `1 / ‖y‖`)."""
+    """Token weights `1 / ‖y‖`, mean 1: an error counts relative to the output."""
     domain_T: Tensor
     """The number of the text's domain that each token comes from, int64."""
 
@@ -44,13 +44,14 @@ class LayerSample:
         """At most `tokens` of the tokens, drawn without replacement."""
         if tokens >= self.tokens:
             return self
-        return self._take(torch.randperm(self.tokens, generator=generator)[:tokens].sort().values)
+        return self.take(torch.randperm(self.tokens, generator=generator)[:tokens].sort().values)
 
     def every(self, step: int) -> LayerSample:
         """Every `step`-th token."""
-        return self if step == 1 else self._take(slice(None, None, step))
+        return self if step == 1 else self.take(slice(None, None, step))
 
-    def _take(self, pick: Tensor | slice) -> LayerSample:
+    def take(self, pick: Tensor | slice) -> LayerSample:
+        """Those of the tokens."""
         names = ("input_TD", "output_TD", "weight_T", "domain_T")
         return replace(self, **{name: getattr(self, name)[pick] for name in names})
 

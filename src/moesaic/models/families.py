@@ -36,6 +36,10 @@ class GatedFFN:
     def intermediate_size(self) -> int:
         return self.gate_FD.shape[0]
 
+    def take(self, neurons_I: Tensor) -> GatedFFN:
+        """The FFN of some of the neurons."""
+        return GatedFFN(self.gate_FD[neurons_I], self.up_FD[neurons_I], self.down_DF[:, neurons_I], self.act_fn)
+
     def hidden(self, x_TD: Tensor) -> Tensor:
         """Activations of all neurons, `act(x gate.T) * (x up.T)`, shape [T, F]."""
         return self.act_fn(linear(x_TD, self.gate_FD)) * linear(x_TD, self.up_FD)
@@ -112,11 +116,6 @@ def check_convertible(layers: Iterable[nn.Module]) -> None:
     """Raises InputError unless every layer has a convertible FFN."""
     for layer in layers:
         activation(layer.get_submodule(ffn_name(layer)))
-
-
-def norms_ffn_output(layer: nn.Module) -> bool:
-    """Whether the FFN's output is normalised before it joins the residual stream (Gemma 2 and 3, OLMo-2)."""
-    return hasattr(layer, "post_feedforward_layernorm")
 
 
 def scale_logits(model: PreTrainedModel, factor: float) -> str:

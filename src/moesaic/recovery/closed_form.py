@@ -7,7 +7,6 @@ A *block* is the shared expert or one routed expert; its features are its neuron
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 from typing import Annotated
 
 import torch
@@ -15,15 +14,22 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..calibration.sample import LayerSample
+from ..calibration.layers import relative_error
+from ..calibration.sample import CHUNK_TOKENS, LayerSample
 from ..models.moe import MoE
 from ..partition import Partition
 from .base import Recovery
 
 CONDITION_FOR_FP32 = 1e6
 RIDGE_FLOOR = 1e-3
+RIDGES = (0.03, 0.1, 0.3, 1.0)
+HELD_OUT = 8
+"""One in this many tokens judges the ridges."""
 PANEL = 512
 """Rows of the normal equations computed at once; above the diagonal nothing is."""
+
+Systems = list[tuple[Tensor, Tensor]]
+"""(Z.T Z, Z.T R) of what is solved together: of all blocks, or of each top-1 expert with the shared block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,89 +40,86 @@ class ClosedForm(Recovery):
     multiplicative noise of variance `ridge` on the activations amounts to.
 
     Experts that never run together (top-1) couple through the shared expert only, so each has its own small system.
-    It also sees the others' tokens with a small weight, which pulls it to the static solution where it has few tokens.
     """
 
-    ridge: Annotated[float, Field(ge=0)] = 0.3
-    """Relative to each diagonal entry of the normal equations."""
-    other_tokens: Annotated[float, Field(ge=0)] = 0.005
-    """Weight of the other specialists' tokens (τ); the own count 1."""
+    ridge: Annotated[float, Field(ge=0)] | None = None
+    """Relative to each diagonal entry; without it, that of `RIDGES` with the least error on held-out tokens."""
+    other_tokens: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the other specialists' tokens (τ), which pulls to the static solution; the own count 1."""
 
     @torch.no_grad()
     def recover(self, moe: MoE, sample: LayerSample, partition: Partition) -> None:
         blocks = [partition.shared] * bool(len(partition.shared)) + list(partition.experts)
+        shared = len(partition.shared) if top_one(moe) else 0
         dense = [sample.ffn.down_DF[:, block].T.float() for block in blocks]
-        if moe.gate is not None and moe.gate.num_experts_per_tok == 1:
-            changes = self._top_one(moe, sample, blocks, dense)
-        else:
-            changes = ridge_change(*normal_equations(moe, sample, blocks), self.ridge).split([len(b) for b in blocks])
-        for (_, _, (_, _, down_DI)), prior_ID, change_ID in zip(
-            moe.parts(partition.shared, partition.experts), dense, changes, strict=True
-        ):
-            down_DI.copy_((prior_ID + change_ID).T)
 
-    def _top_one(self, moe: MoE, sample: LayerSample, blocks: list[Tensor], dense: list[Tensor]) -> list[Tensor]:
-        """The change of each block's down-projection where no token runs two routed experts.
+        def write(systems: Systems, ridge: float) -> None:
+            changes = torch.cat(solve_arrows(systems, shared, ridge)).split([len(block) for block in blocks])
+            parts = moe.parts(partition.shared, partition.experts)
+            for (_, _, (_, _, down_DI)), prior_ID, change_ID in zip(parts, dense, changes, strict=True):
+                down_DI.copy_((prior_ID + change_ID).T)
 
-        The normal equations are an arrow: shared [S, S], each expert [I, I], and each expert with the shared [I, S].
-        """
+        if self.ridge is not None:
+            write(self._systems(moe, sample, blocks), self.ridge)
+            return
+        spare = sample.tokens - sample.tokens // HELD_OUT
+        systems = self._systems(moe, sample.take(slice(spare)), blocks)
+        held_out = sample.take(slice(spare, None))
+        errors = {}
+        for ridge in RIDGES:
+            write(systems, ridge)
+            errors[ridge] = relative_error(held_out, moe(held_out.input_TD))
+        for ours, more in zip(systems, self._systems(moe, held_out, blocks), strict=True):
+            ours[0].add_(more[0])
+            ours[1].add_(more[1])
+        write(systems, min(RIDGES, key=lambda ridge: errors[ridge]))
+
+    def _systems(self, moe: MoE, sample: LayerSample, blocks: list[Tensor]) -> Systems:
+        """The normal equations; of top-1 experts the parts of an arrow, with nothing between two experts."""
+        if not top_one(moe):
+            return [normal_equations(moe, sample, blocks)]
         has_shared = moe.shared_experts is not None
         shared = blocks[0] if has_shared else blocks[0][:0]
-        prior_SD = dense[0] if has_shared else dense[0][:0]
-        experts = list(zip(blocks, dense, strict=True))[has_shared:]
-        system = [Arrow.empty(len(shared), len(block), prior_ID) for block, prior_ID in experts]
-        for part, h_CF in sample.chunks():
-            expert_C = chosen(moe, sample.input_TD[part])[0].squeeze(1)
-            h_CF, y_CD = weighted(h_CF, sample.output_TD[part], sample.weight_T[part])
-            h_CS = h_CF[:, shared]
-            y_CD = y_CD - h_CS @ prior_SD.to(h_CS.dtype)
-            for e, (block, prior_ID) in enumerate(experts):
-                share_C1 = torch.where(expert_C == e, 1.0, self.other_tokens**0.5)[:, None].to(h_CF.dtype)
-                z_CI = h_CF[:, block] * share_C1
-                system[e].add(h_CS * share_C1, z_CI, y_CD * share_C1 - z_CI @ prior_ID.to(z_CI.dtype))
-        return solve_arrows(system, self.ridge)[0 if has_shared else 1 :]
+        expert_T = torch.cat([chosen(moe, x_CD)[0].squeeze(1) for x_CD in sample.input_TD.split(CHUNK_TOKENS)])
+        systems = []
+        for expert, block in enumerate(blocks[has_shared:]):
+            ffn = sample.ffn.take(torch.cat([shared, block]))
+            weight_T = torch.where(expert_T == expert, 1.0, self.other_tokens**0.5) * sample.weight_T
+            gram_XX = torch.zeros(ffn.intermediate_size, ffn.intermediate_size, device=weight_T.device)
+            rest_XD = torch.zeros(ffn.intermediate_size, sample.input_TD.shape[1], device=weight_T.device)
+            for part in weight_T.nonzero().squeeze(1).split(CHUNK_TOKENS):
+                h_CX = ffn.hidden(sample.input_TD[part])
+                rest_CD = sample.output_TD[part].float() - linear(h_CX, ffn.down_DF).float()
+                h_CX, rest_CD = weighted(h_CX, rest_CD, weight_T[part])
+                gram_XX += h_CX.T @ h_CX
+                rest_XD += h_CX.T @ rest_CD
+            systems.append((gram_XX, rest_XD))
+        return systems
 
 
-@dataclass(frozen=True)
-class Arrow:
-    """One expert's part in the normal equations of top-1 routing, summed in float32."""
-
-    gram_SS: Tensor
-    gram_IS: Tensor
-    gram_II: Tensor
-    rest_SD: Tensor
-    rest_ID: Tensor
-
-    @classmethod
-    def empty(cls, shared: int, width: int, like_ID: Tensor) -> Arrow:
-        hidden = like_ID.shape[1]
-        shapes = ((shared, shared), (width, shared), (width, width), (shared, hidden), (width, hidden))
-        return cls(*(like_ID.new_zeros(shape) for shape in shapes))
-
-    def add(self, z_CS: Tensor, z_CI: Tensor, rest_CD: Tensor) -> None:
-        """Add a chunk of weighted activations and of what the block leaves of the dense output."""
-        self.gram_SS.add_(z_CS.T @ z_CS)
-        self.gram_IS.add_(z_CI.T @ z_CS)
-        self.gram_II.add_(z_CI.T @ z_CI)
-        self.rest_SD.add_(z_CS.T @ rest_CD)
-        self.rest_ID.add_(z_CI.T @ rest_CD)
+def top_one(moe: MoE) -> bool:
+    """Whether a token never runs two routed experts."""
+    return moe.gate is not None and moe.gate.num_experts_per_tok == 1
 
 
-def solve_arrows(system: list[Arrow], ridge: float) -> list[Tensor]:
+def solve_arrows(systems: Systems, shared: int, ridge: float) -> list[Tensor]:
     """[change of the shared block, of each expert]: block elimination of the experts, then the shared block.
 
-    Equals `ridge_change` of the whole system, whose blocks between different experts are 0.
+    Each expert's system is (Z.T Z, Z.T R) of the shared neurons and its own, [S + I, S + I] and [S + I, D]. Equals
+    `ridge_change` of the whole system, whose blocks between different experts are 0.
     """
-    gram_SS = damp(reduce(torch.add, (part.gram_SS for part in system)), ridge)
-    rest_SD = reduce(torch.add, (part.rest_SD for part in system))
+    gram_SS = torch.stack([gram_XX[:shared, :shared] for gram_XX, _ in systems]).sum(0)
+    damping_S = damping(gram_SS, ridge)
+    rest_SD = torch.stack([rest_XD[:shared] for _, rest_XD in systems]).sum(0)
     solved = []
-    for part in system:
-        x_IX = solve_spd(damp(part.gram_II, ridge), torch.cat([part.gram_IS, part.rest_ID], dim=1))
-        x_IS, x_ID = x_IX.split([part.gram_IS.shape[1], part.rest_ID.shape[1]], dim=1)
-        gram_SS = gram_SS - part.gram_IS.T @ x_IS
-        rest_SD = rest_SD - part.gram_IS.T @ x_ID
+    for gram_XX, rest_XD in systems:
+        gram_IS = gram_XX[shared:, :shared]
+        x_IX = ridge_change(gram_XX[shared:, shared:], torch.cat([gram_IS, rest_XD[shared:]], dim=1), ridge)
+        x_IS, x_ID = x_IX.split([shared, rest_XD.shape[1]], dim=1)
+        gram_SS = gram_SS - gram_IS.T @ x_IS
+        rest_SD = rest_SD - gram_IS.T @ x_ID
         solved.append((x_IS, x_ID))
-    change_SD = solve_spd(gram_SS, rest_SD) if len(gram_SS) else rest_SD
+    change_SD = solve_spd(gram_SS + damping_S.diag(), rest_SD) if shared else rest_SD
     return [change_SD, *(x_ID - x_IS @ change_SD for x_IS, x_ID in solved)]
 
 
@@ -173,17 +176,21 @@ def gains(moe: MoE, x_CD: Tensor, blocks: list[Tensor]) -> Tensor:
 def ridge_change(gram_WW: Tensor, rest_WD: Tensor, ridge: float) -> Tensor:
     """`argmin_C tr(C.T G C) - 2 tr(C.T B) + sum_i λ_i ‖C_i‖²`, λ_i = ridge × G_ii, [W, D]: the change from the prior.
 
-    Only G's lower triangle is read, and its diagonal is overwritten. Without any token the change is 0.
+    Only G's lower triangle is read, and it is left as it was. Without any token the change is 0.
     """
-    return solve_spd(damp(gram_WW, ridge), rest_WD)
+    diagonal = gram_WW.diagonal()
+    kept = diagonal.clone()
+    diagonal.add_(damping(gram_WW, ridge))  # in place: a copy would be as large as everything else together
+    change_WD = solve_spd(gram_WW, rest_WD)
+    diagonal.copy_(kept)
+    return change_WD
 
 
-def damp(gram_WW: Tensor, ridge: float) -> Tensor:
-    """G + diag(λ) in place, λ_i = ridge × G_ii, at least `RIDGE_FLOOR` × the mean, so that a silent neuron stays."""
+def damping(gram_WW: Tensor, ridge: float) -> Tensor:
+    """λ [W]: ridge × G_ii, at least `RIDGE_FLOOR` × the mean, so that a silent neuron stays; 1 where there is nothing."""
     diagonal = gram_WW.diagonal()
     floor = RIDGE_FLOOR * diagonal.mean() if len(diagonal) else 0
-    diagonal.add_(ridge * diagonal.clamp(min=floor) if floor > 0 else 1.0)
-    return gram_WW
+    return ridge * diagonal.clamp(min=floor) if floor > 0 else torch.ones_like(diagonal)
 
 
 def solve_spd(gram_WW: Tensor, rest_WD: Tensor) -> Tensor:
