@@ -187,7 +187,7 @@ def ridge_change(gram_WW: Tensor, rest_WD: Tensor, ridge: float) -> Tensor:
 
 
 def damping(gram_WW: Tensor, ridge: float) -> Tensor:
-    """λ [W]: ridge × G_ii, at least `RIDGE_FLOOR` × the mean, so that a silent neuron stays; 1 where there is nothing."""
+    """λ [W]: ridge × G_ii, at least `RIDGE_FLOOR` × the mean: a silent neuron stays as it is. 1 if all are silent."""
     diagonal = gram_WW.diagonal()
     floor = RIDGE_FLOOR * diagonal.mean() if len(diagonal) else 0
     return ridge * diagonal.clamp(min=floor) if floor > 0 else torch.ones_like(diagonal)
