@@ -6,7 +6,7 @@ from torch.nn.functional import linear
 
 from conftest import QUICK, block_for, random_sample
 from moesaic import Plan, registry
-from moesaic.calibration.layers import calibrate
+from moesaic.calibration.layers import calibrate, drift
 from moesaic.job import prepare
 from moesaic.models.gates import GATES
 
@@ -38,6 +38,15 @@ def test_tokens_count_relative_to_their_output():
     relative = sample.weight_T * norm.clamp(min=norm.median() / 20)
     torch.testing.assert_close(relative, relative[0].expand_as(relative))
     torch.testing.assert_close(sample.weight_T.mean(), torch.tensor(1.0))
+
+
+def test_drift_tells_the_stream_and_its_sinks():
+    dense = torch.ones(2, 5, 4)
+    assert drift(dense, 1.5 * dense) == pytest.approx({"residual_error": 0.5, "sink_norm": None})
+    dense[0, 0] = 100
+    converted = dense.clone()
+    converted[0, 0] = 80
+    assert drift(dense, converted) == pytest.approx({"residual_error": 0.02, "sink_norm": 0.8})
 
 
 def filled(plan, gate="linear", dtype=torch.float32, name="random"):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration.layers import Tap, calibrate, expert_load, relative_error, replaced_ffn
+from .calibration.layers import Tap, calibrate, drift, expert_load, relative_error, replaced_ffn
 from .calibration.sample import CHUNK_TOKENS, LayerSample
 from .errors import WorkError
 from .evaluation.machine import peak_rss_bytes
@@ -83,6 +83,7 @@ def convert_layer(
         "layer": index,
         "split_error": split_error,
         "error": error,
+        **drift(dense_NLD, after["converted"]),
         "expert_tokens": load_E.tolist(),
         "unreached_experts": (load_E == 0).nonzero().flatten().tolist(),
         "activation_rates": rates,

@@ -16,6 +16,8 @@ from ..models.moe import MoE
 from ..models.stream import LayerStream
 from .sample import CHUNK_TOKENS, LayerSample
 
+SINK = 4
+"""Times the median norm, from which a token is an attention sink."""
 MIN_NORM = 0.05
 """Least norm of an FFN output that is told apart from less, relative to the median."""
 
@@ -75,6 +77,20 @@ def relative_error(sample: LayerSample, output_TD: Tensor) -> float:
         wrong += ((output_TD[part].float() - y_CD).square().sum(1) * square_C).sum().item()
         right += (y_CD.square().sum(1) * square_C).sum().item()
     return (wrong / max(right, 1e-30)) ** 0.5
+
+
+def drift(dense_NLD: Tensor, converted_NLD: Tensor) -> dict[str, float | None]:
+    """How far converted layers have taken the residual stream from the dense one's, over tokens t.
+
+    `residual_error`: the mean of `‖c_t - d_t‖ / ‖d_t‖`. `sink_norm`: the mean of `‖c_t‖ / ‖d_t‖` over attention sinks,
+    told by `‖d_t‖ > 4 median ‖d‖`; None where there are none.
+    """
+    dense_TD, converted_TD = dense_NLD.flatten(0, 1).float(), converted_NLD.flatten(0, 1).float()
+    norm_T = dense_TD.norm(dim=1)
+    sinks_T = norm_T > SINK * norm_T.median()
+    error = ((converted_TD - dense_TD).norm(dim=1) / norm_T.clamp(min=1e-30)).mean().item()
+    kept = (converted_TD.norm(dim=1) / norm_T)[sinks_T].mean().item() if sinks_T.any() else None
+    return {"residual_error": error, "sink_norm": kept}
 
 
 @torch.no_grad()

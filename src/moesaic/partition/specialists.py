@@ -27,10 +27,13 @@ class Specialists(Partitioner):
     default_router: ClassVar[str] = "centroid"
     overlapping: ClassVar[bool] = True
 
+    profile_tokens: Annotated[int, Field(gt=0)] = 16_384
+    """Tokens that are clustered and whose neurons are weighed."""
     iterations: Annotated[int, Field(gt=0)] = 20
     """Rounds of k-means."""
 
     def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
+        sample = sample.subsample(self.profile_tokens, generator)
         unit_TD = normalize(sample.input_TD.float(), dim=1)
         centroids_ED = spherical_kmeans(unit_TD, plan.num_experts, self.iterations, generator)
         cluster_T = (unit_TD @ centroids_ED.T).argmax(1)
