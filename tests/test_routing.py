@@ -1,10 +1,12 @@
 from types import SimpleNamespace
 
 import torch
+from torch.nn.functional import linear
 
 from conftest import random_sample
 from moesaic import Plan, registry
 from moesaic.models.gates import MLPGate
+from moesaic.routing.base import unit_scores
 from moesaic.routing.representative import balance
 
 
@@ -48,3 +50,16 @@ def test_gate_centroids_are_mean_rows():
     partition = registry.build("partition", "expertweaver").split(sample, Plan(1, 1, 4, 12), torch.Generator())
     weight = registry.build("router", "gate-centroid").build(sample, partition, 1)["weight"]
     torch.testing.assert_close(weight[1], sample.ffn.gate_FD[partition.experts[1]].mean(0))
+
+
+def test_unit_scores_keep_the_choices():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 8, generator=g)
+    gate = {"weight": 5 + 40 * torch.randn(6, 8, generator=g), "e_score_correction_bias": torch.randn(6, generator=g)}
+    unit = unit_scores(gate, x)
+    before, after = (linear(x, u["weight"], u["e_score_correction_bias"]) for u in (gate, unit))
+    assert torch.equal(before.topk(2).indices, after.topk(2).indices)
+    assert 0.7 < after.square().mean().sqrt() < 1.5
+    torch.testing.assert_close(after.mean(1), torch.zeros(300), atol=1e-5, rtol=0)
+    ratio = (before - before.mean(1, keepdim=True)) / after
+    assert ratio.median().log2().frac().abs() < 1e-4

@@ -14,6 +14,7 @@ from .evaluation.benchmark import benchmark
 from .evaluation.evaluate import evaluate
 from .evaluation.generate import complete
 from .evaluation.inspect import inspect
+from .export.native import export
 from .models.loading import load
 from .models.working import register as _register_models
 from .runtime.experts import register as _register_experts
@@ -30,6 +31,7 @@ __all__ = [
     "complete",
     "convert",
     "evaluate",
+    "export",
     "inspect",
     "load",
 ]

@@ -215,6 +215,24 @@ def inspect(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="a converted model's folder", metavar="MODEL")],
+    out: Annotated[Path, typer.Argument(help="folder to make", metavar="OUT")],
+    to: Annotated[
+        str, typer.Option(help="glm4_moe (transformers, vLLM, SGLang, MLX) or moesaic (the working form)")
+    ] = "glm4_moe",
+    overwrite: Annotated[bool, typer.Option(help="replace OUT if it exists")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a converted model as an architecture that stock engines load, and check that it says the same."""
+    from .export.native import export as run
+
+    with tables.progress(people, "exporting", "layer") as tick:
+        facts = run(model, out, to, overwrite=overwrite, progress=tick)
+    emit(facts, as_json, lambda: tables.show_facts(people, f"{out}: written and checked", facts))
+
+
+@app.command()
 def frontier(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="folder for rows and chart; finished rows are kept")] = Path("frontier"),

@@ -19,6 +19,7 @@ from .evaluation.machine import peak_rss_bytes
 from .job import Job
 from .models.moe import MoE
 from .partition import Partition
+from .routing.base import unit_scores
 
 CONVERTED = {"converted", "validation"}
 """States that see converted layers and are fitted to by none."""
@@ -100,6 +101,8 @@ def build_moe(job: Job, sample: LayerSample, partition: Partition) -> MoE:
     assert isinstance(act_fn, nn.Module)
     moe = MoE(job.working, act_fn).to(job.stream.device, job.stream.dtype).requires_grad_(False)
     gate = job.router.build(sample, partition, job.plan.active) if job.plan.num_experts else {}
+    if gate and job.router.gate == "linear":
+        gate = unit_scores(gate, sample.input_TD)
     moe.fill(sample.ffn, partition.shared, partition.experts, gate, partition.bias_D)
     return moe
 

@@ -1,7 +1,8 @@
 """Methods by name: a method is one file in its stage's package, and its name is the file's name.
 
 `partition/cmoe.py` holds one dataclass that derives from `partition.base.Partitioner`; that makes `--partition cmoe`
-work, lists it in the help and puts it under the tests. Underscores in file names are dashes on the command line.
+work, lists it in the help and puts it under the tests. Underscores in file names are dashes in the help; on the command
+line either will do.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from .errors import InputError
 
-STAGES = {"partition": "moesaic.partition", "router": "moesaic.routing", "recovery": "moesaic.recovery"}
+STAGES = {
+    "partition": "moesaic.partition",
+    "router": "moesaic.routing",
+    "recovery": "moesaic.recovery",
+    "export": "moesaic.models.native",
+}
 
 
 def names(stage: str) -> list[str]:
@@ -41,7 +47,7 @@ def method(stage: str, name: str) -> type[Any]:
     Raises:
         InputError: no such method; the message has the nearest name and all choices.
     """
-    choices = names(stage)
+    choices, name = names(stage), name.replace("_", "-")
     if name not in choices:
         raise InputError(f"unknown {stage} '{name}'.{nearest(name, choices)} Choose from: {', '.join(choices)}.")
     package = importlib.import_module(STAGES[stage])

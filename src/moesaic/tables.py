@@ -98,33 +98,23 @@ def show_inspection(console: Console, f: dict[str, Any]) -> None:
     facts |= {name: f["config"][name] for name in ("partition", "recovery", "tokens", "seed")}
     facts |= {"perplexity_dense": f["perplexity_dense"], "perplexity": f["perplexity"]}
     show_facts(console, f["folder"], facts)
-    grid = _grid(
-        "Layers",
-        "layer",
-        "error after split",
-        "after recovery",
-        "residual",
-        "sinks",
-        "load min",
-        "load max",
-        "unreached",
-        "seconds",
-    )
+    grid = _grid("Layers", "layer", "split", "recovered", "residual", "sinks", "load", "unreached", "seconds")
     for r in f["layers"]:
         load = r["expert_tokens"]
         even = sum(load) / len(load) if load else 1
-        low, high = (f"{min(load) / even:.2f}", f"{max(load) / even:.2f}") if load else ("-", "-")
+        spread = f"{min(load) / even:.2f}-{max(load) / even:.2f}" if load else "-"
         grid.add_row(
             str(r["layer"]), f"{r['split_error']:.3f}", f"{r['error']:.3f}", f"{r['residual_error']:.3f}",
-            "-" if r["sink_norm"] is None else f"{r['sink_norm']:.2f}", low, high,
+            "-" if r["sink_norm"] is None else f"{r['sink_norm']:.2f}", spread,
             str(len(r["unreached_experts"])), f"{r['seconds']:.1f}",
         )  # fmt: skip
     console.print(grid)
     console.print(
-        "residual: error of the residual stream so far; sinks: norm of attention sinks relative to the dense model's",
+        "relative errors: of the FFN after the split and when recovered, of the residual stream so far\n"
+        "sinks: norm of attention sinks, 1 is the dense model's\n"
+        "load: tokens of the least and most used expert, 1 is an even share",
         style="dim",
     )
-    console.print("load: tokens of the least and most used expert, 1 is an even share", style="dim")
 
 
 def show_demo(console: Console, d: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import InputError
 from .checkpoint import Checkpoint
+from .converted import Converted, is_native
 from .sources import resolve
 
 
@@ -18,6 +19,8 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """(model in eval mode, tokenizer) of a folder, hub id, .gguf file or built-in name, dense or converted.
 
+    A native form that `moesaic export` wrote is read back into the working form, bit by bit what it was written from.
+
     Raises:
         InputError: no such model, or a folder that is damaged.
     """
@@ -25,8 +28,12 @@ def load(
     checkpoint = Checkpoint(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded: Any
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or checkpoint.dtype())
+        if is_native(checkpoint):
+            loaded = Converted(folder).load(dtype or checkpoint.dtype())
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or checkpoint.dtype())
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"transformers cannot load '{folder}': {str(error).splitlines()[0]}") from error
     return loaded.to(device).eval(), load_tokenizer(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,8 @@ class ResumableOutput:
         partial.write_text(json.dumps(state))
         partial.replace(self.folder / STATE)
 
-    def finish(self) -> None:
-        """Index the shards, give the folder its name, and drop what only resuming needs."""
+    def finish(self, check: Callable[[Path], object] | None = None) -> None:
+        """Index the shards, let `check` see the folder, give it its name, and drop what only resuming needs."""
         weight_map, size = {}, 0
         for name in (OUTER, *map(self.shard, range(len(self.layers)))):
             path = self.folder / name
@@ -158,6 +159,8 @@ class ResumableOutput:
             size += path.stat().st_size
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        if check:
+            check(self.folder)
         replaced = self.output.with_name(self.output.name + ".replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if self.output.exists():

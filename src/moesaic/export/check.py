@@ -1,0 +1,56 @@
+"""Does stock transformers say what the converted model says?
+
+Shapes: N sequences, L tokens in one, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ..errors import WorkError
+from ..models.converted import Converted
+
+TOKENS, WINDOW = 256, 64
+TOLERANCE = 0.05
+"""Nats that a token's log-probabilities may be off: router weights are 1 within a thousandth (`docs/export.md`)."""
+
+
+@torch.no_grad()
+def check(source: Converted, made: Path, to: str) -> dict[str, Any]:
+    """How far the written model is from the one it was written from, in float32 as stock transformers runs it.
+
+    Random tokens; a token whose experts were nearly tied may choose others and differ, hence the median.
+
+    Raises:
+        WorkError: transformers cannot load it, or half of the log-probabilities are off by more than `TOLERANCE`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (TOKENS // WINDOW, WINDOW)
+    tokens_NL = torch.randint(source.config.vocab_size, shape, generator=generator)
+    expected = log_probabilities(source.load(torch.float32), tokens_NL)
+    try:
+        stock = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise WorkError(f"transformers cannot load the model written as {to}: {error}") from error
+    given = log_probabilities(stock, tokens_NL)
+    # what is all but impossible does not matter
+    differences = (expected - given).abs().where(expected > -20, 0).amax(-1)
+    median = differences.median().item()
+    if not median <= TOLERANCE:
+        raise WorkError(
+            f"the model written as {to} is not the converted one: log-probabilities differ by {median:.3g} nats in "
+            f"half of the tokens, more than {TOLERANCE}; nothing was kept"
+        )
+    agreement = (expected.argmax(-1) == given.argmax(-1)).float().mean().item()
+    return {"median_difference": median, "agreement": agreement, "tokens": differences.numel()}
+
+
+def log_probabilities(model: Any, tokens_NL: Tensor) -> Tensor:
+    """Log p of every next token, [N, L, V] float32, a sequence at a time."""
+    model.eval()
+    return torch.cat([model(input_ids=tokens_1L).logits.float().log_softmax(-1) for tokens_1L in tokens_NL.split(1)])

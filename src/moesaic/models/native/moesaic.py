@@ -1,0 +1,20 @@
+"""The working form itself: what a native export is read back into."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .base import NativeForm, Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkingForm(NativeForm):
+    """Changes nothing."""
+
+    def config(self, working: Any) -> dict[str, Any]:
+        return working.to_dict() | {"model_type": working.model_type}
+
+    def layer(self, tensors: Tensors, working: Any) -> Tensors:
+        return tensors
+
+    def working_layer(self, tensors: Tensors, working: Any) -> Tensors:
+        return tensors
