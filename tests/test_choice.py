@@ -43,6 +43,8 @@ def test_a_named_partition_or_one_that_fits_alone_needs_no_trial():
     assert [job.config.partition for job in candidates("tiny", AUTO.model_copy(update={"memory_factor": 2.0}))] == [
         "specialists"
     ]
+    with pytest.raises(InputError, match="1 calibration windows are too few"):
+        candidates("tiny", AUTO.model_copy(update={"tokens": 4, "window": 4}))
     with pytest.raises(InputError, match="at most 1"):
         candidates("tiny", AUTO.model_copy(update={"active": 1.5}))
 

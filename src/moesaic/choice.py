@@ -23,6 +23,8 @@ from .models.writer import ResumableOutput
 CANDIDATES = ("specialists", "coactivation")
 EVERY = 3
 FIT_TOKENS, HELD_OUT_TOKENS = 6_144, 2_048
+PART = 4
+"""One window in this many is held out."""
 Progress = Callable[[int, int, dict[str, Any] | None], None]
 """Called with (finished layers, all layers, record of the last one); in a trial the record is `{"trial": name}`."""
 
@@ -47,6 +49,12 @@ def candidates(model: str, config: ConvertConfig) -> list[Job]:
             errors.append(error)
     if not jobs:
         raise errors[0]
+    windows = len(jobs[0].tokens_NL)
+    if len(jobs) > 1 and windows < PART:
+        raise InputError(
+            f"{windows} calibration windows are too few for --partition auto, which holds out one in {PART}; raise "
+            "--tokens or name a partition"
+        )
     return jobs
 
 
@@ -76,10 +84,10 @@ def trial(job: Job, progress: Progress | None = None) -> float:
     Half of them are bundled text if the calibration text is the user's.
     """
     window = job.tokens_NL.shape[1]
-    count = min(len(job.tokens_NL), (FIT_TOKENS + HELD_OUT_TOKENS) // window)
+    count = min(len(job.tokens_NL), max(PART, (FIT_TOKENS + HELD_OUT_TOKENS) // window))
     pick = torch.arange(count) * len(job.tokens_NL) // count
-    fit = pick[[i for i in range(count) if i % 4 != 3]]
-    held_out_NL = job.tokens_NL[pick[3::4]]
+    fit = pick[[i for i in range(count) if i % PART != PART - 1]]
+    held_out_NL = job.tokens_NL[pick[PART - 1 :: PART]]
     if job.config.calibration:
         other_NL = token_windows(bundled("calibration"), job.tokenizer, held_out_NL.numel(), window)
         held_out_NL = torch.cat([held_out_NL, other_NL])
