@@ -139,6 +139,11 @@ def test_an_interrupted_export_goes_on(converted, tmp_path):
     assert len(list(tmp_path.glob("native.partial/model-layer-*"))) == 2
     export(converted("llama"), tmp_path / "native")
     export(converted("llama"), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        export(converted("qwen2"), tmp_path / "other", progress=stop)
+    with pytest.raises(InputError, match="unfinished work with another model"):
+        export(converted("llama"), tmp_path / "other")
+    export(converted("llama"), tmp_path / "other", resume=False)
     one, other = (dict(Converted(tmp_path / name).tensors()) for name in ("native", "whole"))
     assert all(torch.equal(one[name], other[name]) for name in other)
 

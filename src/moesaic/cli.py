@@ -221,6 +221,7 @@ def export(
     to: Annotated[
         str, typer.Option(help="glm4_moe (transformers, vLLM, SGLang, MLX) or moesaic (the working form)")
     ] = "glm4_moe",
+    resume: Annotated[bool, typer.Option(help="go on with an unfinished export")] = True,
     overwrite: Annotated[bool, typer.Option(help="replace OUT if it exists")] = False,
     as_json: Json = False,
 ) -> None:
@@ -228,7 +229,7 @@ def export(
     from .export.native import export as run
 
     with tables.progress(people, "exporting", "layer") as tick:
-        facts = run(model, out, to, overwrite=overwrite, progress=tick)
+        facts = run(model, out, to, resume=resume, overwrite=overwrite, progress=tick)
     emit(facts, as_json, lambda: tables.show_facts(people, f"{out}: written and checked", facts))
 
 

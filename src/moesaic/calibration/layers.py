@@ -58,7 +58,7 @@ def calibrate(stream: LayerStream, index: int, layer: nn.Module, hidden_NLD: Ten
         stream.run(index, layer, hidden_NLD)
     output_TD = torch.cat(tap.outputs)
     norm_T = output_TD.float().norm(dim=1)
-    weight_T = norm_T.clamp(min=MIN_NORM * norm_T.median().item()).clamp(min=1e-30).reciprocal()
+    weight_T = norm_T.clamp(min=max(MIN_NORM * norm_T.median().item(), 1e-30)).reciprocal()
     return LayerSample(
         ffn=gated_ffn(ffn),
         input_TD=torch.cat(tap.inputs),

@@ -50,18 +50,19 @@ def export(
     output: str | Path,
     to: str = "glm4_moe",
     *,
+    resume: bool = True,
     overwrite: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Write a converted model in another form: `glm4_moe` for any engine, `moesaic` for the working form.
 
     A layer's tensors are in memory at a time; the check at the end loads both models in float32, one after the other.
-    An interrupted export goes on where it was when the same command is repeated.
 
     Args:
         model: the folder of a converted model, in either form.
         output: the folder to make; it appears only when the check has passed.
         to: the form.
+        resume: go on with an unfinished export of the same model.
         overwrite: replace `output` if it exists.
         progress: called with (finished layers, all layers, what is being done).
 
@@ -79,7 +80,8 @@ def export(
     check_output(output, overwrite)
     check_space(output, source.checkpoint.size())
     report = progress or (lambda done, count, note: None)
-    partial = ResumableOutput(output, {"model": source.checkpoint.fingerprint(), "form": to}, resume=True)
+    fingerprint = {"model": source.checkpoint.fingerprint(), "form": config["model_type"]}
+    partial = ResumableOutput(output, fingerprint, resume)
     count = source.config.num_hidden_layers
     for index in range(len(partial.layers), count):
         report(index, count, "writing")

@@ -77,7 +77,7 @@ class ResumableOutput:
             changed = [k for k in fingerprint if state["fingerprint"].get(k) != fingerprint[k]]
             if changed:
                 raise InputError(
-                    f"'{self.folder}' holds an unfinished conversion with another {', '.join(changed)}; repeat that "
+                    f"'{self.folder}' holds unfinished work with another {', '.join(changed)}; repeat that "
                     "command to finish it, or pass --no-resume to start anew"
                 )
             self.layers, self.trials = state["layers"], state["trials"]
