@@ -98,7 +98,7 @@ def show_inspection(console: Console, f: dict[str, Any]) -> None:
     facts |= {name: f["config"][name] for name in ("partition", "recovery", "tokens", "seed")}
     facts |= {"perplexity_dense": f["perplexity_dense"], "perplexity": f["perplexity"]}
     show_facts(console, f["folder"], facts)
-    grid = _grid("Layers", "layer", "split", "recovered", "residual", "sinks", "load", "unreached", "seconds")
+    grid = _grid("Layers", "layer", "split", "after", "residual", "sinks", "load", "unreached", "s")
     for r in f["layers"]:
         load = r["expert_tokens"]
         even = sum(load) / len(load) if load else 1
@@ -110,7 +110,7 @@ def show_inspection(console: Console, f: dict[str, Any]) -> None:
         )  # fmt: skip
     console.print(grid)
     console.print(
-        "relative errors: of the FFN after the split and when recovered, of the residual stream so far\n"
+        "relative errors: of the FFN as split and after recovery, of the residual stream\n"
         "sinks: norm of attention sinks, 1 is the dense model's\n"
         "load: tokens of the least and most used expert, 1 is an even share",
         style="dim",
