@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup format check test demo tiny clean
+.PHONY: setup format check test test-engines demo tiny clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +32,17 @@ check: setup
 
 test: check
 	$(BIN)/python -m pytest -n 2 tests
+
+# engines in virtual environments of their own, made once; one that cannot be installed is skipped by its tests
+ENGINES ?= llama.cpp mlx vllm
+
+test-engines: setup $(ENGINES:%=.venv-engines/%/.ready)
+	$(BIN)/python -m pytest -m engine -rs tests/test_engines.py
+
+.venv-engines/%/.ready: tests/engines/install.py
+	@echo "Setting up $* (once)"
+	@$(PYTHON) -m venv $(@D)
+	@$(PYTHON) $< $* $(@D)/bin/python $(TORCH_OPTIONS) && touch $@ || { echo "$* cannot be had here"; rm -rf $(@D); }
 
 demo: setup
 	$(BIN)/moesaic demo --out demo-output

@@ -1,6 +1,7 @@
 """A native form says what the converted model says, goes back bit by bit, and is refused with the reason otherwise."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,50 +9,141 @@ from transformers import AutoModelForCausalLM
 
 import moesaic
 from conftest import QUICK, SMALL, small_model
-from moesaic import InputError, WorkError, convert, evaluate, export
+from moesaic import InputError, WorkError, convert, evaluate, export, registry
 from moesaic.export import check
 from moesaic.models.builtin import tiny_folder
 from moesaic.models.converted import Converted
-from moesaic.models.native import glm4_moe
+from moesaic.models.native import _decoder
 from moesaic.models.working import working_config
 
-NATIVE = ["llama", "llama3-rope", "mistral", "qwen2", "qwen3", "phi3", "tied"]
+CELLS = {
+    "glm4_moe": ["llama", "llama3-rope", "mistral", "qwen2", "qwen3", "phi3", "tied"],
+    "qwen2_moe": ["llama", "qwen2", "phi3", "tied"],
+    "granitemoeshared": ["llama", "llama3-rope", "granite"],
+    "mixtral": ["llama", "mistral", "phi3"],
+    "flex_olmo": ["olmo2"],
+}
+FORM = registry.build("export", "glm4_moe")
 SHORT = {"max_tokens": 256, "window": 64}
-PLANS = {"coactivation": "S1A2E8", "specialists": "S1A1E4"}
+METHODS = {
+    "coactivation": {"plan": "S4A2E8"},
+    "specialists": {"plan": "S4A1E8"},
+    "no-bias": {"plan": "S4A2E8", "router": "linear:intercept=False"},
+    "top-1": {"plan": "S0A1E8", "partition": "specialists"},
+}
 
 
 @pytest.fixture(scope="module")
 def converted(folders, tmp_path_factory):
-    """(family, partition) -> a converted model's folder, made when first asked for."""
+    """(family, method) -> a converted model's folder in the working form, made when first asked for."""
     made = {}
 
-    def get(family, partition="specialists"):
-        if (family, partition) not in made:
-            out = tmp_path_factory.mktemp(family) / partition
-            convert(folders(family), out, QUICK.model_copy(update={"partition": partition, "plan": PLANS[partition]}))
-            made[family, partition] = out
-        return made[family, partition]
+    def get(family, method="specialists"):
+        if (family, method) not in made:
+            out = tmp_path_factory.mktemp(family) / method
+            settings = {"format": "moesaic"} | METHODS[method]
+            if method == "specialists":
+                settings["partition"] = method
+            convert(folders(family), out, QUICK.model_copy(update=settings))
+            made[family, method] = out
+        return made[family, method]
 
     return get
 
 
-@pytest.mark.parametrize("partition", PLANS)
-@pytest.mark.parametrize("family", NATIVE)
-def test_stock_transformers_says_the_same_and_the_way_back_is_exact(converted, family, partition, tmp_path):
-    source = converted(family, partition)
-    facts = export(source, tmp_path / "native")
+def same_tensors(one, other):
+    one, other = dict(Converted(one).tensors()), dict(Converted(other).tensors())
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[n], t) and one[n].dtype == t.dtype for n, t in other.items())
+
+
+@pytest.mark.parametrize(
+    ("form", "family", "method"),
+    [
+        (form, family, method)
+        for form, families in CELLS.items()
+        for family in families
+        for method in ("coactivation" if form == "glm4_moe" else "no-bias", "specialists")
+    ]
+    + [("mixtral", "llama", "top-1"), ("flex_olmo", "olmo2", "top-1")],
+)
+def test_stock_transformers_says_the_same_and_the_way_back_is_exact(converted, form, family, method, tmp_path):
+    source = converted(family, method)
+    facts = export(source, tmp_path / "native", form)
+    assert facts["target"] == form
     assert facts["median_difference"] < 0.01
     assert facts["agreement"] > 0.95
+    if method in ("specialists", "top-1") and form in ("granitemoeshared", "mixtral", "flex_olmo"):
+        assert facts["median_difference"] < 1e-4  # the one gate is exactly 1
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
-    assert type(stock).__name__ == "Glm4MoeForCausalLM"
+    assert stock.config.model_type == form
     assert not type(stock).__module__.startswith("moesaic")
     export(tmp_path / "native", tmp_path / "back", "moesaic")
     assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
-    before = dict(Converted(source).tensors())
-    for folder in ("native", "back"):
-        after = dict(Converted(tmp_path / folder).tensors())
-        assert after.keys() == before.keys()
-        assert all(torch.equal(after[n], t) and after[n].dtype == t.dtype for n, t in before.items())
+    same_tensors(tmp_path / "native", source)
+    same_tensors(tmp_path / "back", source)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "form"),
+    [
+        ("qwen2", "coactivation", "glm4_moe"),
+        ("granite", "specialists", "granitemoeshared"),
+        ("olmo2", "no-bias", "flex_olmo"),
+        ("llama", "top-1", "mixtral"),
+    ],
+)
+def test_convert_writes_the_native_form_that_export_would(folders, converted, tmp_path, family, method, form):
+    config = QUICK.model_copy(
+        update=METHODS[method] | ({"partition": "specialists"} if method == "specialists" else {})
+    )
+    metrics = convert(folders(family), tmp_path / "out", config)
+    assert metrics["format"] == form
+    assert metrics["format_reason"] == ""
+    assert metrics["check"]["median_difference"] < 0.01
+    assert metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == form
+    same_tensors(tmp_path / "out", converted(family, method))
+    assert "stock transformers gave" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "reason"),
+    [
+        ("gemma3", {}, "no stock"),
+        ("olmo2", {}, "constant to each expert"),
+        ("llama", {"router": "representative"}, "router is linear"),
+        ("qwen2", {"plan": "S0A2E8"}, "needs a shared expert"),
+    ],
+)
+def test_what_no_engine_has_stays_in_the_working_form_and_says_why(folders, tmp_path, family, settings, reason):
+    metrics = convert(folders(family), tmp_path / "out", QUICK.model_copy(update={"plan": "S1A2E8"} | settings))
+    assert metrics["format"] == "moesaic"
+    assert reason in metrics["format_reason"]
+    with pytest.raises(InputError, match=reason):
+        export(tmp_path / "out", tmp_path / "native")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_native_form_that_fails_its_check_becomes_the_working_form(folders, converted, tmp_path, monkeypatch):
+    real = check.log_probabilities
+
+    def spoilt(model, tokens_NL):
+        stock = not type(model).__module__.startswith("moesaic")
+        return real(model, tokens_NL).roll(1, -1) if stock else real(model, tokens_NL)
+
+    monkeypatch.setattr(check, "log_probabilities", spoilt)
+    metrics = convert(folders("qwen2"), tmp_path / "out", QUICK.model_copy(update=METHODS["coactivation"]))
+    assert metrics["format"] == "moesaic"
+    assert "is not the converted one" in metrics["format_reason"]
+    assert "check" not in metrics
+    same_tensors(tmp_path / "out", converted("qwen2", "coactivation"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_of_a_large_model_the_first_layers_are_checked(converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "virtual_memory", lambda: SimpleNamespace(available=0))
+    assert export(converted("qwen2"), tmp_path / "native")["layers"] == 2 < 3
 
 
 @torch.no_grad()
@@ -61,7 +153,7 @@ def test_the_difference_shrinks_with_the_routers_scale(converted, tmp_path, monk
     expected = model(tokens).logits
     differences = []
     for scale in (2.0**-6, 2.0**-10, 2.0**-14):
-        monkeypatch.setattr(glm4_moe, "ROUTER_SCALE", scale)
+        monkeypatch.setattr(_decoder, "ROUTER_SCALE", scale)
         export(converted("qwen2", "coactivation"), tmp_path / str(scale))
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / str(scale))
         differences.append((stock(tokens).logits - expected).norm() / expected.norm())
@@ -79,21 +171,31 @@ def test_a_native_form_loads_as_the_working_form(converted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "reason"),
+    ("form", "family", "settings", "reason"),
     [
-        ("gemma2", {}, "GeGLU"),
-        ("gemma3", {}, "GeGLU"),
-        ("olmo2", {}, "norms after attention"),
-        ("granite", {}, "multipliers"),
-        ("llama", {"router": "representative"}, "router is linear"),
-        ("llama", {"partition": "static", "plan": "S2A1E8"}, "no routed experts"),
-        ("llama", {"plan": "S0A2E8"}, "needs a shared expert"),
+        ("glm4_moe", "gemma2", {}, "GeGLU"),
+        ("glm4_moe", "olmo2", {}, "flex_olmo"),
+        ("glm4_moe", "granite", {}, "granitemoeshared"),
+        ("glm4_moe", "llama", {"partition": "static", "plan": "S2A1E8"}, "no routed experts"),
+        ("glm4_moe", "llama", {"plan": "S0A2E8"}, "needs a shared expert"),
+        ("qwen2_moe", "qwen3", {}, "not for qwen3"),
+        ("qwen2_moe", "mistral", {}, "heads are of 16 dimensions, the model's of 24"),
+        ("qwen2_moe", "llama", {}, "7 routed experts exactly only"),
+        ("qwen2_moe", "llama", {"plan": "S4A2E8"}, "constant to each expert"),
+        ("granitemoeshared", "llama", {"plan": "S1A3E8"}, "3 active experts exactly only"),
+        ("mixtral", "qwen2", {}, "not for qwen2"),
+        ("flex_olmo", "llama", {}, "not for llama"),
     ],
 )
-def test_what_it_cannot_say_is_refused_before_anything_is_written(folders, tmp_path, family, settings, reason):
-    convert(folders(family), tmp_path / "out", QUICK.model_copy(update={"plan": "S1A2E8"} | settings))
+def test_what_a_form_cannot_say_is_refused_before_anything_is_written(
+    folders, tmp_path, form, family, settings, reason
+):
+    config = QUICK.model_copy(update={"plan": "S1A2E8", "format": "moesaic"} | settings)
     with pytest.raises(InputError, match=reason):
-        export(tmp_path / "out", tmp_path / "native")
+        convert(folders(family), tmp_path / "out", config.model_copy(update={"format": form}))
+    convert(folders(family), tmp_path / "out", config)
+    with pytest.raises(InputError, match=reason):
+        export(tmp_path / "out", tmp_path / "native", form)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -109,17 +211,17 @@ def test_what_it_cannot_say_is_refused_before_anything_is_written(folders, tmp_p
 )
 def test_configurations_that_it_cannot_say(family, change, reason):
     working = working_config(small_model(family).config, moesaic.Plan(1, 2, 8, 12), "linear")
-    glm4_moe.check(working)
+    FORM.config(working)
     for name, value in change.items():
         setattr(working, name, value)
     with pytest.raises(InputError, match=reason):
-        glm4_moe.check(working)
+        FORM.config(working)
 
 
 def test_a_window_as_long_as_the_model_reaches_is_none():
     working = working_config(small_model("mistral").config, moesaic.Plan(1, 2, 8, 12), "linear")
     working.sliding_window = SMALL["max_position_embeddings"]
-    glm4_moe.check(working)
+    FORM.config(working)
 
 
 def test_a_bad_export_leaves_nothing_behind(converted, tmp_path, monkeypatch):
@@ -165,5 +267,5 @@ def test_export_from_the_command_line(converted, tmp_path, capsys):
 
     result = CliRunner().invoke(app, ["export", str(converted("qwen3")), str(tmp_path / "native"), "--json"])
     assert result.exit_code == 0
-    assert json.loads(result.stdout)["form"] == "glm4_moe"
+    assert json.loads(result.stdout)["target"] == "glm4_moe"
     assert "vllm serve native" in (tmp_path / "native" / "README.md").read_text()

@@ -18,6 +18,7 @@ from . import registry, tables
 from .errors import InputError, WorkError
 from .options import Device, Dtype, Json, ModelArgument, Threads, emit, load_model, numbers, people
 
+FORMS = ", ".join(name.replace("-", "_") for name in registry.names("export"))
 app = typer.Typer(
     help="Turn a dense language model into a Mixture-of-Experts, without training, and measure what that gives.",
     no_args_is_help=True,
@@ -81,7 +82,9 @@ def convert(
     tokens: Annotated[int | None, typer.Option(help="calibration tokens [default: 16384]")] = None,
     window: Annotated[int | None, typer.Option(help="tokens of one calibration sequence [default: 256]")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML with any of these settings; options override it")] = None,
-    format: Annotated[str | None, typer.Option(help="auto or moesaic")] = None,
+    format: Annotated[
+        str | None, typer.Option(help=f"auto (one that engines load, if any) or one of: {FORMS} [default: auto]")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... [default: auto]")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16, float32 [default: auto]")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random [default: 0]")] = None,
@@ -217,10 +220,11 @@ def inspect(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="a converted model's folder", metavar="MODEL")],
-    out: Annotated[Path, typer.Argument(help="folder to make", metavar="OUT")],
-    to: Annotated[
-        str, typer.Option(help="glm4_moe (transformers, vLLM, SGLang, MLX) or moesaic (the working form)")
-    ] = "glm4_moe",
+    out: Annotated[Path, typer.Argument(help="folder (or .gguf file) to make", metavar="OUT")],
+    to: Annotated[str, typer.Option(help=f"auto, gguf (llama.cpp; OUT is a file) or one of: {FORMS}")] = "auto",
+    outtype: Annotated[
+        str, typer.Option(help="of GGUF: f32, f16, bf16, q8_0, q4_0, ...; K-quants with llama-quantize on the PATH")
+    ] = "f16",
     resume: Annotated[bool, typer.Option(help="go on with an unfinished export")] = True,
     overwrite: Annotated[bool, typer.Option(help="replace OUT if it exists")] = False,
     as_json: Json = False,
@@ -229,7 +233,7 @@ def export(
     from .export.native import export as run
 
     with tables.progress(people, "exporting", "layer") as tick:
-        facts = run(model, out, to, resume=resume, overwrite=overwrite, progress=tick)
+        facts = run(model, out, to, outtype=outtype, resume=resume, overwrite=overwrite, progress=tick)
     emit(facts, as_json, lambda: tables.show_facts(people, f"{out}: written and checked", facts))
 
 

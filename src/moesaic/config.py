@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -176,7 +176,8 @@ class ConvertConfig(BaseModel):
     """Tokens in one calibration sequence."""
     held_out_tokens: int = Field(4_096, gt=0)
     """Tokens of bundled held-out text for the perplexity that is compared with the dense model's."""
-    format: Literal["auto", "moesaic"] = "auto"
+    format: str = "auto"
+    """`moesaic` (the working form), a native form such as `glm4_moe`, or `auto`: the first native one that holds it."""
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0

@@ -6,6 +6,7 @@ Shapes: N sequences, L tokens in one, T = N L tokens, D hidden size, E routed ex
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,20 @@ import transformers
 import yaml
 from torch import Tensor
 
+from . import registry
 from .calibration.text import bundled, text_hash
 from .choice import Progress, candidates, choose
 from .confidence import fit_confidence
 from .config import ConvertConfig
 from .errors import WorkError
 from .evaluation.machine import machine, peak_rss_bytes, versions
-from .export.card import write_card
+from .export.check import check
+from .export.native import export, write_facts, write_outer
 from .job import Job, fingerprint
 from .layer import convert_layer, embed
-from .models.writer import MARK, OUTER, ResumableOutput, check_output
+from .models.converted import Converted
+from .models.working import MODEL_TYPE
+from .models.writer import MARK, ResumableOutput, check_output
 
 
 def convert(
@@ -71,7 +76,9 @@ def convert(
         if progress:
             progress(index, count, partial.layers[-1] if partial.layers else None)
         tensors, states, record = convert_layer(job, index, states)
-        partial.add_layer(tensors, states, record)
+        tensors = job.form.layer(tensors, job.working)
+        prefix = f"{job.stream.prefix}{index}."
+        partial.add_layer({prefix + name: tensor for name, tensor in tensors.items()}, states, record)
     if progress:
         progress(count, count, partial.layers[-1])
     factor, norm = confidence(job, states)
@@ -79,8 +86,26 @@ def convert(
     metrics["seconds"] = time.monotonic() - start
     check_collapse(metrics, job.config, partial, force)
     write_rest(job, partial, metrics, norm)
-    partial.finish()
-    return metrics
+    return finish(job, partial, metrics)
+
+
+def finish(job: Job, partial: ResumableOutput, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Check what was written, give it its name, and return its metrics; what fails as a native form is made working."""
+    if job.form.name == MODEL_TYPE:
+        partial.finish(lambda made: write_facts(made, metrics, job.form, partial.output, {}))
+    else:
+        try:
+            partial.finish(
+                lambda made: write_facts(made, metrics, job.form, partial.output, check(Converted(made), made))
+            )
+        except WorkError as error:
+            failed = partial.folder.rename(partial.output.with_name(f"{partial.output.name}.failed"))
+            write_facts(
+                failed, metrics | {"format_reason": str(error)}, registry.build("export", MODEL_TYPE), failed, {}
+            )
+            export(failed, partial.output, MODEL_TYPE, overwrite=True)
+            shutil.rmtree(failed)
+    return json.loads((partial.output / "metrics.json").read_text())
 
 
 def confidence(job: Job, states: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
@@ -105,7 +130,8 @@ def measure(
     width = job.stream.config.intermediate_size
     return {
         "output": str(output),
-        "format": "moesaic",
+        "format": job.form.name,
+        "format_reason": job.form_reason,
         "partition": job.config.partition,
         "plan": str(job.plan),
         "expert_width": job.plan.width,
@@ -149,10 +175,12 @@ def check_collapse(metrics: dict[str, Any], config: ConvertConfig, partial: Resu
 
 
 def write_rest(job: Job, partial: ResumableOutput, metrics: dict[str, Any], norm: dict[str, Tensor]) -> None:
-    """Everything in OUT that is not a layer: outer weights, configuration, tokenizer, metrics, card and plots."""
+    """What is in OUT beside layers, metrics and card: outer weights, configuration, tokenizer and plots."""
     folder, stream = partial.folder, job.stream
-    partial.write(OUTER, {n: t.to(stream.dtype) for n, t in (dict(stream.outer_tensors()) | norm).items()})
     job.working.save_pretrained(folder)
+    fields = json.loads((folder / "config.json").read_text())
+    outer = {n: t.to(stream.dtype) for n, t in (dict(stream.outer_tensors()) | norm).items()}
+    write_outer(partial, job.form, job.working, outer, fields)
     generation = job.source / "generation_config.json"
     if generation.is_file():
         (folder / generation.name).write_text(generation.read_text())
@@ -160,8 +188,6 @@ def write_rest(job: Job, partial: ResumableOutput, metrics: dict[str, Any], norm
     resolved = {"config": job.config.model_dump(mode="json"), "model": job.model, "plan": str(job.plan)}
     resolved |= {"fingerprint": job.fingerprint, "versions": metrics["versions"]}
     (folder / MARK).write_text(yaml.safe_dump(resolved, sort_keys=False))
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     from .export.plots import write_plots  # matplotlib is slow to import
 
     write_plots(metrics, folder)
-    write_card(metrics, resolved, folder)

@@ -17,7 +17,9 @@ from .calibration.text import bundled, labelled_windows, read_documents, text_ha
 from .config import ConvertConfig, Plan, disjoint_plan, parse_plan, specialists_plan
 from .errors import InputError
 from .models.checkpoint import Checkpoint
+from .models.converted import native_form
 from .models.loading import load_tokenizer
+from .models.native import NativeForm
 from .models.sources import resolve
 from .models.stream import LayerStream
 from .models.working import DEFAULT_EXPERTS, working_config
@@ -43,7 +45,11 @@ class Job:
     recovery: Recovery
     stream: LayerStream
     working: Any
-    """The converted model's transformers configuration."""
+    """The converted model's transformers configuration, in the working form."""
+    form: NativeForm
+    """What is written."""
+    form_reason: str
+    """Why that is the working form though a native one was welcome, or nothing."""
     tokenizer: Any
     tokens_NL: Tensor
     """Calibration tokens that layers are fitted to."""
@@ -100,6 +106,7 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
     working = working_config(stream.config, plan, router.gate, shared_expert_bias=partitioner.static)
     working.dtype = stream.dtype
     working._experts_implementation = DEFAULT_EXPERTS
+    form, form_reason = native_form(config.format, working, router.has_bias and plan.num_experts > 0)
     tokenizer = load_tokenizer(source)
     documents = read_documents(config.calibration)
     domains = len({document.domain for document in documents})
@@ -121,8 +128,8 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
     # a folder is known by its name only, with a stroke to tell it from a built-in model's
     name = f"{source.name}/" if Path(model).is_dir() else str(model)
     return Job(
-        name, source, config, plan, partitioner, router, recovery, stream, working, tokenizer, tokens_NL[~spare],
-        domain_N[~spare], tokens_NL[spare], held_out_NL, fingerprint,
+        name, source, config, plan, partitioner, router, recovery, stream, working, form, form_reason,
+        tokenizer, tokens_NL[~spare], domain_N[~spare], tokens_NL[spare], held_out_NL, fingerprint,
     )  # fmt: skip
 
 
@@ -179,6 +186,7 @@ def _facts(job: Job) -> dict[str, Any]:
         "partition": job.config.partition,
         "router": job.config.router,
         "recovery": job.config.recovery,
+        "format": job.form.name,
         "calibration_tokens": job.tokens_NL.numel() + job.validation_NL.numel(),
         "dense_parameters": job.stream.parameters(),
         "dtype": str(job.stream.dtype).removeprefix("torch."),

@@ -51,7 +51,7 @@ def embed(job: Job) -> dict[str, Tensor]:
 def convert_layer(
     job: Job, index: int, states: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Convert one decoder layer: its tensors, the hidden states after it, and a record of what happened."""
+    """Convert one decoder layer: its tensors by their names in it, the hidden states after it, and a record."""
     laps = Laps()
     generator = torch.Generator().manual_seed(job.config.seed * 1_000_003 + index)
     with job.stream.layer(index) as layer:
@@ -75,8 +75,7 @@ def convert_layer(
         error = relative_error(sample, torch.cat(tap.outputs))
         with replaced_ffn(layer, moe):
             after = {name: job.stream.run(index, layer, states[name]) for name in states.keys() & CONVERTED}
-            prefix = f"{job.stream.prefix}{index}."
-            tensors = {prefix + name: tensor.cpu() for name, tensor in layer.state_dict().items()}
+            tensors = {name: tensor.cpu() for name, tensor in layer.state_dict().items()}
     load_E = expert_load(moe, sample)
     rates = few.activation_rates()
     laps("run_converted")

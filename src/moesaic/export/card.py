@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+
+from .. import registry
+from ..models.native import NativeForm
 
 CARD = """\
 ---
@@ -38,7 +42,21 @@ tokens of {{ c.calibration | join(", ") or "the bundled text" }}, seed {{ c.seed
 ![layer error](layer_error.png)
 
 ## Use
+{% if engines %}
+This is `{{ architecture }}` of stock transformers; engines load it without moesaic:
 
+```bash
+{%- for engine in engines %}
+{{ commands[engine] | replace("FOLDER", folder) }}
+{%- endfor %}
+```
+
+When it was written, stock transformers gave the log-probabilities of moesaic's own form: in float32, over
+{{ m.check.tokens }} random tokens and {{ m.check.layers }} layers, a median difference of
+{{ "%.1e" | format(m.check.median_difference) }} nats and the same most likely token in
+{{ "%.1f" | format(100 * m.check.agreement) }} %. The other commands were not run. For llama.cpp:
+`moesaic export {{ folder }} {{ folder }}.gguf --to gguf`.
+{% else %}
 ```python
 import moesaic  # registers the architecture
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,14 +64,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{{ folder }}")
 tokenizer = AutoTokenizer.from_pretrained("{{ folder }}")
 ```
+{% endif %}
 
 The licence is that of the dense model.
 """
+COMMANDS = {
+    "transformers": "python -c 'from transformers import pipeline; "
+    'print(pipeline("text-generation", "FOLDER")("The first"))\'',
+    "vllm": "vllm serve FOLDER",
+    "sglang": "python -m sglang.launch_server --model-path FOLDER",
+    "mlx": 'python -m mlx_lm generate --model FOLDER --prompt "The first"',
+}
 
 
 def write_card(metrics: dict[str, Any], resolved: dict[str, Any], folder: Path) -> None:
-    """Write `README.md` into a finished conversion."""
+    """Write `README.md` into a finished conversion or export."""
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(CARD)
     name = Path(metrics["output"]).name
-    text = template.render(m=metrics, c=resolved["config"], model=resolved["model"], folder=name)
+    form: NativeForm = registry.build("export", metrics["format"])
+    text = template.render(
+        m=metrics, c=resolved["config"], model=resolved["model"], folder=name, engines=form.engines,
+        commands=COMMANDS, architecture=json.loads((folder / "config.json").read_text())["architectures"][0],
+    )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -5,15 +5,18 @@ Shapes: N sequences, L tokens in one, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from psutil import virtual_memory
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import WorkError
-from ..models.converted import Converted
+from ..models.checkpoint import Checkpoint
+from ..models.converted import Converted, shortened
 
 TOKENS, WINDOW = 256, 64
 TOLERANCE = 0.05
@@ -21,33 +24,49 @@ TOLERANCE = 0.05
 
 
 @torch.no_grad()
-def check(source: Converted, made: Path, to: str) -> dict[str, Any]:
+def check(source: Converted, made: Path) -> dict[str, Any]:
     """How far the written model is from the one it was written from, in float32 as stock transformers runs it.
 
-    Random tokens; a token whose experts were nearly tied may choose others and differ, hence the median.
+    Random tokens; a token whose experts were nearly tied may choose others and differ, hence the median. Of a model too
+    large for memory the first layers are compared, as many as fit, and the head.
+
+    Returns:
+        `median_difference` (nats), `agreement` (share of tokens with the same most likely next), `tokens`, `layers`.
 
     Raises:
         WorkError: transformers cannot load it, or half of the log-probabilities are off by more than `TOLERANCE`.
     """
+    layers = layers_that_fit(source)
     generator = torch.Generator().manual_seed(0)
     shape = (TOKENS // WINDOW, WINDOW)
     tokens_NL = torch.randint(source.config.vocab_size, shape, generator=generator)
-    expected = log_probabilities(source.load(torch.float32), tokens_NL)
+    expected = log_probabilities(source.load(torch.float32, layers), tokens_NL)
+    made_type = Checkpoint(made).config["model_type"]
     try:
-        stock = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
+        config = shortened(AutoConfig.from_pretrained(made), layers)
+        stock = AutoModelForCausalLM.from_pretrained(made, config=config, dtype=torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise WorkError(f"transformers cannot load the model written as {to}: {error}") from error
+        raise WorkError(f"transformers cannot load the model written as {made_type}: {error}") from error
     given = log_probabilities(stock, tokens_NL)
     # what is all but impossible does not matter
     differences = (expected - given).abs().where(expected > -20, 0).amax(-1)
     median = differences.median().item()
     if not median <= TOLERANCE:
         raise WorkError(
-            f"the model written as {to} is not the converted one: log-probabilities differ by {median:.3g} nats in "
-            f"half of the tokens, more than {TOLERANCE}; nothing was kept"
+            f"the model written as {made_type} is not the converted one: log-probabilities differ by {median:.3g} nats "
+            f"in half of the tokens, more than {TOLERANCE}; nothing was kept"
         )
     agreement = (expected.argmax(-1) == given.argmax(-1)).float().mean().item()
-    return {"median_difference": median, "agreement": agreement, "tokens": differences.numel()}
+    return {"median_difference": median, "agreement": agreement, "tokens": differences.numel(), "layers": layers}
+
+
+def layers_that_fit(source: Converted) -> int:
+    """How many layers fit in half of the free memory in float32, two at least."""
+    count, shapes = source.config.num_hidden_layers, source.checkpoint.shapes()
+    sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+    layer = sum(size for name, size in sizes.items() if name.startswith(source.prefix(0)))
+    outer = sum(size for name, size in sizes.items() if not name.startswith("model.layers."))
+    return min(count, max(2, (virtual_memory().available // 2 - outer) // layer))
 
 
 def log_probabilities(model: Any, tokens_NL: Tensor) -> Tensor:

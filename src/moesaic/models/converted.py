@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,38 @@ from .working import MODEL_TYPE, MoesaicConfig
 NOTE = "moesaic"
 """The key of a native form's config.json under which the working form's is kept."""
 HEAD = "lm_head.weight"
+GATE_BIAS = "mlp.gate.e_score_correction_bias"
+PREFERRED = ("glm4_moe", "granitemoeshared", "flex_olmo", "mixtral")
+"""Native forms in the order in which they are tried; the others are written when asked for."""
+
+
+def native_form(wish: str, working: Any, has_bias: bool) -> tuple[NativeForm, str]:
+    """The form to write a model in, and why it is no native one (or nothing).
+
+    Args:
+        wish: a form's name, or `auto` for the first native one that holds this model, else the working form.
+        working: the working form's configuration.
+        has_bias: whether routers add a constant to each expert's score.
+
+    Raises:
+        InputError: a form that is unknown or cannot hold the model.
+    """
+    if wish != "auto":
+        form = registry.build("export", wish)
+        form.config(working)
+        form.check_bias(has_bias)
+        return form, ""
+    family = working.dense_model_type
+    reasons = []
+    for name in PREFERRED:
+        form = registry.build("export", name)
+        if family not in form.sources:
+            continue
+        try:
+            return native_form(name, working, has_bias)
+        except InputError as error:
+            reasons.append(str(error).partition(": ")[2].partition(". The working")[0])
+    return registry.build("export", MODEL_TYPE), [*reasons, f"no stock Mixture-of-Experts has {family}'s layers"][0]
 
 
 def is_native(checkpoint: Checkpoint) -> bool:
@@ -50,6 +83,11 @@ class Converted:
         self.config: Any = MoesaicConfig.from_dict(self.fields)
         self.form: NativeForm = registry.build("export", self.checkpoint.config["model_type"])
 
+    def has_bias(self) -> bool:
+        """Whether routers add a constant to each expert's score."""
+        names = [name for name in self.checkpoint.names() if name.endswith(GATE_BIAS)]
+        return any(bool(bias_E.any()) for _, bias_E in self.checkpoint.items(names))
+
     def layer(self, index: int) -> dict[str, Tensor]:
         """A decoder layer's tensors, by their name in the layer."""
         prefix = self.prefix(index)
@@ -68,21 +106,32 @@ class Converted:
             names = [name for name in names if name != HEAD]
         return dict(self.checkpoint.items(names))
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All of them."""
+    def tensors(self, layers: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """All of them, or those of the first `layers` layers and what is outside the layers."""
         yield from self.outer().items()
-        for index in range(self.config.num_hidden_layers):
+        for index in range(layers or self.config.num_hidden_layers):
             for name, tensor in self.layer(index).items():
                 yield self.prefix(index) + name, tensor
 
-    def load(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The working form in memory."""
+    def load(self, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
+        """The working form in memory, or its first `layers` layers and the head."""
+        config = shortened(self.config, layers)
         with init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
-        state = {name: tensor.to(dtype) for name, tensor in self.tensors()}
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        state = {name: tensor.to(dtype) for name, tensor in self.tensors(layers)}
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
         missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
         if missing:
             raise InputError(f"'{self.checkpoint.folder}' lacks {len(missing)} tensors, e.g. {missing[0]}")
         return model
+
+
+def shortened(config: Any, layers: int | None) -> Any:
+    """The configuration of a model's first `layers` layers."""
+    short = copy.deepcopy(config)
+    if layers is not None:
+        short.num_hidden_layers = layers
+        if getattr(short, "layer_types", None):
+            short.layer_types = short.layer_types[:layers]
+    return short

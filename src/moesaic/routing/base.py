@@ -23,6 +23,11 @@ class RouterBuilder(ABC):
     token_clusters: ClassVar[bool] = False
     """Whether it needs a partition made from clusters of tokens."""
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether the gate adds a constant to each expert's score, which few architectures can say."""
+        return False
+
     @abstractmethod
     def build(self, sample: LayerSample, partition: Partition, active: int) -> dict[str, Tensor]:
         """The parameters by name of a gate that lets `active` experts run."""

@@ -24,12 +24,20 @@ class Linear(RouterBuilder):
     """Relative to the mean diagonal of the normal equations."""
     max_tokens: Annotated[int, Field(gt=0)] = 8_192
     """At most so many tokens, evenly spaced: D unknowns need far fewer than recovery does."""
+    intercept: bool = True
+    """Whether there is a b; of the native forms only glm4_moe has one."""
+
+    @property
+    def has_bias(self) -> bool:
+        return self.intercept
 
     def build(self, sample: LayerSample, partition: Partition, active: int) -> dict[str, Tensor]:
         sample = sample.every(-(-sample.tokens // self.max_tokens))
         target_TE = torch.cat(list(self._norms(sample, partition)))
         target_TE = target_TE - target_TE.mean(1, keepdim=True)
-        weight_DE, bias_E = weighted_ridge(sample.input_TD.float(), target_TE, sample.weight_T, self.ridge)
+        weight_DE, bias_E = weighted_ridge(
+            sample.input_TD.float(), target_TE, sample.weight_T, self.ridge, self.intercept
+        )
         return {"weight": weight_DE.T.contiguous(), "e_score_correction_bias": bias_E}
 
     @staticmethod
@@ -41,10 +49,13 @@ class Linear(RouterBuilder):
             )
 
 
-def weighted_ridge(x_TD: Tensor, target_TE: Tensor, weight_T: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """(W [D, E], b [E]) of the least squares weighted by `weight_T²`, with an intercept that is not penalised."""
+def weighted_ridge(
+    x_TD: Tensor, target_TE: Tensor, weight_T: Tensor, ridge: float, intercept: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(W [D, E], b [E]) of the least squares weighted by `weight_T²`; the intercept b is not penalised, or 0."""
     square_T = weight_T.double().square()[:, None]
-    mean_x, mean_y = ((v * square_T).sum(0) / square_T.sum() for v in (x_TD.double(), target_TE.double()))
+    means = ((v * square_T).sum(0) / square_T.sum() for v in (x_TD.double(), target_TE.double()))
+    mean_x, mean_y = (mean * intercept for mean in means)
     scaled_TD = (x_TD - mean_x.float()) * weight_T[:, None]
     gram_DD = (scaled_TD.T @ scaled_TD).double()
     gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
+
+from ...errors import InputError
 
 Tensors = dict[str, Tensor]
 """A decoder layer's tensors by their name in the layer, e.g. `mlp.gate.weight`."""
@@ -18,6 +20,26 @@ class NativeForm(ABC):
 
     `working_layer(layer(x)) == x`, bit by bit: all factors are powers of two.
     """
+
+    selection_bias: ClassVar[bool] = False
+    """Whether its router can add a constant to each expert's score, which serves the selection only."""
+    sources: ClassVar[tuple[str, ...]] = ()
+    """Model types of the dense families that it can hold."""
+    engines: ClassVar[tuple[str, ...]] = ()
+    """Which load it: of `transformers`, `vllm`, `sglang`, `mlx`."""
+
+    @property
+    def name(self) -> str:
+        """The `model_type` in transformers, which is also the file's name."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def check_bias(self, has_bias: bool) -> None:
+        """Raises InputError if the router has a selection bias and the form has no place for it."""
+        if has_bias and not self.selection_bias:
+            raise InputError(
+                f"this model cannot be written as {self.name}: its router adds a constant to each expert's score; "
+                "convert with --partition specialists or --router linear:intercept=False"
+            )
 
     @abstractmethod
     def config(self, working: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The working form itself: what a native export is read back into."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import NativeForm, Tensors
 
@@ -9,6 +9,8 @@ from .base import NativeForm, Tensors
 @dataclass(frozen=True, kw_only=True)
 class WorkingForm(NativeForm):
     """Changes nothing."""
+
+    selection_bias: ClassVar[bool] = True
 
     def config(self, working: Any) -> dict[str, Any]:
         return working.to_dict() | {"model_type": working.model_type}

@@ -1,0 +1,52 @@
+"""`MixtralForCausalLM`: the oldest Mixture-of-Experts architecture, which every engine has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from . import _decoder as decoder
+from .base import NativeForm, Tensors
+
+MOE = "block_sparse_moe."
+EXPERTS = MOE + "experts."
+PARTS = ("w1", "w3", "w2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixtral(NativeForm):
+    """Chosen experts with weight 1 from renormalised gates: exactly 1 for one active expert, the plan `S0A1E4`.
+
+    `gate x ε`, experts' `w2 x K`. It has no shared expert, so each expert holds a copy of it.
+    """
+
+    sources: ClassVar[tuple[str, ...]] = ("llama", "mistral", "phi3")
+    engines: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "sglang", "mlx")
+
+    def config(self, working: Any) -> dict[str, Any]:
+        decoder.check(
+            self, working,
+            decoder.not_power(working.num_experts_per_tok, "active experts"),
+        )  # fmt: skip
+        return decoder.common_config(working, "mixtral", "MixtralForCausalLM") | {
+            "head_dim": decoder.head_dim(working),
+            "num_local_experts": working.num_experts,
+            "intermediate_size": working.moe_intermediate_size + working.shared_expert_intermediate_size,
+            "sliding_window": None,
+        }
+
+    def layer(self, tensors: Tensors, working: Any) -> Tensors:
+        native = decoder.split_attention(tensors, working)
+        del native["mlp.gate.e_score_correction_bias"]
+        native[MOE + "gate.weight"] = native.pop("mlp.gate.weight") * decoder.ROUTER_SCALE
+        gate_up, down = decoder.replicate_shared(native, working.num_experts_per_tok)
+        return native | decoder.split_experts(gate_up, down, EXPERTS, PARTS)
+
+    def working_layer(self, tensors: Tensors, working: Any) -> Tensors:
+        layer = decoder.join_attention(tensors, working)
+        layer["mlp.gate.weight"] = layer.pop(MOE + "gate.weight") / decoder.ROUTER_SCALE
+        layer["mlp.gate.e_score_correction_bias"] = layer["mlp.gate.weight"].new_zeros(working.num_experts)
+        gate_up, down = decoder.join_experts(layer, working.num_experts, EXPERTS, PARTS)
+        return layer | decoder.separate_shared(
+            gate_up, down, working.moe_intermediate_size, working.num_experts_per_tok
+        )

@@ -1,0 +1,123 @@
+"""Engines other than transformers say what the exported model says; `make test-engines` sets them up and runs this.
+
+Each engine has a virtual environment of its own, `.venv-engines/NAME`; one that is not there is a skip that says so.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import QUICK, SMALL, small_model
+from moesaic import convert, export
+from moesaic.models.builtin import tiny_folder
+
+ROOT = Path(__file__).parent.parent
+FAMILIES = ["llama", "llama3-rope", "mistral", "qwen2", "qwen3"]
+METHODS = {
+    "disjoint": {"plan": "S4A2E8"},
+    "specialists": {"plan": "S4A1E8", "partition": "specialists"},
+}
+NATIVE = {"vllm", "mlx"}
+NOT_THERE = {
+    ("mlx", "llama3-rope", "disjoint"): "its glm4_moe does not scale rope",
+    ("mlx", "llama3-rope", "specialists"): "its glm4_moe does not scale rope",
+    ("llama.cpp", "llama3-rope", "disjoint"): "of what scales rope, nothing adds a constant to scores",
+}
+TEXTS = [
+    "The first 12 of 345 numbers, it's said:\n\n    def f(x):\n\treturn x**2  # naïve  ünïcödé 你好 🙂\r\n",
+    "  two spaces, don't WE'LL they're\n\n\n...---=== <s> 1234567890",
+]
+WIDE = {"hidden_size": 64, "intermediate_size": 256}
+"""So that rows are whole blocks of the engines' types."""
+
+pytestmark = pytest.mark.engine
+
+
+def ask(engine, model, request, folder):
+    """What an engine answers."""
+    python = ROOT / ".venv-engines" / engine / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"{engine} is not set up here: make test-engines ENGINES={engine}")
+    (folder / "request.json").write_text(json.dumps(request))
+    script = Path(__file__).parent / "engines" / f"run_{engine.replace('.', '_')}.py"
+    command = [python, script, model, folder / "request.json", folder / "answer.json"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr[-3_000:]
+    return json.loads((folder / "answer.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """(family, method) -> folder of a native form, made when first asked for."""
+    made = {}
+
+    def get(family, method):
+        if (family, method) not in made:
+            folder = tmp_path_factory.mktemp(family)
+            small = pytest.MonkeyPatch()
+            for name, value in WIDE.items():
+                small.setitem(SMALL, name, value)
+            small_model(family).save_pretrained(folder / "dense")
+            small.undo()
+            AutoTokenizer.from_pretrained(tiny_folder()).save_pretrained(folder / "dense")
+            metrics = convert(folder / "dense", folder / "native", QUICK.model_copy(update=METHODS[method]))
+            assert metrics["format"] == "glm4_moe"
+            made[family, method] = folder / "native"
+        return made[family, method]
+
+    return get
+
+
+@pytest.fixture(params=["llama.cpp", "mlx", "vllm"])
+def engine(request):
+    return request.param
+
+
+def written_for(engine, native, out, outtype="f32"):
+    """The model as the engine wants it."""
+    if engine in NATIVE:
+        return native
+    export(native, out / "model.gguf", "gguf", outtype=outtype)
+    return out / "model.gguf"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probabilities_are_those_of_transformers(converted, engine, family, method, tmp_path):
+    if reason := NOT_THERE.get((engine, family, method)):
+        pytest.skip(f"{engine}: {reason}")
+    native = converted(family, method)
+    model = written_for(engine, native, tmp_path)
+    tokens = [torch.randint(2, 1_024, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 7, 40)]
+    stock = AutoModelForCausalLM.from_pretrained(native, dtype=torch.float32).eval()
+    expected = torch.stack([stock(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in tokens])
+    given = torch.tensor(ask(engine, model, {"tokens": tokens, "vocab_size": 1_024}, tmp_path)["logprobs"])
+    differences = (given - expected).abs().amax(-1)
+    print(engine, family, method, differences.tolist())
+    # llama.cpp runs Llama 3's rope as granitemoe, whose gates are exactly 1, not 1 within a thousandth
+    exact = family == "llama3-rope" and engine == "llama.cpp"
+    assert differences.max() < (5e-3 if exact else 1e-4)
+
+
+def test_llama_cpps_tokenizer_is_that_of_transformers(converted, tmp_path):
+    native = converted("qwen2", "specialists")
+    tokenizer = AutoTokenizer.from_pretrained(native)
+    found = ask("llama.cpp", written_for("llama.cpp", native, tmp_path), {"texts": TEXTS}, tmp_path)["ids"]
+    assert found == [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
+@torch.no_grad()
+def test_llama_cpp_reads_every_type(converted, tmp_path, outtype):
+    native = converted("qwen2", "specialists")
+    model = written_for("llama.cpp", native, tmp_path, outtype)
+    tokens = [[5, 9, 200, 17]]
+    stock = AutoModelForCausalLM.from_pretrained(native, dtype=torch.float32).eval()
+    expected = stock(torch.tensor(tokens)).logits[0, -1].log_softmax(-1)
+    given = torch.tensor(ask("llama.cpp", model, {"tokens": tokens, "vocab_size": 1_024}, tmp_path)["logprobs"][0])
+    assert (given - expected).norm() / expected.norm() < 0.05
