@@ -91,20 +91,20 @@ def convert(
 
 def finish(job: Job, partial: ResumableOutput, metrics: dict[str, Any]) -> dict[str, Any]:
     """Check what was written, give it its name, and return its metrics; what fails as a native form is made working."""
-    if job.form.name == MODEL_TYPE:
-        partial.finish(lambda made: write_facts(made, metrics, job.form, partial.output, {}))
-    else:
-        try:
-            partial.finish(
-                lambda made: write_facts(made, metrics, job.form, partial.output, check(Converted(made), made))
-            )
-        except WorkError as error:
-            failed = partial.folder.rename(partial.output.with_name(f"{partial.output.name}.failed"))
-            write_facts(
-                failed, metrics | {"format_reason": str(error)}, registry.build("export", MODEL_TYPE), failed, {}
-            )
-            export(failed, partial.output, MODEL_TYPE, overwrite=True)
-            shutil.rmtree(failed)
+    native = job.form.name != MODEL_TYPE
+
+    def last(made: Path) -> None:
+        write_facts(made, metrics, job.form, check(Converted(made), made) if native else {})
+
+    try:
+        partial.finish(last)
+    except WorkError as error:
+        if not native:
+            raise
+        failed = partial.folder.rename(partial.output.with_name(f"{partial.output.name}.failed"))
+        write_facts(failed, metrics | {"format_reason": str(error)}, registry.build("export", MODEL_TYPE), {})
+        export(failed, metrics["output"], MODEL_TYPE, overwrite=True)
+        shutil.rmtree(failed)
     return json.loads((partial.output / "metrics.json").read_text())
 
 

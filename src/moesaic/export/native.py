@@ -24,6 +24,9 @@ from .check import check
 
 COPIED = (MARK, "generation_config.json", "layer_error.png", "activation_rates.png", "expert_load.png")
 
+Progress = Callable[[int, int, str], None]
+"""Called with (finished layers, all layers, what is being done)."""
+
 
 def export(
     model: str | Path,
@@ -33,7 +36,7 @@ def export(
     outtype: str = "f16",
     resume: bool = True,
     overwrite: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a converted model in another form: one that engines load, or the working form again.
 
@@ -66,13 +69,18 @@ def export(
     form, reason = native_form(to, source.config, source.has_bias())
     if reason:
         raise InputError(f"no engine's architecture holds this model: {reason}")
-    config = form.config(source.config)
     check_output(output, overwrite)
     check_space(output, source.checkpoint.size())
-    report = progress or (lambda done, count, note: None)
-    fingerprint = {"model": source.checkpoint.fingerprint(), "form": config["model_type"]}
-    partial = ResumableOutput(output, fingerprint, resume)
-    count = source.config.num_hidden_layers
+    partial = ResumableOutput(output, {"model": source.checkpoint.fingerprint(), "form": form.name}, resume)
+    found = rewrite(source, form, partial, str(output), progress or (lambda done, count, note: None))
+    return {"output": str(output), "target": form.name, "bytes": Checkpoint(output).size(), **found}
+
+
+def rewrite(
+    source: Converted, form: NativeForm, partial: ResumableOutput, name: str, report: Progress
+) -> dict[str, Any]:
+    """Write `source` in another form, check it, give it its name, and return what the check found."""
+    folder, count = source.checkpoint.folder, source.config.num_hidden_layers
     for index in range(len(partial.layers), count):
         report(index, count, "writing")
         tensors = form.layer(source.layer(index), source.config)
@@ -87,14 +95,14 @@ def export(
 
     def last(made: Path) -> None:
         found.update(check(source, made))
-        write_facts(made, json.loads((folder / "metrics.json").read_text()), form, output, found)
+        write_facts(made, json.loads((folder / "metrics.json").read_text()) | {"output": name}, form, found)
 
     try:
         partial.finish(last)
     except WorkError:
         shutil.rmtree(partial.folder)
         raise
-    return {"output": str(output), "target": form.name, "bytes": Checkpoint(output).size(), **found}
+    return found
 
 
 def write_outer(
@@ -111,9 +119,9 @@ def write_outer(
     (partial.folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
 
 
-def write_facts(folder: Path, metrics: dict[str, Any], form: NativeForm, output: Path, found: dict[str, Any]) -> None:
+def write_facts(folder: Path, metrics: dict[str, Any], form: NativeForm, found: dict[str, Any]) -> None:
     """Write `metrics.json` and the model card of a finished model that was checked."""
     metrics = {name: value for name, value in metrics.items() if name != "check"}
-    metrics |= {"output": str(output), "format": form.name} | ({"check": found} if form.name != MODEL_TYPE else {})
+    metrics |= {"format": form.name} | ({"check": found} if form.name != MODEL_TYPE else {})
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_card(metrics, yaml.safe_load((folder / MARK).read_text()), folder)

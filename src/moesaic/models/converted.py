@@ -37,6 +37,8 @@ def native_form(wish: str, working: Any, has_bias: bool) -> tuple[NativeForm, st
     Raises:
         InputError: a form that is unknown or cannot hold the model.
     """
+    if wish == "gguf":
+        raise InputError("GGUF is made of a converted model: moesaic export OUT OUT.gguf --to gguf")
     if wish != "auto":
         form = registry.build("export", wish)
         form.config(working)
