@@ -18,6 +18,7 @@ from .export.native import export
 from .models.loading import load
 from .models.working import register as _register_models
 from .runtime.experts import register as _register_experts
+from .shapes import plans
 
 _register_experts()
 _register_models()
@@ -34,4 +35,5 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "plans",
 ]

@@ -14,11 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from . import registry, tables
+from . import options, tables
 from .errors import InputError, WorkError
-from .options import Device, Dtype, Json, ModelArgument, Threads, emit, load_model, numbers, people
+from .options import emit, people
 
-FORMS = ", ".join(name.replace("-", "_") for name in registry.names("export"))
 app = typer.Typer(
     help="Turn a dense language model into a Mixture-of-Experts, without training, and measure what that gives.",
     no_args_is_help=True,
@@ -60,31 +59,40 @@ def _quiet() -> None:
 
 
 @app.command()
+def plan(
+    model: options.ModelArgument,
+    active: Annotated[float, typer.Option(help="wanted share of each FFN that one token runs")] = 0.5,
+    memory_factor: Annotated[float, typer.Option(help="size of all experts relative to the dense FFN")] = 1.0,
+    as_json: options.Json = False,
+) -> None:
+    """Shapes near a budget: memory, possible speed, and which engines run each."""
+    from .shapes import plans
+
+    with people.status("counting"):
+        found = plans(model, active, memory_factor)
+    emit(found, as_json, lambda: tables.show_plans(people, found))
+
+
+@app.command()
 def convert(
-    model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="folder to make", metavar="OUT")],
+    model: options.ModelArgument,
+    out: options.OutArgument,
     active: Annotated[float | None, typer.Option(help="share of each FFN that one token runs [default: 0.5]")] = None,
     memory_factor: Annotated[
         float | None, typer.Option(help="size of all experts relative to the dense FFN [default: 1]")
     ] = None,
     plan: Annotated[str | None, typer.Option(help="fixed shape, e.g. S3A3E8: 3 shared + 3 of 8 groups run")] = None,
     expert_width: Annotated[int | None, typer.Option(help="neurons in a group", min=1)] = None,
-    partition: Annotated[
-        str | None, typer.Option(help=f"auto or one of: {', '.join(registry.names('partition'))} [default: auto]")
-    ] = None,
-    router: Annotated[str | None, typer.Option(help=f"one of: {', '.join(registry.names('router'))}")] = None,
-    recovery: Annotated[
-        str | None, typer.Option(help=f"one of: {', '.join(registry.names('recovery'))} [default: closed-form]")
-    ] = None,
+    partition: options.Partition = None,
+    router: options.Router = None,
+    recovery: options.Recovery = None,
     calibration: Annotated[
         list[str] | None, typer.Option(help=".txt or .jsonl file or datasets name; repeat for more [default: bundled]")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="calibration tokens [default: 16384]")] = None,
     window: Annotated[int | None, typer.Option(help="tokens of one calibration sequence [default: 256]")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML with any of these settings; options override it")] = None,
-    format: Annotated[
-        str | None, typer.Option(help=f"auto (one that engines load, if any) or one of: {FORMS} [default: auto]")
-    ] = None,
+    format: options.Format = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... [default: auto]")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16, float32 [default: auto]")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random [default: 0]")] = None,
@@ -92,7 +100,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option(help="replace OUT if it exists")] = False,
     force: Annotated[bool, typer.Option(help="accept a collapsed result")] = False,
     dry_run: Annotated[bool, typer.Option(help="check everything, print the plan, stop")] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Convert a dense model into a Mixture-of-Experts, layer by layer, without training."""
     from .choice import candidates
@@ -124,16 +132,16 @@ def convert(
 
 @app.command()
 def generate(
-    model: ModelArgument,
+    model: options.ModelArgument,
     prompt: Annotated[str, typer.Argument(help="text to continue; - reads standard input")],
     max_new_tokens: Annotated[int, typer.Option(help="tokens to add", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy", min=0)] = 0.0,
     chat: Annotated[bool, typer.Option(help="use the model's chat template")] = False,
     seed: Annotated[int, typer.Option(help="seed of sampling")] = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    as_json: Json = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
+    as_json: options.Json = False,
 ) -> None:
     """Continue a prompt with a dense or converted model."""
     from .evaluation.generate import complete
@@ -141,7 +149,7 @@ def generate(
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if not prompt:
         raise InputError("the prompt is empty; give some text")
-    loaded, tokenizer = load_model(model, device, dtype, threads)
+    loaded, tokenizer = options.load_model(model, device, dtype, threads)
     with people.status("generating"):
         text = complete(
             loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat, seed=seed
@@ -151,24 +159,24 @@ def generate(
 
 @app.command()
 def evaluate(
-    model: ModelArgument,
+    model: options.ModelArgument,
     text: Annotated[Path | None, typer.Option(help="raw text file [default: bundled held-out text]")] = None,
     protocol: Annotated[str, typer.Option(help="gptq, llama.cpp or lm-eval")] = "gptq",
     window: Annotated[int, typer.Option(help="tokens in a window")] = 2_048,
     max_tokens: Annotated[int | None, typer.Option(help="stop after so many tokens")] = None,
     tasks: Annotated[Path | None, typer.Option(help="multiple-choice items, .jsonl")] = None,
     harness: Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated (needs moesaic[eval])")] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    as_json: Json = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
+    as_json: options.Json = False,
 ) -> None:
     """Perplexity under a named protocol, and zero-shot accuracy."""
     from .evaluation.evaluate import check_request
     from .evaluation.evaluate import evaluate as run
 
     check_request(text, protocol, window, max_tokens, tasks, harness)
-    loaded, tokenizer = load_model(model, device, dtype, threads)
+    loaded, tokenizer = options.load_model(model, device, dtype, threads)
     with tables.progress(people, "evaluating", "step") as tick:
         result = run(
             loaded, tokenizer, text=text, protocol=protocol, window=window, max_tokens=max_tokens, tasks=tasks,
@@ -179,7 +187,7 @@ def evaluate(
 
 @app.command()
 def benchmark(
-    model: ModelArgument,
+    model: options.ModelArgument,
     against: Annotated[
         str | None, typer.Option(help="the dense model [default: what MODEL was converted from]")
     ] = None,
@@ -187,20 +195,20 @@ def benchmark(
     new: Annotated[int, typer.Option(help="new tokens", min=1)] = 32,
     batch: Annotated[str, typer.Option(help="sequences decoded at once, comma-separated")] = "1",
     rounds: Annotated[int, typer.Option(help="timed rounds", min=1)] = 5,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    as_json: Json = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
+    as_json: options.Json = False,
 ) -> None:
     """Decode and prefill speed against the dense model, alternating in one process."""
     from .evaluation.benchmark import benchmark as run
     from .evaluation.inspect import dense_origin, prompt_tokens
 
-    sizes = numbers(batch, "--batch")
+    sizes = options.numbers(batch, "--batch")
     against = against or dense_origin(model)
-    loaded, tokenizer = load_model(model, device, dtype, threads)
+    loaded, tokenizer = options.load_model(model, device, dtype, threads)
     tokens_BL = prompt_tokens(tokenizer, prompt, max(sizes))
-    dense, _ = load_model(against, device, str(loaded.dtype).removeprefix("torch."), threads)
+    dense, _ = options.load_model(against, device, str(loaded.dtype).removeprefix("torch."), threads)
     with tables.progress(people, "measuring", "measurement") as tick:
         result = run(loaded, dense, tokens_BL, new=new, batches=sizes, rounds=rounds, progress=tick)
     emit(result, as_json, lambda: tables.show_benchmark(people, result))
@@ -208,7 +216,8 @@ def benchmark(
 
 @app.command()
 def inspect(
-    out: Annotated[Path, typer.Argument(help="a converted model's folder", metavar="OUT")], as_json: Json = False
+    out: Annotated[Path, typer.Argument(help="a converted model's folder", metavar="OUT")],
+    as_json: options.Json = False,
 ) -> None:
     """Plan, method, per-layer errors and expert loads of a converted model."""
     from .evaluation.inspect import inspect as run
@@ -221,13 +230,11 @@ def inspect(
 def export(
     model: Annotated[str, typer.Argument(help="a converted model's folder", metavar="MODEL")],
     out: Annotated[Path, typer.Argument(help="folder (or .gguf file) to make", metavar="OUT")],
-    to: Annotated[str, typer.Option(help=f"auto, gguf (llama.cpp; OUT is a file) or one of: {FORMS}")] = "auto",
-    outtype: Annotated[
-        str, typer.Option(help="of GGUF: f32, f16, bf16, q8_0, q4_0, ...; K-quants with llama-quantize on the PATH")
-    ] = "f16",
+    to: options.Target = "auto",
+    outtype: options.Outtype = "f16",
     resume: Annotated[bool, typer.Option(help="go on with an unfinished export")] = True,
     overwrite: Annotated[bool, typer.Option(help="replace OUT if it exists")] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write a converted model as an architecture that stock engines load, and check that it says the same."""
     from .export.native import export as run
@@ -239,7 +246,7 @@ def export(
 
 @app.command()
 def frontier(
-    model: ModelArgument,
+    model: options.ModelArgument,
     out: Annotated[Path, typer.Option(help="folder for rows and chart; finished rows are kept")] = Path("frontier"),
     active: Annotated[str, typer.Option(help="per cent of each FFN that run, comma-separated")] = "25,50,75",
     memory_factor: Annotated[str, typer.Option(help="sizes of all experts relative to the dense FFN")] = "1",
@@ -251,7 +258,7 @@ def frontier(
     calibration: Annotated[list[str] | None, typer.Option(help="text; repeat for more [default: bundled]")] = None,
     tokens: Annotated[int, typer.Option(help="calibration tokens", min=1)] = 16_384,
     speed: Annotated[bool, typer.Option(help="measure decode speed")] = True,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Methods x budgets x memory on one model: a table and a chart of quality against speed."""
     from .frontier import METHODS, NEURONS, Measurement
@@ -263,10 +270,10 @@ def frontier(
     )  # fmt: skip
     with tables.progress(people, "frontier", "conversion") as tick:
         result = run(
-            model, out, active=[share / 100 for share in numbers(active, "--active", float)],
-            memory_factors=numbers(memory_factor, "--memory-factor", float, least=0.01),
+            model, out, active=[share / 100 for share in options.numbers(active, "--active", float)],
+            memory_factors=options.numbers(memory_factor, "--memory-factor", float, least=0.01),
             methods=[*METHODS, NEURONS] if methods == "all" else methods.split(","),
-            seeds=numbers(seeds, "--seeds", least=0), measurement=measurement, progress=tick,
+            seeds=options.numbers(seeds, "--seeds", least=0), measurement=measurement, progress=tick,
         )  # fmt: skip
     emit(result, as_json, lambda: tables.show_frontier(people, result, str(out)))
 
@@ -276,7 +283,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for the result")] = Path("demo-output"),
     model: Annotated[str, typer.Option(help="the model to show")] = "demo",
     active: Annotated[float, typer.Option(help="share of each FFN that one token runs")] = 0.5,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Convert the demo model and show it beside the dense one: perplexity, speed, text."""
     from .demo import demo as run

@@ -54,8 +54,8 @@ class Plan:
         return Plan(self.shared + self.active, 0, self.groups, self.width)
 
 
-def parse_plan(text: str, intermediate_size: int, expert_width: int | None = None) -> Plan:
-    """A plan like `S3A3E8` for an FFN of that width.
+def parse_plan(text: str, intermediate_size: int, expert_width: int | None = None, overlapping: bool = False) -> Plan:
+    """A plan like `S3A3E8` for an FFN of that width; overlapping experts may be of any width and number.
 
     Raises:
         InputError: not of that form, more groups in use than there are, or groups that do not divide the width.
@@ -66,6 +66,13 @@ def parse_plan(text: str, intermediate_size: int, expert_width: int | None = Non
     shared, active, groups = map(int, match.groups())
     if not 0 < shared + active <= groups:
         raise InputError(f"plan '{text}' runs {shared + active} of {groups} groups; 1 to {groups} can run")
+    if overlapping and expert_width is not None:
+        if (shared + active) * expert_width > intermediate_size:
+            raise InputError(
+                f"plan '{text}' with --expert-width {expert_width} runs {(shared + active) * expert_width} neurons, "
+                f"the FFN has {intermediate_size}"
+            )
+        return Plan(shared, active, groups, expert_width)
     if expert_width is not None and groups * expert_width != intermediate_size:
         fits = intermediate_size % expert_width == 0
         way = f"write E{intermediate_size // expert_width}" if fits else "drop --expert-width"

@@ -237,10 +237,10 @@ def choose_plan(config: ConvertConfig, partitioner: Partitioner, intermediate_si
         )
     if config.memory_factor != 1 and config.plan is not None:
         raise InputError("--plan fixes how many experts there are, so --memory-factor has no say; give one of them")
-    if partitioner.overlapping and config.expert_width is not None:
-        raise InputError("a specialist's width follows from --active; drop --expert-width")
+    if partitioner.overlapping and config.expert_width is not None and config.plan is None:
+        raise InputError("a specialist's width follows from --active; drop --expert-width, or fix a --plan too")
     if config.plan is not None:
-        plan = parse_plan(config.plan, intermediate_size, config.expert_width)
+        plan = parse_plan(config.plan, intermediate_size, config.expert_width, partitioner.overlapping)
         if partitioner.overlapping and plan.active != 1:
             raise InputError(
                 f"specialists run one at a time: plan '{plan}' must say A1, e.g. S{plan.shared}A1E{plan.groups}"

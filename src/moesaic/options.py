@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
+from . import registry
 from .errors import InputError
 
 Number = TypeVar("Number", int, float)
@@ -18,6 +20,22 @@ people = Console(stderr=True)
 ModelArgument = Annotated[
     str,
     typer.Argument(help="hub id, folder, .gguf file, or built in: tiny, demo, demo-1.5b, gemma-270m", metavar="MODEL"),
+]
+FORMS = ", ".join(name.replace("-", "_") for name in registry.names("export"))
+Partition = Annotated[
+    str | None, typer.Option(help=f"auto or one of: {', '.join(registry.names('partition'))} [default: auto]")
+]
+Router = Annotated[str | None, typer.Option(help=f"one of: {', '.join(registry.names('router'))}")]
+Recovery = Annotated[
+    str | None, typer.Option(help=f"one of: {', '.join(registry.names('recovery'))} [default: closed-form]")
+]
+OutArgument = Annotated[Path, typer.Argument(help="folder to make", metavar="OUT")]
+Format = Annotated[
+    str | None, typer.Option(help=f"auto (one that engines load, if any) or one of: {FORMS} [default: auto]")
+]
+Target = Annotated[str, typer.Option(help=f"auto, gguf (llama.cpp; OUT is a file) or one of: {FORMS}")]
+Outtype = Annotated[
+    str, typer.Option(help="of GGUF: f32, f16, bf16, q8_0, q4_0, ...; K-quants with llama-quantize on the PATH")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object; all else goes to standard error")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]

@@ -45,6 +45,7 @@ def show_conversion(console: Console, m: dict[str, Any]) -> None:
     if m["trials"]:
         losses = ", ".join(f"{t['partition']} {t['plan']} {t['held_out_loss']:.3f}" for t in m["trials"])
         console.print(f"{m['partition']} was chosen by the loss on held-out calibration tokens: {losses}")
+    console.print(f"written as {m['format']}" + (f": {m['format_reason']}" if m["format_reason"] else ""))
     unreached = {r["layer"]: r["unreached_experts"] for r in m["layers"] if r["unreached_experts"]}
     if unreached:
         console.print(f"[yellow]no calibration token reached these experts (layer: experts):[/] {unreached}")
@@ -53,6 +54,26 @@ def show_conversion(console: Console, m: dict[str, Any]) -> None:
     console.print(f"{m['seconds']:.0f} s, peak memory {m['peak_rss_bytes'] / 1e9:.2f} GB. Next:")
     for verb in ("generate {} 'def quicksort(arr):'", "evaluate {}", "benchmark {}"):
         console.print(f"  moesaic {verb.format(m['output'])}", highlight=False)
+
+
+def show_plans(console: Console, found: dict[str, Any]) -> None:
+    """A row for each shape, and how to make the first."""
+    grid = _grid(
+        f"{found['model']}: running about {found['active']:.0%} of {found['intermediate_size']} neurons",
+        "partition", "plan", "width", "active", "memory", "decode", "prefill", "GGUF",
+    )  # fmt: skip
+    for c in found["choices"]:
+        grid.add_row(
+            c["partition"], c["plan"], str(c["expert_width"]), f"{c['ffn_active']:.0%}", f"{c['memory_factor']:.2f}x",
+            f"{c['decode_limit']:.2f}x", f"{c['prefill_limit']:.2f}x", c["gguf"][0] if c["gguf"] else "-",
+        )  # fmt: skip
+    console.print(grid)
+    first = found["choices"][0]
+    console.print(
+        "decode, prefill: at most so much faster than dense, by bytes and by FLOPs. Format: "
+        f"{first['format']} ({first['format_reason'] or 'runs in ' + ', '.join(first['engines'])}). The first:"
+    )
+    console.print(f"  moesaic convert {found['model']} OUT {first['options']}", highlight=False, soft_wrap=True)
 
 
 def show_evaluation(console: Console, r: dict[str, Any]) -> None:

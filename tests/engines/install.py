@@ -37,6 +37,7 @@ def vllm():
 
 
 name, python, *torch_options = sys.argv[1:]
+pip("install", "pip>=25.1")
 if name == "vllm":
     vllm()
 else:

@@ -62,7 +62,7 @@ def benchmark(
             limit, work = active_weights(dense, size) / active_weights(model, size), size * new
         elif kind == "prefill":
             pair = [_prefill_timer(m, tokens_L) for m in (model, dense)]
-            limit, work = _body_weights(dense) / _body_weights(model), size
+            limit, work = body_weights(dense) / body_weights(model), size
         else:
             blocks, x_TD = middle_blocks(model, dense, tokens_L, size)
             pair = [_block_timer(block, x_TD) for block in blocks]
@@ -178,7 +178,7 @@ def active_block_weights(block: nn.Module, batch: int) -> float:
     return total - idle * sum(p.numel() for p in routed.parameters())
 
 
-def _body_weights(model: PreTrainedModel) -> float:
+def body_weights(model: PreTrainedModel) -> float:
     """Weights that one prompt token multiplies with; the head runs on the last token only."""
     head: Any = model.get_output_embeddings()
     return active_weights(model, 1) - head.weight.numel()

@@ -68,7 +68,7 @@ def write_gguf(
     known = (*OUTTYPES, *K_QUANTS)
     if outtype not in known:
         raise InputError(f"unknown outtype '{outtype}'.{registry.nearest(outtype, known)} One of: {', '.join(known)}")
-    form = gguf_form(source)
+    form = gguf_form(source.config, source.has_bias())
     quantiser = check_k_quant(source, form, outtype) if outtype in K_QUANTS else None
     if output.exists() and not (overwrite and output.is_file()):
         raise InputError(f"'{output}' exists; choose another file or pass --overwrite")
@@ -87,21 +87,21 @@ def write_gguf(
     return {"output": str(output), "target": "gguf", "outtype": outtype, "bytes": output.stat().st_size} | facts
 
 
-def gguf_form(source: Converted) -> NativeForm:
-    """The native form whose architecture llama.cpp runs as transformers does.
+def gguf_form(working: Any, has_bias: bool) -> NativeForm:
+    """The native form whose architecture llama.cpp runs as transformers does, for a working form's configuration.
 
     Raises:
         InputError: there is none.
     """
-    rope = source.config.rope_parameters.get("rope_type")
+    rope = working.rope_parameters.get("rope_type")
     # llama.cpp reads Llama 3's rope factors for these two only, and others silently wrong
     names = ["granitemoeshared", "mixtral"] if rope == "llama3" else list(ARCHITECTURES)
     reasons = []
     for name in names:
         form: NativeForm = registry.build("export", name)
         try:
-            form.config(source.config)
-            form.check_bias(source.has_bias())
+            form.config(working)
+            form.check_bias(has_bias)
         except InputError as error:
             reasons.append(str(error).partition(". The working")[0])
             continue

@@ -1,0 +1,118 @@
+"""Shapes near a wanted budget: what each costs, how fast it could be, and which engines run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from .config import FEWEST, Plan, disjoint_plan, specialists_plan
+from .errors import InputError
+from .evaluation.benchmark import active_weights, body_weights
+from .export.gguf import K_BLOCK, gguf_form
+from .models.builtin import NAMES
+from .models.converted import native_form
+from .models.families import check_convertible, decoder_layers
+from .models.sources import HUB_ID, resolve
+from .models.working import working_config
+
+STEPS = (256, 128, 64, 32)
+"""Widths of experts that kernels and quantised blocks like, the most useful first."""
+NEAR = 0.04
+"""How far from the wanted share of the FFN a shape may be."""
+MOST = 64
+"""Disjoint groups; more are slow everywhere."""
+BLOCKS = {"q4_k": K_BLOCK, "q8_0": 32, "f16": 1}
+"""Types of GGUF by the width that experts must be a multiple of."""
+
+
+def plans(model: str, active: float = 0.5, memory_factor: float = 1.0) -> dict[str, Any]:
+    """Shapes for a dense model, specialists first; only its configuration is read.
+
+    Returns:
+        `model, intermediate_size, choices`; of each choice `partition, plan, expert_width, ffn_active, memory_factor,
+        total_parameters, active_parameters, decode_limit, prefill_limit` (dense weights over active ones: what a
+        decoding step reads, what a prompt token multiplies with), `format, engines, gguf` (types) and `options`, with
+        which `moesaic convert` makes it.
+
+    Raises:
+        InputError: no such model, or a budget that no shape fits.
+    """
+    known = HUB_ID.fullmatch(model) and model not in NAMES
+    try:
+        config: Any = AutoConfig.from_pretrained(model if known else resolve(model))
+        dense = empty(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"'{model}' has no configuration that transformers knows: {error}") from error
+    check_convertible(decoder_layers(dense))
+    size = config.intermediate_size
+    found = dict.fromkeys([*specialist_shapes(active, memory_factor, size), *disjoint_shapes(active, size)])
+    choices = [choice(config, dense, partition, plan) for partition, plan in found]
+    return {"model": model, "intermediate_size": size, "active": active, "choices": choices}
+
+
+def specialist_shapes(active: float, memory_factor: float, size: int) -> Iterator[tuple[str, Plan]]:
+    """What `--active` gives, and the best shape of each step of width."""
+    yield "specialists", specialists_plan(active, memory_factor, size)
+    for step in STEPS:
+        shapes = []
+        for width in range(step, size, step):
+            for shared in range(1, 9):
+                experts = int(memory_factor * size / width + 1e-6) - shared
+                miss = abs((shared + 1) * width / size - active)
+                if miss <= NEAR and experts >= 2:
+                    shapes.append(
+                        (experts < FEWEST, round(miss / 0.01), shared, Plan(shared, 1, shared + experts, width))
+                    )
+        if shapes:
+            yield "specialists", min(shapes, key=lambda shape: shape[:3])[3]
+
+
+def disjoint_shapes(active: float, size: int) -> Iterator[tuple[str, Plan]]:
+    """What `--active` gives, and groups of each width that divides the FFN."""
+    yield "coactivation", disjoint_plan(active, size)
+    for step in STEPS:
+        if size % step == 0 and 4 <= size // step <= MOST:
+            plan = disjoint_plan(active, size, step)
+            if abs(plan.ffn_active(size) - active) <= NEAR and plan.shared and plan.num_experts > plan.active:
+                yield "coactivation", plan
+
+
+def choice(config: Any, dense: PreTrainedModel, partition: str, plan: Plan) -> dict[str, Any]:
+    """One shape's row."""
+    size, routed_bias = config.intermediate_size, partition == "coactivation"
+    working = working_config(config, plan, "linear")
+    form, reason = native_form("auto", working, routed_bias)
+    converted = empty(working)
+    total = sum(p.numel() for p in converted.parameters())
+    routed = sum(p.numel() for name, p in converted.named_parameters() if ".experts." in name)
+    try:
+        gguf_form(working, routed_bias)
+        widths = (plan.width, plan.shared_width)
+        types = [kind for kind, block in BLOCKS.items() if not any(width % block for width in widths)]
+    except InputError:
+        types = []
+    return {
+        "partition": partition,
+        "plan": str(plan),
+        "expert_width": plan.width,
+        "ffn_active": plan.ffn_active(size),
+        "memory_factor": plan.memory_factor(size),
+        "total_parameters": total,
+        "active_parameters": round(total - routed * (1 - plan.active / plan.num_experts)),
+        "decode_limit": active_weights(dense, 1) / active_weights(converted, 1),
+        "prefill_limit": body_weights(dense) / body_weights(converted),
+        "format": form.name,
+        "format_reason": reason,
+        "engines": list(form.engines) or ["transformers with moesaic"],
+        "gguf": types,
+        "options": f"--partition {partition} --plan {plan} --expert-width {plan.width}",
+    }
+
+
+def empty(config: Any) -> PreTrainedModel:
+    """A model of that configuration without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
