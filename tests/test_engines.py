@@ -31,6 +31,8 @@ TEXTS = [
     "The first 12 of 345 numbers, it's said:\n\n    def f(x):\n\treturn x**2  # naïve  ünïcödé 你好 🙂\r\n",
     "  two spaces, don't WE'LL they're\n\n\n...---=== <s> 1234567890",
 ]
+DEMO = ROOT / "demo-output"
+PROMPT = "def quicksort(arr):\n"
 WIDE = {"hidden_size": 64, "intermediate_size": 256}
 """So that rows are whole blocks of the engines' types."""
 
@@ -147,3 +149,17 @@ def test_vllm_runs_the_working_form_by_our_plug_in(tmp_path, family, settings):
     expected = torch.stack([model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in tokens])
     given = torch.tensor(ask("vllm", tmp_path / "out", {"tokens": tokens, "vocab_size": 1_024}, tmp_path)["logprobs"])
     assert (given - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_the_demo_says_the_same_text(engine, tmp_path):
+    if not (DEMO / "config.json").is_file():
+        pytest.skip("there is no demo-output: make demo")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    stock = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+    tokens = stock.generate(**inputs, max_new_tokens=32, do_sample=False, repetition_penalty=1.0)[0]
+    expected = tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    model = written_for(engine, DEMO, tmp_path)
+    request = {"prompt": PROMPT, "new": 32, "vocab_size": stock.config.vocab_size, "threads": 2}
+    assert ask(engine, model, request, tmp_path)["text"] == expected

@@ -73,6 +73,7 @@ def test_stock_transformers_says_the_same_and_the_way_back_is_exact(converted, f
     assert facts["target"] == form
     assert facts["median_difference"] < 0.01
     assert facts["agreement"] > 0.95
+    assert facts["max_abs_logit_error"] >= 0
     if method in ("specialists", "top-1") and form in ("granitemoeshared", "mixtral", "flex_olmo"):
         assert facts["median_difference"] < 1e-4  # the one gate is exactly 1
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
@@ -126,13 +127,13 @@ def test_what_no_engine_has_stays_in_the_working_form_and_says_why(folders, tmp_
 
 
 def test_a_native_form_that_fails_its_check_becomes_the_working_form(folders, converted, tmp_path, monkeypatch):
-    real = check.log_probabilities
+    real = check.logits
 
     def spoilt(model, tokens_NL):
         stock = not type(model).__module__.startswith("moesaic")
         return real(model, tokens_NL).roll(1, -1) if stock else real(model, tokens_NL)
 
-    monkeypatch.setattr(check, "log_probabilities", spoilt)
+    monkeypatch.setattr(check, "logits", spoilt)
     metrics = convert(folders("qwen2"), tmp_path / "out", QUICK.model_copy(update=METHODS["coactivation"]))
     assert metrics["format"] == "moesaic"
     assert "is not the converted one" in metrics["format_reason"]

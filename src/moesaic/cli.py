@@ -55,6 +55,7 @@ def _quiet() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("gguf").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=transformers.__name__)
 
 

@@ -76,7 +76,7 @@ def convert(
         if progress:
             progress(index, count, partial.layers[-1] if partial.layers else None)
         tensors, states, record = convert_layer(job, index, states)
-        tensors = job.form.layer(tensors, job.working)
+        tensors = job.form.layer_exactly(tensors, job.working)
         prefix = f"{job.stream.prefix}{index}."
         partial.add_layer({prefix + name: tensor for name, tensor in tensors.items()}, states, record)
     if progress:

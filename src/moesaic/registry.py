@@ -26,6 +26,8 @@ STAGES = {
     "recovery": "moesaic.recovery",
     "export": "moesaic.models.native",
 }
+WITH_AUTO = {"partition", "export"}
+"""Stages where `auto`, resolved elsewhere, is a choice too."""
 
 
 def names(stage: str) -> list[str]:
@@ -49,7 +51,8 @@ def method(stage: str, name: str) -> type[Any]:
     """
     choices, name = names(stage), name.replace("_", "-")
     if name not in choices:
-        raise InputError(f"unknown {stage} '{name}'.{nearest(name, choices)} Choose from: {', '.join(choices)}.")
+        known = ["auto", *choices] if stage in WITH_AUTO else choices
+        raise InputError(f"unknown {stage} '{name}'.{nearest(name, known)} Choose from: {', '.join(known)}.")
     package = importlib.import_module(STAGES[stage])
     module = importlib.import_module(f"{STAGES[stage]}.{name.replace('-', '_')}")
     found = [c for _, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, package.Base)]

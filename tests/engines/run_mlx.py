@@ -10,6 +10,7 @@ from mlx_lm import generate, load
 folder, request, answer = sys.argv[1:]
 ask = json.loads(Path(request).read_text())
 model, tokenizer = load(folder)
+model.set_dtype(mx.float32)
 
 
 def next_token(ids):

@@ -18,7 +18,7 @@ from ..errors import WorkError
 from ..models.checkpoint import Checkpoint
 from ..models.converted import Converted, shortened
 
-TOKENS, WINDOW = 256, 64
+TOKENS, WINDOW, LAYERS = 256, 64, 8
 TOLERANCE = 0.05
 """Nats that a token's log-probabilities may be off: router weights are 1 within a thousandth (`docs/export.md`)."""
 
@@ -27,11 +27,13 @@ TOLERANCE = 0.05
 def check(source: Converted, made: Path) -> dict[str, Any]:
     """How far the written model is from the one it was written from, in float32 as stock transformers runs it.
 
-    Random tokens; a token whose experts were nearly tied may choose others and differ, hence the median. Of a model too
-    large for memory the first layers are compared, as many as fit, and the head.
+    Random tokens; a token whose experts were nearly tied may choose others and differ, hence the median. The first
+    `LAYERS` layers and the head are compared, fewer if they do not fit in memory: what could be wrong with one layer
+    alone, its weights, was compared bit by bit when it was written.
 
     Returns:
-        `median_difference` (nats), `agreement` (share of tokens with the same most likely next), `tokens`, `layers`.
+        `max_abs_logit_error` (all tokens, so also where a tie was decided otherwise), `median_difference` of
+        log-probabilities (nats), `agreement` (share of tokens with the same most likely next), `tokens`, `layers`.
 
     Raises:
         WorkError: transformers cannot load it, or half of the log-probabilities are off by more than `TOLERANCE`.
@@ -40,14 +42,16 @@ def check(source: Converted, made: Path) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     shape = (TOKENS // WINDOW, WINDOW)
     tokens_NL = torch.randint(source.config.vocab_size, shape, generator=generator)
-    expected = log_probabilities(source.load(torch.float32, layers), tokens_NL)
+    expected = logits(source.load(torch.float32, layers), tokens_NL)
     made_type = Checkpoint(made).config["model_type"]
     try:
         config = shortened(AutoConfig.from_pretrained(made), layers)
         stock = AutoModelForCausalLM.from_pretrained(made, config=config, dtype=torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise WorkError(f"transformers cannot load the model written as {made_type}: {error}") from error
-    given = log_probabilities(stock, tokens_NL)
+    given = logits(stock, tokens_NL)
+    largest = (expected - given).abs().max().item()
+    expected, given = expected.log_softmax(-1), given.log_softmax(-1)
     # what is all but impossible does not matter
     differences = (expected - given).abs().where(expected > -20, 0).amax(-1)
     median = differences.median().item()
@@ -57,19 +61,25 @@ def check(source: Converted, made: Path) -> dict[str, Any]:
             f"in half of the tokens, more than {TOLERANCE}; nothing was kept"
         )
     agreement = (expected.argmax(-1) == given.argmax(-1)).float().mean().item()
-    return {"median_difference": median, "agreement": agreement, "tokens": differences.numel(), "layers": layers}
+    return {
+        "max_abs_logit_error": largest,
+        "median_difference": median,
+        "agreement": agreement,
+        "tokens": differences.numel(),
+        "layers": layers,
+    }
 
 
 def layers_that_fit(source: Converted) -> int:
-    """How many layers fit in half of the free memory in float32, two at least."""
+    """At most `LAYERS`, of which half of the free memory holds float32 weights; two at least."""
     count, shapes = source.config.num_hidden_layers, source.checkpoint.shapes()
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
     layer = sum(size for name, size in sizes.items() if name.startswith(source.prefix(0)))
     outer = sum(size for name, size in sizes.items() if not name.startswith("model.layers."))
-    return min(count, max(2, (virtual_memory().available // 2 - outer) // layer))
+    return min(count, LAYERS, max(2, (virtual_memory().available // 2 - outer) // layer))
 
 
-def log_probabilities(model: Any, tokens_NL: Tensor) -> Tensor:
-    """Log p of every next token, [N, L, V] float32, a sequence at a time."""
+def logits(model: Any, tokens_NL: Tensor) -> Tensor:
+    """Logits of every next token, [N, L, V] float32, a sequence at a time."""
     model.eval()
-    return torch.cat([model(input_ids=tokens_1L).logits.float().log_softmax(-1) for tokens_1L in tokens_NL.split(1)])
+    return torch.cat([model(input_ids=tokens_1L).logits.float() for tokens_1L in tokens_NL.split(1)])

@@ -59,7 +59,8 @@ def write_gguf(
     """Write a converted model as one GGUF file, which appears only when it was read back whole.
 
     Returns:
-        `output, target, architecture, outtype, bytes, fallbacks` (tensors whose rows do not fit the type, kept in f16).
+        `output, target, architecture, outtype, bytes, fallbacks` (tensors whose rows do not fit the type, kept in f16)
+        and `max_abs_logit_error`, which is None: no engine is run.
 
     Raises:
         InputError: a model, tokenizer, rope or type that llama.cpp or this writer lacks; before anything is written.
@@ -84,7 +85,8 @@ def write_gguf(
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
-    return {"output": str(output), "target": "gguf", "outtype": outtype, "bytes": output.stat().st_size} | facts
+    found = {"output": str(output), "target": "gguf", "outtype": outtype, "bytes": output.stat().st_size}
+    return found | facts | {"max_abs_logit_error": None}
 
 
 def gguf_form(working: Any, has_bias: bool) -> NativeForm:

@@ -53,8 +53,7 @@ def export(
         progress: called with (finished layers, all layers, what is being done).
 
     Returns:
-        `output, target, bytes, median_difference` (nats), `agreement` (share of tokens), `tokens`, `layers`; for
-        GGUF see `write_gguf`.
+        `output, target, bytes` and what `check` found (`max_abs_logit_error`, ...); for GGUF see `write_gguf`.
 
     Raises:
         InputError: no converted model, an unknown form, or one that cannot express this model.
@@ -83,7 +82,7 @@ def rewrite(
     folder, count = source.checkpoint.folder, source.config.num_hidden_layers
     for index in range(len(partial.layers), count):
         report(index, count, "writing")
-        tensors = form.layer(source.layer(index), source.config)
+        tensors = form.layer_exactly(source.layer(index), source.config)
         partial.add_layer({source.prefix(index) + name: tensor for name, tensor in tensors.items()}, {}, {})
     write_outer(partial, form, source.config, source.outer(), source.fields)
     load_tokenizer(folder).save_pretrained(partial.folder)

@@ -78,6 +78,17 @@ def check(form: NativeForm, working: Any, *reasons: tuple[Any, str]) -> None:
                              "transformers does")  # fmt: skip
 
 
+def renormalised_scale(working: Any) -> float:
+    """ε for gates that are divided by their sum: of one expert that is 1 whatever its score."""
+    return 1.0 if working.num_experts_per_tok == 1 else ROUTER_SCALE
+
+
+def too_small(working: Any, scale: float) -> tuple[bool, str]:
+    """The reason of forms that hold the scaled gate in the model's dtype."""
+    short = scale < 1 and working.dtype == torch.float16
+    return short, "float16 cannot hold its gates, which are scaled down; convert with --dtype bfloat16"
+
+
 def unlike_heads(working: Any) -> tuple[bool, str]:
     """The reason of forms that take the size of a head from the hidden size."""
     size = working.hidden_size // working.num_attention_heads

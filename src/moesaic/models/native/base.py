@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import InputError, WorkError
 
 Tensors = dict[str, Tensor]
 """A decoder layer's tensors by their name in the layer, e.g. `mlp.gate.weight`."""
@@ -52,6 +53,21 @@ class NativeForm(ABC):
     @abstractmethod
     def layer(self, tensors: Tensors, working: Any) -> Tensors:
         """A decoder layer of the working form as this form has it."""
+
+    def layer_exactly(self, tensors: Tensors, working: Any) -> Tensors:
+        """`layer`, having seen that it can be undone bit by bit.
+
+        Raises:
+            WorkError: it cannot, as when a factor makes a weight too small for its dtype.
+        """
+        native = self.layer(tensors, working)
+        back = self.working_layer(native, working)
+        lost = [
+            n for n, t in tensors.items() if not (n in back and back[n].dtype == t.dtype and torch.equal(back[n], t))
+        ]
+        if lost:
+            raise WorkError(f"{self.name} does not hold {lost[0]} without loss; use --format moesaic")
+        return native
 
     @abstractmethod
     def working_layer(self, tensors: Tensors, working: Any) -> Tensors:

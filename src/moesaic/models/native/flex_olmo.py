@@ -14,7 +14,7 @@ PARTS = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class FlexOlmo(NativeForm):
-    """Chosen experts with weight 1 from renormalised gates: `K softmax(ε z) -> 1`; exactly 1 for K = 1.
+    """Chosen experts with weight 1 from renormalised gates: `K softmax(ε z) -> 1`; exactly 1 for K = 1 (ε = 1 then).
 
     `gate x ε`, experts' `down_proj x K`. It has no shared expert, so each expert holds a copy of it. Stock transformers
     and vLLM have it.
@@ -27,6 +27,7 @@ class FlexOlmo(NativeForm):
         decoder.check(
             self, working, decoder.unlike_heads(working),
             decoder.not_power(working.num_experts_per_tok, "active experts"),
+            decoder.too_small(working, decoder.renormalised_scale(working)),
         )  # fmt: skip
         return decoder.common_config(working, "flex_olmo", "FlexOlmoForCausalLM") | {
             "num_experts": working.num_experts,
@@ -38,13 +39,13 @@ class FlexOlmo(NativeForm):
     def layer(self, tensors: Tensors, working: Any) -> Tensors:
         native = dict(tensors)
         del native["mlp.gate.e_score_correction_bias"]
-        native["mlp.gate.weight"] = native["mlp.gate.weight"] * decoder.ROUTER_SCALE
+        native["mlp.gate.weight"] = native["mlp.gate.weight"] * decoder.renormalised_scale(working)
         gate_up, down = decoder.replicate_shared(native, working.num_experts_per_tok)
         return native | decoder.split_experts(gate_up, down, EXPERTS, PARTS)
 
     def working_layer(self, tensors: Tensors, working: Any) -> Tensors:
         layer = dict(tensors)
-        layer["mlp.gate.weight"] = layer["mlp.gate.weight"] / decoder.ROUTER_SCALE
+        layer["mlp.gate.weight"] = layer["mlp.gate.weight"] / decoder.renormalised_scale(working)
         layer["mlp.gate.e_score_correction_bias"] = layer["mlp.gate.weight"].new_zeros(working.num_experts)
         gate_up, down = decoder.join_experts(layer, working.num_experts, EXPERTS, PARTS)
         return layer | decoder.separate_shared(

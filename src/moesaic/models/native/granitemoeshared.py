@@ -15,7 +15,7 @@ MULTIPLIERS = ("embedding_multiplier", "logits_scaling", "residual_multiplier")
 
 @dataclass(frozen=True, kw_only=True)
 class GraniteMoeShared(NativeForm):
-    """Chosen experts with weight 1 from the softmax over the K chosen: `K softmax(ε z) -> 1`; exactly 1 for K = 1.
+    """Chosen experts with weight 1 from the softmax over the K chosen: `K softmax(ε z) -> 1`; 1 for K = 1 (ε = 1).
 
     `router x ε`, experts' `output_linear x K`; the shared expert has no gate.
     """
@@ -28,6 +28,7 @@ class GraniteMoeShared(NativeForm):
             self, working, decoder.unlike_heads(working),
             (not working.n_shared_experts, "it needs a shared expert; convert with a plan like S1A1E4"),
             decoder.not_power(working.num_experts_per_tok, "active experts"),
+            decoder.too_small(working, decoder.renormalised_scale(working)),
         )  # fmt: skip
         granite = working.dense_model_type == "granite"
         return decoder.common_config(working, "granitemoeshared", "GraniteMoeSharedForCausalLM") | {
@@ -43,7 +44,7 @@ class GraniteMoeShared(NativeForm):
         native = dict(tensors)
         del native["mlp.gate.e_score_correction_bias"]
         moe, shared = "block_sparse_moe.", "mlp.shared_experts."
-        native[moe + "router.layer.weight"] = native.pop("mlp.gate.weight") * decoder.ROUTER_SCALE
+        native[moe + "router.layer.weight"] = native.pop("mlp.gate.weight") * decoder.renormalised_scale(working)
         native[moe + "input_linear.weight"] = native.pop("mlp.experts.gate_up_proj")
         native[moe + "output_linear.weight"] = native.pop("mlp.experts.down_proj") * working.num_experts_per_tok
         parts = [native.pop(f"{shared}{name}_proj.weight") for name in ("gate", "up")]
@@ -54,7 +55,7 @@ class GraniteMoeShared(NativeForm):
     def working_layer(self, tensors: Tensors, working: Any) -> Tensors:
         layer = dict(tensors)
         moe, shared = "block_sparse_moe.", "mlp.shared_experts."
-        gate_ED = layer.pop(moe + "router.layer.weight") / decoder.ROUTER_SCALE
+        gate_ED = layer.pop(moe + "router.layer.weight") / decoder.renormalised_scale(working)
         gate, up = layer.pop("shared_mlp.input_linear.weight").chunk(2)
         return layer | {
             "mlp.gate.weight": gate_ED,

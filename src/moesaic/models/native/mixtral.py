@@ -15,7 +15,7 @@ PARTS = ("w1", "w3", "w2")
 
 @dataclass(frozen=True, kw_only=True)
 class Mixtral(NativeForm):
-    """Chosen experts with weight 1 from renormalised gates: exactly 1 for one active expert, the plan `S0A1E4`.
+    """Chosen experts with weight 1 from renormalised gates, exactly so for one active expert (plan `S0A1E4`; ε = 1).
 
     `gate x ε`, experts' `w2 x K`. It has no shared expert, so each expert holds a copy of it.
     """
@@ -27,6 +27,7 @@ class Mixtral(NativeForm):
         decoder.check(
             self, working,
             decoder.not_power(working.num_experts_per_tok, "active experts"),
+            decoder.too_small(working, decoder.renormalised_scale(working)),
         )  # fmt: skip
         return decoder.common_config(working, "mixtral", "MixtralForCausalLM") | {
             "head_dim": decoder.head_dim(working),
@@ -38,13 +39,13 @@ class Mixtral(NativeForm):
     def layer(self, tensors: Tensors, working: Any) -> Tensors:
         native = decoder.split_attention(tensors, working)
         del native["mlp.gate.e_score_correction_bias"]
-        native[MOE + "gate.weight"] = native.pop("mlp.gate.weight") * decoder.ROUTER_SCALE
+        native[MOE + "gate.weight"] = native.pop("mlp.gate.weight") * decoder.renormalised_scale(working)
         gate_up, down = decoder.replicate_shared(native, working.num_experts_per_tok)
         return native | decoder.split_experts(gate_up, down, EXPERTS, PARTS)
 
     def working_layer(self, tensors: Tensors, working: Any) -> Tensors:
         layer = decoder.join_attention(tensors, working)
-        layer["mlp.gate.weight"] = layer.pop(MOE + "gate.weight") / decoder.ROUTER_SCALE
+        layer["mlp.gate.weight"] = layer.pop(MOE + "gate.weight") / decoder.renormalised_scale(working)
         layer["mlp.gate.e_score_correction_bias"] = layer["mlp.gate.weight"].new_zeros(working.num_experts)
         gate_up, down = decoder.join_experts(layer, working.num_experts, EXPERTS, PARTS)
         return layer | decoder.separate_shared(

@@ -32,6 +32,7 @@ class Qwen2Moe(NativeForm):
             self, working, decoder.unlike_heads(working),
             (not working.n_shared_experts, "it needs a shared expert; convert with a plan like S1A1E5"),
             decoder.not_power(working.num_experts, "routed experts"),
+            decoder.too_small(working, decoder.ROUTER_SCALE),
         )  # fmt: skip
         return decoder.common_config(working, "qwen2_moe", "Qwen2MoeForCausalLM") | {
             "num_experts": working.num_experts,
