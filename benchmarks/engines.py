@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import moesaic
 from moesaic.evaluation.benchmark import active_weights, body_weights
 from moesaic.evaluation.machine import machine, versions
-from moesaic.export.gguf import OUTER, OUTTYPES, RENAMED, kind_of, write_rope
+from moesaic.export.gguf import OUTER, OUTTYPES, RENAMED, kind_of
+from moesaic.export.gguf_config import write_rope
 from moesaic.export.gguf_vocab import write_vocabulary
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.converted import HEAD, Converted

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from . import registry
+
 
 def _grid(title: str, *columns: str) -> Table:
     grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
@@ -22,6 +24,8 @@ def show_facts(console: Console, title: str, facts: dict[str, Any]) -> None:
     """Two columns: what, value."""
     grid = _grid(title, "", "")
     for name, value in facts.items():
+        if value is None:
+            continue
         text = f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if isinstance(value, float) else str(value)
         grid.add_row(name.replace("_", " "), text)
     console.print(grid)
@@ -45,7 +49,8 @@ def show_conversion(console: Console, m: dict[str, Any]) -> None:
     if m["trials"]:
         losses = ", ".join(f"{t['partition']} {t['plan']} {t['held_out_loss']:.3f}" for t in m["trials"])
         console.print(f"{m['partition']} was chosen by the loss on held-out calibration tokens: {losses}")
-    console.print(f"written as {m['format']}" + (f": {m['format_reason']}" if m["format_reason"] else ""))
+    engines = ", ".join(registry.build("export", m["format"]).engines)
+    console.print(f"written as {m['format']}: {m['format_reason'] or f'{engines} load it'}")
     unreached = {r["layer"]: r["unreached_experts"] for r in m["layers"] if r["unreached_experts"]}
     if unreached:
         console.print(f"[yellow]no calibration token reached these experts (layer: experts):[/] {unreached}")

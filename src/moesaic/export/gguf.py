@@ -26,6 +26,7 @@ from ..models.loading import load_tokenizer
 from ..models.native import NativeForm
 from ..models.native._decoder import head_dim, join_experts
 from ..models.writer import check_space
+from .gguf_config import write_config
 from .gguf_vocab import write_vocabulary
 
 ARCHITECTURES = {"glm4_moe": "glm4moe", "granitemoeshared": "granitemoe", "mixtral": "llama"}
@@ -250,52 +251,3 @@ def block(form: NativeForm, layer: Tensors, working: Any) -> Tensors:
 def interleaved(weight: Tensor, heads: int) -> Tensor:
     """Rows in the order of the rope that turns neighbours, of one that turns halves."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
-
-
-def write_config(writer: gguf.GGUFWriter, config: dict[str, Any], source: Converted, outtype: str) -> None:
-    """The keys and values that llama.cpp builds its graph from; `config` is the native form's."""
-    working = source.config
-    writer.add_name(source.checkpoint.folder.name)
-    name = "ALL_F32" if outtype == "f32" else f"MOSTLY_{outtype.upper()}"
-    writer.add_file_type(gguf.LlamaFileType[name])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(head_dim(working))
-    writer.add_value_length(head_dim(working))
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_expert_count(working.num_experts)
-    writer.add_expert_used_count(working.num_experts_per_tok)
-    write_rope(writer, config, head_dim(working))
-    if config["model_type"] == "glm4_moe":
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-        writer.add_expert_shared_count(config["n_shared_experts"])
-        writer.add_expert_weights_scale(config["routed_scaling_factor"])
-        writer.add_expert_weights_norm(config["norm_topk_prob"])
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
-    elif config["model_type"] == "granitemoeshared":
-        writer.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
-        writer.add_attention_scale(config["attention_multiplier"])
-        writer.add_embedding_scale(config["embedding_multiplier"])
-        writer.add_residual_scale(config["residual_multiplier"])
-        writer.add_logit_scale(config["logits_scaling"])
-
-
-def write_rope(writer: gguf.GGUFWriter, config: dict[str, Any], size: int) -> None:
-    """Rotary positions; Llama 3's scaling is a tensor."""
-    rope = config["rope_parameters"]
-    writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_rope_dimension_count(int(size * rope["partial_rotary_factor"]))
-    if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    elif rope["rope_type"] == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rope["factor"])
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])

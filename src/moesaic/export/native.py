@@ -76,7 +76,7 @@ def export(
 
 
 def rewrite(
-    source: Converted, form: NativeForm, partial: ResumableOutput, name: str, report: Progress
+    source: Converted, form: NativeForm, partial: ResumableOutput, called: str, report: Progress
 ) -> dict[str, Any]:
     """Write `source` in another form, check it, give it its name, and return what the check found."""
     folder, count = source.checkpoint.folder, source.config.num_hidden_layers
@@ -94,7 +94,7 @@ def rewrite(
 
     def last(made: Path) -> None:
         found.update(check(source, made))
-        write_facts(made, json.loads((folder / "metrics.json").read_text()) | {"output": name}, form, found)
+        write_facts(made, json.loads((folder / "metrics.json").read_text()) | {"output": called}, form, found)
 
     try:
         partial.finish(last)
