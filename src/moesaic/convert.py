@@ -86,6 +86,7 @@ def convert(
     metrics["seconds"] = time.monotonic() - start
     check_collapse(metrics, job.config, partial, force)
     write_rest(job, partial, metrics, norm)
+    job.stream.drop_outer()  # the check needs the room
     return finish(job, partial, metrics)
 
 

@@ -105,6 +105,10 @@ class LayerStream:
         self.model.tie_weights()
         self.model.to(self.device)
 
+    def drop_outer(self) -> None:
+        """Forget what `load_outer` loaded, to make room."""
+        self.model.to("meta")
+
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """A decoder layer with its dense weights; on leaving, its memory is released."""
