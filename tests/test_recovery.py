@@ -8,7 +8,7 @@ from conftest import block_for, random_sample
 from moesaic import Plan, registry
 from moesaic.calibration import sample as sample_module
 from moesaic.calibration.layers import relative_error
-from moesaic.recovery.closed_form import HELD_OUT, RIDGES, ClosedForm, normal_equations, ridge_change, solve_arrows
+from moesaic.recovery.closed_form import HELD_OUT, RIDGES, ClosedForm, add, joint_features, ridge_change, solve_arrows
 from moesaic.routing.linear import weighted_ridge
 
 PLANS = [
@@ -51,7 +51,10 @@ def blocks_of(partition):
 def test_normal_equations_equal_the_masked_product_for_any_chunk(name, plan, chunk, monkeypatch):
     monkeypatch.setattr(sample_module, "CHUNK_TOKENS", chunk)
     moe, sample, partition = converted(name, plan)
-    gram, right = normal_equations(moe, sample, blocks_of(partition))
+    systems = {}
+    for features in joint_features(moe, sample, blocks_of(partition)):
+        add(systems, *features)
+    gram, right = systems[0]
     z = masked_features(moe, sample, blocks_of(partition))
     rest = (sample.output_TD - moe(sample.input_TD)) * sample.weight_T[:, None]
     torch.testing.assert_close(gram.tril(), (z.T @ z).tril(), rtol=1e-4, atol=1e-4)
@@ -131,11 +134,11 @@ def test_singular_systems_fall_back_to_double_and_no_tokens_to_the_prior():
 @pytest.mark.parametrize("shared", [0, 5])
 def test_block_elimination_equals_the_whole_system(shared):
     g = torch.Generator().manual_seed(0)
-    systems = []
+    systems = {}
     whole, rest = torch.zeros(shared + 18, shared + 18), torch.zeros(shared + 18, 4)
     for e in range(3):
         z, y = torch.randn(50, shared + 6, generator=g), torch.randn(50, 4, generator=g)
-        systems.append((z.T @ z, z.T @ y))
+        systems[e] = z.T @ z, z.T @ y
         columns = [*range(shared), *range(shared + 6 * e, shared + 6 * e + 6)]
         wide = torch.zeros(50, shared + 18)
         wide[:, columns] = z

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-from mlx_lm import generate, load
+from mlx_lm import load, stream_generate
 
 folder, request, answer = sys.argv[1:]
 ask = json.loads(Path(request).read_text())
@@ -21,5 +21,7 @@ def next_token(ids):
 
 result = {"logprobs": [next_token(ids) for ids in ask.get("tokens", [])]}
 if "prompt" in ask:
-    result["text"] = generate(model, tokenizer, prompt=ask["prompt"], max_tokens=ask["new"])
+    steps = stream_generate(model, tokenizer, prompt=ask["prompt"], max_tokens=ask["new"])
+    # decoded at once: its streaming detokenizer drops a first space
+    result["text"] = tokenizer.decode([step.token for step in steps])
 Path(answer).write_text(json.dumps(result))

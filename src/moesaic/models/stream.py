@@ -20,6 +20,9 @@ from ..errors import InputError
 from .checkpoint import Checkpoint
 from .families import check_convertible, decoder_layers
 
+BATCH_TOKENS = 2_048
+"""Tokens that run through a layer at once: enough for products at full speed, few for memory."""
+
 
 class Stub(nn.Module):
     """Stands in for a decoder layer: keeps what it is called with and passes on `replacement`, or its input."""
@@ -138,7 +141,8 @@ class LayerStream:
     def run(self, index: int, layer: nn.Module, hidden_NLD: Tensor) -> Tensor:
         """A decoder layer's output for sequences of the length last embedded, shape [N, L, D]."""
         arguments = self.stubs[index].arguments
-        return torch.cat([layer(hidden_1LD, **arguments) for hidden_1LD in hidden_NLD.split(1)])
+        batches = hidden_NLD.split(max(1, BATCH_TOKENS // hidden_NLD.shape[1]))
+        return torch.cat([layer(hidden_BLD, **arguments) for hidden_BLD in batches])
 
     @torch.no_grad()
     def token_losses(self, tokens_NL: Tensor, hidden_NLD: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ A *block* is the shared expert or one routed expert; its features are its neuron
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -14,7 +16,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..calibration.layers import relative_error
 from ..calibration.sample import CHUNK_TOKENS, LayerSample
 from ..models.moe import MoE
 from ..partition import Partition
@@ -27,9 +28,13 @@ HELD_OUT = 8
 """One in this many tokens judges the ridges."""
 PANEL = 512
 """Rows of the normal equations computed at once; above the diagonal nothing is."""
+SKETCH = 128
+"""Random combinations of the outputs that ridges are judged on: `E ‖A S‖² = SKETCH ‖A‖²` for S of standard normals."""
 
-Systems = list[tuple[Tensor, Tensor]]
-"""(Z.T Z, Z.T R) of what is solved together: of all blocks, or of each top-1 expert with the shared block."""
+Systems = dict[int, tuple[Tensor, Tensor]]
+"""(lower triangle of Z.T Z, Z.T R) of what is solved together: all blocks (0), or a top-1 expert and the shared one."""
+Features = Iterator[tuple[int, Tensor, Tensor]]
+"""(system, Z, R) of chunks of tokens: weighted activations of the blocks, and what they leave of the dense output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,55 +56,75 @@ class ClosedForm(Recovery):
     def recover(self, moe: MoE, sample: LayerSample, partition: Partition) -> None:
         blocks = [partition.shared] * bool(len(partition.shared)) + list(partition.experts)
         shared = len(partition.shared) if top_one(moe) else 0
-        dense = [sample.ffn.down_DF[:, block].T.float() for block in blocks]
+        spare = sample.tokens - (sample.tokens // HELD_OUT if self.ridge is None else 0)
+        systems: Systems = {}
+        for number, z_CX, rest_CD in self._features(moe, sample.take(slice(spare)), blocks):
+            add(systems, number, z_CX, rest_CD)
+        ridge = self.ridge
+        if ridge is None:
+            held_out = sample.take(slice(spare, None))
+            ridge = best_ridge(systems, shared, self._features(moe, held_out, blocks))
+        changes = torch.cat(solve_arrows(systems, shared, ridge)).split([len(block) for block in blocks])
+        parts = moe.parts(partition.shared, partition.experts)
+        for (_, neurons, (_, _, down_DI)), change_ID in zip(parts, changes, strict=True):
+            down_DI.copy_(sample.ffn.down_DF[:, neurons].float() + change_ID.T)
 
-        def write(systems: Systems, ridge: float) -> None:
-            changes = torch.cat(solve_arrows(systems, shared, ridge)).split([len(block) for block in blocks])
-            parts = moe.parts(partition.shared, partition.experts)
-            for (_, _, (_, _, down_DI)), prior_ID, change_ID in zip(parts, dense, changes, strict=True):
-                down_DI.copy_((prior_ID + change_ID).T)
-
-        if self.ridge is not None:
-            write(self._systems(moe, sample, blocks), self.ridge)
-            return
-        spare = sample.tokens - sample.tokens // HELD_OUT
-        systems = self._systems(moe, sample.take(slice(spare)), blocks)
-        held_out = sample.take(slice(spare, None))
-        errors = {}
-        for ridge in RIDGES:
-            write(systems, ridge)
-            errors[ridge] = relative_error(held_out, moe(held_out.input_TD))
-        for ours, more in zip(systems, self._systems(moe, held_out, blocks), strict=True):
-            ours[0].add_(more[0])
-            ours[1].add_(more[1])
-        write(systems, min(RIDGES, key=lambda ridge: errors[ridge]))
-
-    def _systems(self, moe: MoE, sample: LayerSample, blocks: list[Tensor]) -> Systems:
-        """The normal equations; of top-1 experts the parts of an arrow, with nothing between two experts."""
+    def _features(self, moe: MoE, sample: LayerSample, blocks: list[Tensor]) -> Features:
+        """Of top-1 experts the parts of an arrow, with nothing between two experts; else all blocks at once."""
         if not top_one(moe):
-            return [normal_equations(moe, sample, blocks)]
+            yield from joint_features(moe, sample, blocks)
+            return
         has_shared = moe.shared_experts is not None
         shared = blocks[0] if has_shared else blocks[0][:0]
         expert_T = torch.cat([chosen(moe, x_CD)[0].squeeze(1) for x_CD in sample.input_TD.split(CHUNK_TOKENS)])
-        systems = []
         for expert, block in enumerate(blocks[has_shared:]):
             ffn = sample.ffn.take(torch.cat([shared, block]))
             weight_T = torch.where(expert_T == expert, 1.0, self.other_tokens**0.5) * sample.weight_T
-            gram_XX = torch.zeros(ffn.intermediate_size, ffn.intermediate_size, device=weight_T.device)
-            rest_XD = torch.zeros(ffn.intermediate_size, sample.input_TD.shape[1], device=weight_T.device)
-            for part in weight_T.nonzero().squeeze(1).split(CHUNK_TOKENS):
+            picks = weight_T.nonzero().squeeze(1).split(CHUNK_TOKENS)
+            for part in picks:  # without any token one empty chunk, so that every expert has a system
                 h_CX = ffn.hidden(sample.input_TD[part])
                 rest_CD = sample.output_TD[part].float() - linear(h_CX, ffn.down_DF).float()
-                h_CX, rest_CD = weighted(h_CX, rest_CD, weight_T[part])
-                gram_XX += h_CX.T @ h_CX
-                rest_XD += h_CX.T @ rest_CD
-            systems.append((gram_XX, rest_XD))
-        return systems
+                yield expert, *weighted(h_CX, rest_CD, weight_T[part])
 
 
 def top_one(moe: MoE) -> bool:
     """Whether a token never runs two routed experts."""
     return moe.gate is not None and moe.gate.num_experts_per_tok == 1
+
+
+def add(systems: Systems, number: int, z_CX: Tensor, rest_CD: Tensor) -> None:
+    """Add a chunk of tokens to the normal equations `number`, which begin as zeros."""
+    size = z_CX.shape[1]
+    if number not in systems:
+        zeros = partial(torch.zeros, device=z_CX.device)
+        systems[number] = zeros(size, size), zeros(size, rest_CD.shape[1])
+    gram_XX, right_XD = systems[number]
+    right_XD += z_CX.T @ rest_CD
+    for first in range(0, size, PANEL):
+        last = first + PANEL
+        gram_XX[first:last, :last] += z_CX[:, first:last].T @ z_CX[:, :last]
+
+
+def best_ridge(systems: Systems, shared: int, held_out: Features) -> float:
+    """The ridge of `RIDGES` with the least error on held-out tokens, which are added to the systems on the way.
+
+    Solutions are linear in R, so a sketch of R's columns is solved for and judged, at a fraction of the whole's cost.
+    """
+    size = next(iter(systems.values()))[1].shape[1]
+    sketch_DS = torch.randn(size, SKETCH, generator=torch.Generator().manual_seed(0))
+    if size <= SKETCH:
+        sketch_DS = torch.eye(size)
+    sketch_DS = sketch_DS.to(systems[0][1].device)
+    sketched = {number: (gram_XX, right_XD @ sketch_DS) for number, (gram_XX, right_XD) in systems.items()}
+    tried = [solve_arrows(sketched, shared, ridge) for ridge in RIDGES]
+    errors = [0.0] * len(RIDGES)
+    for number, z_CX, rest_CD in held_out:
+        rest_CS = rest_CD.float() @ sketch_DS
+        for i, changes in enumerate(tried):
+            left_CS = rest_CS - z_CX.float() @ torch.cat([changes[0], changes[1 + number]])
+            errors[i] += left_CS.square().sum().item()
+        add(systems, number, z_CX, rest_CD)
+    return RIDGES[errors.index(min(errors))]
 
 
 def solve_arrows(systems: Systems, shared: int, ridge: float) -> list[Tensor]:
@@ -108,11 +133,11 @@ def solve_arrows(systems: Systems, shared: int, ridge: float) -> list[Tensor]:
     Each expert's system is (Z.T Z, Z.T R) of the shared neurons and its own, [S + I, S + I] and [S + I, D]. Equals
     `ridge_change` of the whole system, whose blocks between different experts are 0.
     """
-    gram_SS = torch.stack([gram_XX[:shared, :shared] for gram_XX, _ in systems]).sum(0)
+    gram_SS = torch.stack([gram_XX[:shared, :shared] for gram_XX, _ in systems.values()]).sum(0)
     damping_S = damping(gram_SS, ridge)
-    rest_SD = torch.stack([rest_XD[:shared] for _, rest_XD in systems]).sum(0)
+    rest_SD = torch.stack([rest_XD[:shared] for _, rest_XD in systems.values()]).sum(0)
     solved = []
-    for gram_XX, rest_XD in systems:
+    for _, (gram_XX, rest_XD) in sorted(systems.items()):
         gram_IS = gram_XX[shared:, :shared]
         x_IX = ridge_change(gram_XX[shared:, shared:], torch.cat([gram_IS, rest_XD[shared:]], dim=1), ridge)
         x_IS, x_ID = x_IX.split([shared, rest_XD.shape[1]], dim=1)
@@ -139,27 +164,19 @@ def chosen(moe: MoE, x_CD: Tensor) -> tuple[Tensor, Tensor]:
     return moe.gate(x_CD, moe.experts)
 
 
-def normal_equations(moe: MoE, sample: LayerSample, blocks: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(lower triangle of Z.T Z [W, W], Z.T R [W, D]), R what the block leaves of the dense output.
+def joint_features(moe: MoE, sample: LayerSample, blocks: list[Tensor]) -> Features:
+    """Chunks (0, Z [C, W], R [C, D]) of all blocks together.
 
-    Z holds the weighted activations of all blocks, times the gate's weights, zero where an expert does not run.
-    Regressing the rest, not the output, keeps bf16 products accurate.
+    Z holds the weighted activations times the gate's weights, zero where an expert does not run. Regressing the rest,
+    not the output, keeps bf16 products accurate.
     """
     neurons_W = torch.cat(blocks)
-    size, device = len(neurons_W), sample.weight_T.device
-    gram_WW = torch.zeros(size, size, device=device)
-    right_WD = torch.zeros(size, sample.output_TD.shape[1], device=device)
     prior_DW = sample.ffn.down_DF[:, neurons_W]
     bias = moe.shared_experts.down_proj.bias if moe.shared_experts is not None else None
     for part, h_CF in sample.chunks():
         z_CW = h_CF[:, neurons_W] * gains(moe, sample.input_TD[part], blocks).to(h_CF.dtype)
         rest_CD = sample.output_TD[part].float() - linear(z_CW, prior_DW, bias).float()
-        z_CW, rest_CD = weighted(z_CW, rest_CD, sample.weight_T[part])
-        right_WD += z_CW.T @ rest_CD
-        for first in range(0, size, PANEL):
-            last = first + PANEL
-            gram_WW[first:last, :last] += z_CW[:, first:last].T @ z_CW[:, :last]
-    return gram_WW, right_WD
+        yield 0, *weighted(z_CW, rest_CD, sample.weight_T[part])
 
 
 def gains(moe: MoE, x_CD: Tensor, blocks: list[Tensor]) -> Tensor:
