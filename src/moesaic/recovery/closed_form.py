@@ -26,7 +26,7 @@ RIDGE_FLOOR = 1e-3
 RIDGES = (0.03, 0.1, 0.3, 1.0)
 HELD_OUT = 8
 """One in this many tokens judges the ridges."""
-PANEL = 512
+PANEL = 256
 """Rows of the normal equations computed at once; above the diagonal nothing is."""
 SKETCH = 128
 """Random combinations of the outputs that ridges are judged on: `E ‖A S‖² = SKETCH ‖A‖²` for S of standard normals."""
