@@ -125,7 +125,7 @@ def main() -> None:
     a.scratch.mkdir(parents=True, exist_ok=True)
     facts = {folder: moesaic.inspect(folder) for folder in a.converted}
     result = {
-        "dense": a.dense, "prompt": a.prompt, "new": a.new, "rounds": a.rounds,
+        "dense": a.dense, "prompt": a.prompt, "new": a.new,
         "machine": machine(), "versions": versions(), "rows": [],
     }  # fmt: skip
     shapes = {"prompt": a.prompt, "new": a.new, "rounds": a.rounds}
@@ -133,17 +133,24 @@ def main() -> None:
         for kind in a.outtypes if engine == "llama.cpp" else ["bfloat16"]:
             models = [str(resolve(a.dense)), *map(str, a.converted)]
             if engine == "llama.cpp":
-                models = [str(a.scratch / f"{name}-{kind}.gguf") for name in ("dense", *(f.name for f in a.converted))]
-                if not Path(models[0]).is_file():
-                    dense_gguf(resolve(a.dense), Path(models[0]), kind)
-                for folder, path in zip(a.converted, models[1:], strict=True):
-                    if not Path(path).is_file():
+                folders = [resolve(a.dense), *a.converted]
+                files = [a.scratch / f"{Checkpoint(folder).fingerprint()[:16]}-{kind}.gguf" for folder in folders]
+                for folder, path in zip(folders, files, strict=True):
+                    if path.is_file():
+                        continue
+                    if folder == folders[0]:
+                        partial = path.with_suffix(".partial")
+                        dense_gguf(folder, partial, kind)
+                        partial.replace(path)
+                    else:
                         moesaic.export(folder, path, "gguf", outtype=kind)
+                models = [str(path) for path in files]
             for threads in a.threads:
                 found = worker(engine, shapes | {"models": models, "threads": threads})
                 dense, *others = found["rates"]
                 for folder, rates in zip(a.converted, others, strict=True):
                     row = {"engine": engine, "version": found["version"], "type": kind, "threads": threads}
+                    row |= {"rounds": len(dense["decode"])}
                     row |= {name: facts[folder][name] for name in ("plan", "ffn_active")} | {"dense": dense}
                     result["rows"].append(row | summarise(rates, limits(a.dense, folder), dense))
                 a.out.write_text(json.dumps(result, indent=2) + "\n")

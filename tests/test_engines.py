@@ -19,14 +19,10 @@ ROOT = Path(__file__).parent.parent
 NATIVE_FAMILIES = ["llama", "llama3-rope", "mistral", "qwen2", "qwen3"]
 METHODS = {
     "disjoint": {"plan": "S4A2E8"},
+    "disjoint, no bias": {"plan": "S4A2E8", "router": "linear:intercept=False"},
     "specialists": {"plan": "S4A1E8", "partition": "specialists"},
 }
 NATIVE = {"vllm", "mlx"}
-NOT_THERE = {
-    ("mlx", "llama3-rope", "disjoint"): "its glm4_moe does not scale rope",
-    ("mlx", "llama3-rope", "specialists"): "its glm4_moe does not scale rope",
-    ("llama.cpp", "llama3-rope", "disjoint"): "of what scales rope, nothing adds a constant to scores",
-}
 TEXTS = [
     "The first 12 of 345 numbers, it's said:\n\n    def f(x):\n\treturn x**2  # naïve  ünïcödé 你好 🙂\r\n",
     "  two spaces, don't WE'LL they're\n\n\n...---=== <s> 1234567890",
@@ -95,12 +91,16 @@ def written_for(engine, native, out, outtype="f32"):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["disjoint", "specialists"])
 @pytest.mark.parametrize("family", NATIVE_FAMILIES)
 def test_log_probabilities_are_those_of_transformers(converted, engine, family, method, tmp_path):
-    if reason := NOT_THERE.get((engine, family, method)):
-        pytest.skip(f"{engine}: {reason}")
-    native = converted(family, method)
+    if (engine, family) == ("mlx", "llama3-rope"):
+        pytest.skip("mlx: its architectures do not scale rope")
+    scaled = (engine, family) == ("llama.cpp", "llama3-rope")
+    native = converted(family, "disjoint, no bias" if scaled and method == "disjoint" else method)
+    if scaled:  # what llama.cpp scales rope for
+        export(native, tmp_path / "granite", "granitemoeshared")
+        native = tmp_path / "granite"
     model = written_for(engine, native, tmp_path)
     tokens = [torch.randint(2, 1_024, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 7, 40)]
     stock = AutoModelForCausalLM.from_pretrained(native, dtype=torch.float32).eval()
@@ -108,9 +108,7 @@ def test_log_probabilities_are_those_of_transformers(converted, engine, family, 
     given = torch.tensor(ask(engine, model, {"tokens": tokens, "vocab_size": 1_024}, tmp_path)["logprobs"])
     differences = (given - expected).abs().amax(-1)
     print(engine, family, method, differences.tolist())
-    # llama.cpp runs Llama 3's rope as granitemoe, whose gates are exactly 1, not 1 within a thousandth
-    exact = family == "llama3-rope" and engine == "llama.cpp"
-    assert differences.max() < (5e-3 if exact else 1e-4)
+    assert differences.max() < 1e-4
 
 
 def test_llama_cpps_tokenizer_is_that_of_transformers(converted, tmp_path):

@@ -1,7 +1,9 @@
 """A native form says what the converted model says, goes back bit by bit, and is refused with the reason otherwise."""
 
 import json
+import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from moesaic.models.converted import Converted
 from moesaic.models.native import _decoder
 from moesaic.models.working import working_config
 
+pipeline = sys.modules["moesaic.convert"]  # `moesaic.convert` is the function
 CELLS = {
     "glm4_moe": ["llama", "llama3-rope", "mistral", "qwen2", "qwen3", "phi3", "tied"],
     "qwen2_moe": ["llama", "qwen2", "phi3", "tied"],
@@ -90,7 +93,7 @@ def test_stock_transformers_says_the_same_and_the_way_back_is_exact(converted, f
     [
         ("qwen2", "coactivation", "glm4_moe"),
         ("granite", "specialists", "granitemoeshared"),
-        ("olmo2", "no-bias", "flex_olmo"),
+        ("olmo2", "specialists", "flex_olmo"),
         ("llama", "top-1", "mixtral"),
     ],
 )
@@ -103,16 +106,19 @@ def test_convert_writes_the_native_form_that_export_would(folders, converted, tm
     assert metrics["format_reason"] == ""
     assert metrics["check"]["median_difference"] < 0.01
     assert metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == form
     same_tensors(tmp_path / "out", converted(family, method))
     assert "stock transformers gave" in (tmp_path / "out" / "README.md").read_text()
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert stock.config.model_type == form
+    parameters = sum(p.numel() for p in stock.parameters())
+    assert metrics["total_parameters"] == pytest.approx(parameters, rel=1e-3)  # but for selection biases
 
 
 @pytest.mark.parametrize(
     ("family", "settings", "reason"),
     [
         ("gemma3", {}, "no stock"),
-        ("olmo2", {}, "constant to each expert"),
+        ("olmo2", {}, "several active experts would run a copy"),
         ("llama", {"router": "representative"}, "router is linear"),
         ("qwen2", {"plan": "S0A2E8"}, "needs a shared expert"),
     ],
@@ -142,6 +148,31 @@ def test_a_native_form_that_fails_its_check_becomes_the_working_form(folders, co
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_native_form_that_fails_and_cannot_be_written_otherwise_is_found_again(folders, tmp_path, monkeypatch):
+    config = QUICK.model_copy(update=METHODS["coactivation"])
+    with monkeypatch.context() as patch:
+        patch.setattr(check, "TOLERANCE", -1.0)
+        patch.setattr(pipeline, "export", Mock(side_effect=WorkError("the disk is full")))
+        with pytest.raises(WorkError, match="the disk is full"):
+            convert(folders("qwen2"), tmp_path / "out", config)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    monkeypatch.setattr(pipeline, "convert_layer", None)  # nothing is converted again
+    assert convert(folders("qwen2"), tmp_path / "out", config)["format"] == "glm4_moe"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_rope_that_was_forgotten_is_seen(converted, tmp_path, monkeypatch):
+    real = _decoder.common_config
+
+    def forgetful(*args):
+        rope = {"rope_type": "default", "rope_theta": 10_000.0}
+        return real(*args) | {"rope_parameters": rope, "rope_scaling": None}
+
+    monkeypatch.setattr(_decoder, "common_config", forgetful)
+    with pytest.raises(WorkError, match="is not the converted one"):
+        export(converted("llama3-rope"), tmp_path / "native")
+
+
 def test_of_a_large_model_the_first_layers_are_checked(converted, tmp_path, monkeypatch):
     monkeypatch.setattr(check, "virtual_memory", lambda: SimpleNamespace(available=0))
     assert export(converted("qwen2"), tmp_path / "native")["layers"] == 2 < 3
@@ -169,6 +200,52 @@ def test_a_native_form_loads_as_the_working_form(converted, tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert evaluate(model, tokenizer, **SHORT)["perplexity"] == evaluate(own, tokenizer, **SHORT)["perplexity"]
     assert moesaic.inspect(tmp_path / "native")["moe"] == moesaic.inspect(converted("tied"))["moe"]
+
+
+@torch.no_grad()
+def test_what_was_trained_in_a_native_form_comes_back_or_is_refused(converted, tmp_path):
+    for family, form in (("tied", "glm4_moe"), ("olmo2", "flex_olmo")):
+        export(converted(family), tmp_path / family, form)
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / family)
+        stock.lm_head.weight.mul_(3)
+        stock.generation_config.eos_token_id = [1, 7, 9]
+        stock.save_pretrained(tmp_path / family)
+        model, _ = moesaic.load(tmp_path / family)
+        tokens = torch.arange(20)[None]
+        torch.testing.assert_close(model(tokens).logits, stock(tokens).logits, rtol=1e-2, atol=1e-2)
+        assert model.generation_config.eos_token_id == [1, 7, 9]
+    stock.model.layers[1].mlp.experts.down_proj[2].mul_(2)  # and with it a copy of the shared expert
+    stock.save_pretrained(tmp_path / "olmo2")
+    with pytest.raises(InputError, match=r"layers\.1\..*was changed since moesaic wrote it"):
+        moesaic.load(tmp_path / "olmo2")
+
+
+def test_a_card_names_the_engines_that_run_this_model(converted, tmp_path):
+    cards = {}
+    for family, method, form in [
+        ("llama3-rope", "coactivation", "glm4_moe"), ("llama", "specialists", "glm4_moe"),
+        ("mistral", "top-1", "mixtral"), ("llama", "top-1", "mixtral"), ("olmo2", "specialists", "flex_olmo"),
+    ]:  # fmt: skip
+        out = tmp_path / f"{family}-{method}"
+        export(converted(family, method), out, form)
+        cards[out.name] = (out / "README.md").read_text()
+    mlx = {name for name, card in cards.items() if "mlx_lm" in card}
+    assert mlx == {"llama-specialists", "llama-top-1"}
+    assert {name for name, card in cards.items() if "--to gguf" in card} == {*mlx, "mistral-top-1"}
+    assert "--disable-shared-experts-fusion" in cards["llama-specialists"]  # four shared ones
+
+
+def test_types_are_of_gguf_and_missing_files_are_named_first(converted, tmp_path):
+    with pytest.raises(InputError, match="--outtype q8_0 is a type of GGUF"):
+        export(converted("llama"), tmp_path / "native", outtype="q8_0")
+    export(converted("llama"), tmp_path / "model.gguf")
+    assert (tmp_path / "model.gguf").is_file()
+    model, tokenizer = moesaic.load(converted("llama"))
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"has no moesaic\.yaml; copy it"):
+        export(tmp_path / "saved", tmp_path / "native")
+    assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "saved"}
 
 
 @pytest.mark.parametrize(
@@ -207,7 +284,7 @@ def test_what_a_form_cannot_say_is_refused_before_anything_is_written(
         ("qwen2", {"layer_types": ["sliding_attention"] * 3, "sliding_window": 64}, "sliding window"),
         ("llama", {"attention_bias": True}, "bias in o_proj"),
         ("llama", {"hidden_act": "gelu"}, "SiLU"),
-        ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
     ],
 )
 def test_configurations_that_it_cannot_say(family, change, reason):

@@ -9,15 +9,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from conftest import QUICK
-from moesaic import InputError, WorkError, convert, export
+from conftest import QUICK, small_model
+from moesaic import InputError, Plan, WorkError, convert, export
 from moesaic.cli import app
 from moesaic.export import gguf as gguf_export
-from moesaic.export.gguf_vocab import pre_tokenizer, scores, token_list
+from moesaic.export.gguf_vocab import adds, pre_tokenizer, scores, token_list
+from moesaic.models.working import working_config
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,21 @@ def test_what_llama_cpp_lacks_is_refused(folders, tmp_path, family, settings, ou
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("rope", "reason"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16}, "beta_fast"),
+        ({"rope_type": "dynamic", "factor": 4.0}, "'dynamic' is not written"),
+    ],
+)
+def test_what_llama_cpp_lacks_of_a_rope_is_refused(rope, reason):
+    working = working_config(small_model("qwen2").config, Plan(1, 2, 8, 12), "linear")
+    assert gguf_export.gguf_form(working, has_bias=True).name == "glm4_moe"
+    working.rope_parameters = working.rope_parameters | rope
+    with pytest.raises(InputError, match=reason):
+        gguf_export.gguf_form(working, has_bias=True)
+
+
 def test_k_quants_need_llama_quantize(converted, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_export, "K_BLOCK", 16)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -105,7 +121,9 @@ def test_k_quants_need_llama_quantize(converted, tmp_path, monkeypatch):
     command = tmp_path / "llama-quantize"
     command.write_text("#!/bin/sh\n[ $3 = Q4_K_M ] && /bin/cp $1 $2\n")
     command.chmod(0o755)
-    export(converted, tmp_path / "model.gguf", "gguf", outtype="q4_k_m")
+    facts = export(converted, tmp_path / "model.gguf", "gguf", outtype="q4_k_m")
+    kinds = [t.tensor_type for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors]
+    assert facts["fallbacks"] == kinds.count(gguf.GGMLQuantizationType.F16) > 20  # that command quantises nothing
     command.write_text("#!/bin/sh\necho no such type >&2; exit 1\n")
     with pytest.raises(WorkError, match="no such type"):
         export(converted, tmp_path / "other.gguf", "gguf", outtype="q4_k_m")
@@ -144,12 +162,31 @@ def test_ways_to_cut_text_have_llama_cpps_names():
     def sequence(*parts):
         return {"type": "Sequence", "pretokenizers": list(parts)}
 
-    assert pre_tokenizer({"type": "ByteLevel", "use_regex": True}) == "gpt-2"
-    assert pre_tokenizer(sequence(split(words + r"\p{N}" + rest), byte_level)) == "qwen2"
-    assert pre_tokenizer(sequence(split(words + r"\p{N}{1,3}" + rest), byte_level)) == "llama-bpe"
-    assert pre_tokenizer(sequence({"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"})) == "smollm"
-    with pytest.raises(InputError, match="rules it knows by name"):
-        pre_tokenizer(sequence(split(r"\w+"), byte_level))
+    assert pre_tokenizer({"type": "ByteLevel", "use_regex": True}, False) == "gpt-2"
+    assert pre_tokenizer(sequence(split(words + r"\p{N}" + rest), byte_level), False) == "qwen2"
+    three = sequence(split(words + r"\p{N}{1,3}" + rest), byte_level)
+    assert [pre_tokenizer(three, ignore_merges) for ignore_merges in (True, False)] == ["llama-bpe", "dbrx"]
+    digits = {"type": "Digits", "individual_digits": True}
+    assert pre_tokenizer(sequence(digits, {"type": "ByteLevel"}), False) == "smollm"
+    for unknown in (
+        sequence(split(r"\w+"), byte_level),
+        {"type": "ByteLevel", "use_regex": True, "add_prefix_space": True},
+        sequence(split(words + r"\p{N}" + rest), digits, byte_level),
+    ):
+        with pytest.raises(InputError, match="rules it knows by name"):
+            pre_tokenizer(unknown, False)
+
+
+@pytest.mark.parametrize(("template", "expected"), [
+    (None, {"bos": False, "eos": False}),
+    ("<s> $A", {"bos": True, "eos": False}),
+    ("<s> $A </s>", {"bos": True, "eos": True}),
+])  # fmt: skip
+def test_whether_a_text_begins_with_bos_is_always_said(sentencepiece, template, expected):
+    if template:
+        ids = [(token, sentencepiece.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+        sentencepiece.backend_tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=ids)
+    assert adds(sentencepiece) == expected
 
 
 @pytest.fixture

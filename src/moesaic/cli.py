@@ -232,7 +232,7 @@ def export(
     model: Annotated[str, typer.Argument(help="a converted model's folder", metavar="MODEL")],
     out: Annotated[Path, typer.Argument(help="folder (or .gguf file) to make", metavar="OUT")],
     to: options.Target = "auto",
-    outtype: options.Outtype = "f16",
+    outtype: options.Outtype = None,
     resume: Annotated[bool, typer.Option(help="go on with an unfinished export")] = True,
     overwrite: Annotated[bool, typer.Option(help="replace OUT if it exists")] = False,
     as_json: options.Json = False,
@@ -242,7 +242,13 @@ def export(
 
     with tables.progress(people, "exporting", "layer") as tick:
         facts = run(model, out, to, outtype=outtype, resume=resume, overwrite=overwrite, progress=tick)
-    emit(facts, as_json, lambda: tables.show_facts(people, f"{out}: written and checked", facts))
+    emit(
+        facts,
+        as_json,
+        lambda: tables.show_facts(
+            people, f"{out}: written and {'read back' if facts['target'] == 'gguf' else 'checked'}", facts
+        ),
+    )
 
 
 @app.command()

@@ -102,10 +102,17 @@ def finish(job: Job, partial: ResumableOutput, metrics: dict[str, Any]) -> dict[
     except WorkError as error:
         if not native:
             raise
-        failed = partial.folder.rename(partial.output.with_name(f"{partial.output.name}.failed"))
-        write_facts(failed, metrics | {"format_reason": str(error)}, registry.build("export", MODEL_TYPE), {})
-        export(failed, metrics["output"], MODEL_TYPE, overwrite=True)
-        shutil.rmtree(failed)
+        failed = partial.output.with_name(f"{partial.output.name}.failed")
+        shutil.rmtree(failed, ignore_errors=True)
+        made = partial.folder.rename(failed)
+        try:
+            write_facts(made, metrics | {"format_reason": str(error)}, registry.build("export", MODEL_TYPE), {})
+            export(made, metrics["output"], MODEL_TYPE, overwrite=True)
+        except BaseException:  # the same command finds its layers again
+            shutil.rmtree(partial.folder, ignore_errors=True)
+            made.rename(partial.folder)
+            raise
+        shutil.rmtree(made)
     return json.loads((partial.output / "metrics.json").read_text())
 
 
@@ -128,7 +135,9 @@ def measure(
     total = sum(p.numel() for p in model.parameters())
     routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     idle = routed * (1 - job.plan.active / job.plan.num_experts) if job.plan.num_experts else 0
-    width = job.stream.config.intermediate_size
+    copied, copied_active = job.form.copied_parameters(job.working)
+    width, hidden = job.stream.config.intermediate_size, job.stream.config.hidden_size
+    dense_ffns = 3 * hidden * width * len(layers)
     return {
         "output": str(output),
         "format": job.form.name,
@@ -137,9 +146,9 @@ def measure(
         "plan": str(job.plan),
         "expert_width": job.plan.width,
         "ffn_active": job.plan.ffn_active(width),
-        "memory_factor": job.plan.memory_factor(width),
-        "total_parameters": total,
-        "active_parameters": round(total - idle),
+        "memory_factor": job.plan.memory_factor(width) + copied / dense_ffns,
+        "total_parameters": total + copied,
+        "active_parameters": round(total - idle) + copied_active,
         "dense_parameters": job.stream.parameters(),
         "perplexity_dense": dense,
         "perplexity": converted,

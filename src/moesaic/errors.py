@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class WorkError(RuntimeError):
     """The work itself failed: a self-test, a collapsed model, a broken download."""
+
+
+class StorageError(WorkError):
+    """A file could not be written; what was finished before is kept."""

@@ -65,6 +65,7 @@ class Job:
             1.0, self.plan.memory_factor(self.stream.config.intermediate_size)
         )
         weights *= self.stream.dtype.itemsize / self.stream.checkpoint.dtype().itemsize
+        weights += self.form.copied_parameters(self.working)[0] * self.stream.dtype.itemsize
         tokens = self.tokens_NL.numel() + self.validation_NL.numel() + 2 * self.held_out_NL.numel()
         return round(1.1 * weights) + 2 * tokens * self.stream.config.hidden_size * self.stream.dtype.itemsize
 

@@ -35,7 +35,8 @@ Format = Annotated[
 ]
 Target = Annotated[str, typer.Option(help=f"auto, gguf (llama.cpp; OUT is a file) or one of: {FORMS}")]
 Outtype = Annotated[
-    str, typer.Option(help="of GGUF: f32, f16, bf16, q8_0, q4_0, ...; K-quants with llama-quantize on the PATH")
+    str | None,
+    typer.Option(help="of GGUF: f32, f16 [default], bf16, q8_0, q4_0, ...; K-quants with llama-quantize on the PATH"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object; all else goes to standard error")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]

@@ -26,6 +26,7 @@ MOST = 64
 """Disjoint groups; more are slow everywhere."""
 BLOCKS = {"q4_k": K_BLOCK, "q8_0": 32, "f16": 1}
 """Types of GGUF by the width that experts must be a multiple of."""
+K_TYPES = ("q4_k",)
 
 
 def plans(model: str, active: float = 0.5, memory_factor: float = 1.0) -> dict[str, Any]:
@@ -87,11 +88,15 @@ def choice(config: Any, dense: PreTrainedModel, partition: str, plan: Plan) -> d
     form, reason = native_form("auto", working, routed_bias)
     converted = empty(working)
     total = sum(p.numel() for p in converted.parameters())
+    copied, copied_active = form.copied_parameters(working)
+    dense_ffns = 3 * config.hidden_size * size * config.num_hidden_layers
     routed = sum(p.numel() for name, p in converted.named_parameters() if ".experts." in name)
     try:
         gguf_form(working, routed_bias)
         widths = (plan.width, plan.shared_width)
         types = [kind for kind, block in BLOCKS.items() if not any(width % block for width in widths)]
+        if config.hidden_size % K_BLOCK:  # of attention and experts' inputs llama-quantize makes other types
+            types = [kind + " in part" if kind in K_TYPES else kind for kind in types]
     except InputError:
         types = []
     return {
@@ -99,14 +104,14 @@ def choice(config: Any, dense: PreTrainedModel, partition: str, plan: Plan) -> d
         "plan": str(plan),
         "expert_width": plan.width,
         "ffn_active": plan.ffn_active(size),
-        "memory_factor": plan.memory_factor(size),
-        "total_parameters": total,
-        "active_parameters": round(total - routed * (1 - plan.active / plan.num_experts)),
-        "decode_limit": active_weights(dense, 1) / active_weights(converted, 1),
-        "prefill_limit": body_weights(dense) / body_weights(converted),
+        "memory_factor": plan.memory_factor(size) + copied / dense_ffns,
+        "total_parameters": total + copied,
+        "active_parameters": round(total - routed * (1 - plan.active / plan.num_experts)) + copied_active,
+        "decode_limit": active_weights(dense, 1) / (active_weights(converted, 1) + copied_active),
+        "prefill_limit": body_weights(dense) / (body_weights(converted) + copied_active),
         "format": form.name,
         "format_reason": reason,
-        "engines": list(form.engines) or ["transformers with moesaic"],
+        "engines": form.engines(working) or ["transformers with moesaic"],
         "gguf": types,
         "options": f"--partition {partition} --plan {plan} --expert-width {plan.width}",
     }

@@ -10,8 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import registry
-
 
 def _grid(title: str, *columns: str) -> Table:
     grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
@@ -49,7 +47,7 @@ def show_conversion(console: Console, m: dict[str, Any]) -> None:
     if m["trials"]:
         losses = ", ".join(f"{t['partition']} {t['plan']} {t['held_out_loss']:.3f}" for t in m["trials"])
         console.print(f"{m['partition']} was chosen by the loss on held-out calibration tokens: {losses}")
-    engines = ", ".join(registry.build("export", m["format"]).engines)
+    engines = ", ".join(m["engines"])
     console.print(f"written as {m['format']}: {m['format_reason'] or f'{engines} load it'}")
     unreached = {r["layer"]: r["unreached_experts"] for r in m["layers"] if r["unreached_experts"]}
     if unreached:

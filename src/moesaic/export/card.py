@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from .. import registry
+from ..errors import InputError
+from ..models.converted import Converted
 from ..models.native import NativeForm
+from .gguf import gguf_form
 
 CARD = """\
 ---
@@ -47,15 +49,17 @@ This is `{{ architecture }}` of stock transformers; engines load it without moes
 
 ```bash
 {%- for engine in engines %}
-{{ commands[engine] | replace("FOLDER", folder) }}
+{{ commands[engine] | replace("FOLDER", folder) }}{{ flags.get(engine, "") }}
 {%- endfor %}
 ```
 
 When it was written, stock transformers gave the log-probabilities of moesaic's own form: in float32, over
 {{ m.check.tokens }} random tokens and {{ m.check.layers }} layers, a median difference of
 {{ "%.1e" | format(m.check.median_difference) }} nats and the same most likely token in
-{{ "%.1f" | format(100 * m.check.agreement) }} %. The other commands were not run. For llama.cpp:
-`moesaic export {{ folder }} {{ folder }}.gguf --to gguf`.
+{{ "%.1f" | format(100 * m.check.agreement) }} %. The other commands were not run.
+{%- if gguf %} For llama.cpp: `moesaic export {{ folder }} {{ folder }}.gguf --to gguf`.
+{%- else %} llama.cpp has nothing for it.
+{%- endif %}
 {% else %}
 ```python
 import moesaic  # registers the architecture
@@ -82,8 +86,17 @@ def write_card(metrics: dict[str, Any], resolved: dict[str, Any], folder: Path) 
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(CARD)
     name = Path(metrics["output"]).name
     form: NativeForm = registry.build("export", metrics["format"])
+    source = Converted(folder)
+    try:
+        gguf_form(source.config, source.has_bias())
+        gguf = True
+    except InputError:
+        gguf = False
+    # SGLang fuses one shared expert into the routed ones, and only one
+    fused = form.name == "glm4_moe" and source.config.n_shared_experts != 1
+    flags = {"sglang": " --disable-shared-experts-fusion"} if fused else {}
     text = template.render(
-        m=metrics, c=resolved["config"], model=resolved["model"], folder=name, engines=form.engines,
-        commands=COMMANDS, architecture=json.loads((folder / "config.json").read_text())["architectures"][0],
+        m=metrics, c=resolved["config"], model=resolved["model"], folder=name, gguf=gguf, engines=metrics["engines"],
+        commands=COMMANDS, flags=flags, architecture=source.checkpoint.config["architectures"][0],
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")

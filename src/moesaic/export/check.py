@@ -31,16 +31,19 @@ TOLERANCE = 0.05
 def check(source: Converted, made: Path) -> dict[str, Any]:
     """How far the written model is from the one it was written from, in float32 as stock transformers runs it.
 
-    Random tokens; a token whose experts were nearly tied may choose others and differ, hence the median. The first
-    `LAYERS` layers and the head are compared, fewer if they do not fit in memory: what could be wrong with one layer
-    alone, its weights, was compared bit by bit when it was written.
+    Random tokens, half of the sequences with positions spread over all that the model reaches, for what scales rotary
+    positions shows only far out. A token whose experts were nearly tied may choose others and differ, hence the median.
+    The first `LAYERS` layers and the head are compared, fewer if they do not fit in memory: what could be wrong with
+    one layer alone, its weights, was compared bit by bit when it was written.
 
     Returns:
         `max_abs_logit_error` (all tokens, so also where a tie was decided otherwise), `median_difference` of
-        log-probabilities (nats), `agreement` (share of tokens with the same most likely next), `tokens`, `layers`.
+        log-probabilities (nats, of the worst sequence), `agreement` (share of tokens with the same most likely next),
+        `tokens`, `layers`.
 
     Raises:
-        WorkError: transformers cannot load it, or half of the log-probabilities are off by more than `TOLERANCE`.
+        WorkError: transformers cannot load it, or in a sequence half of the log-probabilities are off by more than
+            `TOLERANCE`.
     """
     layers = layers_that_fit(source)
     generator = torch.Generator().manual_seed(0)
@@ -60,11 +63,11 @@ def check(source: Converted, made: Path) -> dict[str, Any]:
     expected, given = expected.log_softmax(-1), given.log_softmax(-1)
     # what is all but impossible does not matter
     differences = (expected - given).abs().where(expected > -20, 0).amax(-1)
-    median = differences.median().item()
+    median = differences.median(dim=1).values.max().item()
     if not median <= TOLERANCE:
         raise WorkError(
             f"the model written as {made_type} is not the converted one: log-probabilities differ by {median:.3g} nats "
-            f"in half of the tokens, more than {TOLERANCE}; nothing was kept"
+            f"in half of the tokens, more than {TOLERANCE}"
         )
     agreement = (expected.argmax(-1) == given.argmax(-1)).float().mean().item()
     return {
@@ -97,6 +100,15 @@ def layers_that_fit(source: Converted) -> int:
 
 
 def logits(model: Any, tokens_NL: Tensor) -> Tensor:
-    """Logits of every next token, [N, L, V] float32, a sequence at a time."""
+    """Logits of every next token, [N, L, V] float32, a sequence at a time; of the second half at far positions."""
     model.eval()
-    return torch.cat([model(input_ids=tokens_1L).logits.float() for tokens_1L in tokens_NL.split(1)])
+    count, length = tokens_NL.shape
+    near = torch.arange(length)[None]
+    far = torch.linspace(0, model.config.max_position_embeddings - 1, length).long()[None]
+    found = []
+    for number, tokens_1L in enumerate(tokens_NL.split(1)):
+        positions = far if number >= count // 2 else near
+        # without a mask, transformers takes a gap in the positions for the start of another text
+        mask = torch.ones_like(tokens_1L)
+        found.append(model(input_ids=tokens_1L, position_ids=positions, attention_mask=mask).logits.float())
+    return torch.cat(found)

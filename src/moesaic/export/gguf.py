@@ -50,6 +50,12 @@ OUTER = {
     "model.norm.weight": "output_norm.weight",
     HEAD: "output.weight",
 }
+ROPES = ("default", "llama3", "linear", "yarn")
+KEYS = {
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor",
+    "low_freq_factor", "high_freq_factor",
+}  # fmt: skip
+"""Of a rope's parameters those that are written; llama.cpp has the others' defaults."""
 Tensors = dict[str, Tensor]
 Progress = Callable[[int, int, str], None]
 
@@ -60,8 +66,8 @@ def write_gguf(
     """Write a converted model as one GGUF file, which appears only when it was read back whole.
 
     Returns:
-        `output, target, architecture, outtype, bytes, fallbacks` (tensors whose rows do not fit the type, kept in f16)
-        and `max_abs_logit_error`, which is None: no engine is run.
+        `output, target, architecture, outtype, bytes, fallbacks` (matrices whose rows do not fit the type, in
+        another) and `max_abs_logit_error`, which is None: no engine is run.
 
     Raises:
         InputError: a model, tokenizer, rope or type that llama.cpp or this writer lacks; before anything is written.
@@ -82,7 +88,7 @@ def write_gguf(
             source, form, partial, "f16" if quantiser else outtype, progress or (lambda done, all, note: None)
         )
         if quantiser:
-            _quantise(quantiser, partial, outtype)
+            facts["fallbacks"] = _quantise(quantiser, partial, outtype)
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
@@ -108,8 +114,10 @@ def gguf_form(working: Any, has_bias: bool) -> NativeForm:
         except InputError as error:
             reasons.append(str(error).partition(". The working")[0])
             continue
-        if rope not in ("default", "llama3", "linear", "yarn"):
-            raise InputError(f"rope type '{rope}' is not written to GGUF; default, llama3, linear and yarn are")
+        if rope not in ROPES:
+            raise InputError(f"rope type '{rope}' is not written to GGUF; {', '.join(ROPES)} are")
+        if others := [key for key, value in working.rope_parameters.items() if value is not None and key not in KEYS]:
+            raise InputError(f"llama.cpp has no place for what {', '.join(others)} do to the model's rope")
         return form
     raise InputError("this model cannot be written as GGUF. " + "; ".join(reasons))
 
@@ -139,13 +147,22 @@ def check_k_quant(source: Converted, form: NativeForm, outtype: str) -> str:
     return found
 
 
-def _quantise(command: str, path: Path, outtype: str) -> None:
+def _quantise(command: str, path: Path, outtype: str) -> int:
+    """Replace the file by its quantised form; returns how many matrices got no K-quant."""
     made = path.with_name(path.name + ".quantised")
     try:
         done = subprocess.run([command, str(path), str(made), outtype.upper()], capture_output=True, text=True)
         if done.returncode:
             raise WorkError(f"llama-quantize failed: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
+        before, after = (
+            {t.name: (t.tensor_type, list(t.shape)) for t in gguf.GGUFReader(file).tensors} for file in (path, made)
+        )
+        if {name: shape for name, (_, shape) in before.items()} != {name: shape for name, (_, shape) in after.items()}:
+            raise WorkError("llama-quantize left out or changed tensors; is it of a version that knows this model?")
         made.replace(path)
+        return sum(
+            kind != Kind.F32 and not kind.name.endswith("_K") for kind, shape in after.values() if len(shape) > 1
+        )
     finally:
         made.unlink(missing_ok=True)
 

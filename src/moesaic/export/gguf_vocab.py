@@ -16,9 +16,10 @@ CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
 )
+THREE_DIGITS = CONTRACTIONS + r"\p{N}{1,3}" + ENDINGS
 SPLITS = {
     CONTRACTIONS + r"\p{N}" + ENDINGS: "qwen2",
-    CONTRACTIONS + r"\p{N}{1,3}" + ENDINGS: "llama-bpe",
+    THREE_DIGITS: "llama-bpe",
     CASED + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
 """llama.cpp's name of what a regular expression in `tokenizer.json` does: it has its own code for each."""
@@ -46,27 +47,46 @@ def write_vocabulary(writer: gguf.GGUFWriter, folder: Path, tokenizer: Any, size
         writer.add_add_space_prefix(prepends_space(spec))
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre_tokenizer(spec["pre_tokenizer"] or {}))
+        writer.add_tokenizer_pre(pre_tokenizer(spec["pre_tokenizer"] or {}, bool(model.get("ignore_merges"))))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    gguf.SpecialVocab(folder, load_merges=not sentencepiece, n_vocab=size).add_to_gguf(writer, quiet=True)
+    special = gguf.SpecialVocab(folder, load_merges=not sentencepiece, n_vocab=size)
+    special.add_special_token = adds(tokenizer)
+    special.add_to_gguf(writer, quiet=True)
 
 
-def pre_tokenizer(spec: dict[str, Any]) -> str:
+def adds(tokenizer: Any) -> dict[str, bool]:
+    """Whether a text gets a `bos` in front and an `eos` behind; said always, for llama.cpp's own guess may differ."""
+    ids, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    extra = len(ids) - len(plain)
+    first, last = (ids[0], ids[-1]) if extra else (None, None)
+    return {
+        "bos": extra > 0 and first == tokenizer.bos_token_id,
+        "eos": extra > 0 and last == tokenizer.eos_token_id,
+    }
+
+
+def pre_tokenizer(spec: dict[str, Any], ignore_merges: bool) -> str:
     """llama.cpp's name for the way a byte-level BPE cuts text before merging.
+
+    Args:
+        spec: `pre_tokenizer` of tokenizer.json.
+        ignore_merges: whether a whole piece that is a token stays one, without merging.
 
     Raises:
         InputError: none is known.
     """
     parts = spec.get("pretokenizers", [spec])
     kinds = [part.get("type") for part in parts]
-    if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
-        return "smollm"
     patterns = [part["pattern"].get("Regex") for part in parts if part.get("type") == "Split"]
-    if len(patterns) == 1 and patterns[0] in SPLITS:
-        return SPLITS[patterns[0]]
+    if not any(part.get("add_prefix_space") for part in parts):
+        if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
+            return "smollm"
+        if kinds == ["Split", "ByteLevel"] and patterns[0] in SPLITS:
+            # llama.cpp's `dbrx` cuts as its `llama-bpe` does and always merges
+            return "dbrx" if patterns[0] == THREE_DIGITS and not ignore_merges else SPLITS[patterns[0]]
     raise InputError(
         f"llama.cpp cuts text by rules it knows by name, and none is known for this tokenizer's {kinds} "
         f"{patterns or ''}; export to glm4_moe and let llama.cpp's own converter try"

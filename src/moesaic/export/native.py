@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from ..errors import InputError, WorkError
+from ..errors import InputError, StorageError, WorkError
 from ..models.checkpoint import Checkpoint
 from ..models.converted import HEAD, NOTE, Converted, native_form
 from ..models.loading import load_tokenizer
@@ -21,7 +21,9 @@ from ..models.working import MODEL_TYPE
 from ..models.writer import MARK, OUTER, ResumableOutput, check_output, check_space
 from .card import write_card
 from .check import check
+from .gguf import write_gguf
 
+NEEDED = (MARK, "metrics.json")
 COPIED = (MARK, "generation_config.json", "layer_error.png", "activation_rates.png", "expert_load.png")
 
 Progress = Callable[[int, int, str], None]
@@ -33,7 +35,7 @@ def export(
     output: str | Path,
     to: str = "auto",
     *,
-    outtype: str = "f16",
+    outtype: str | None = None,
     resume: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -46,8 +48,9 @@ def export(
     Args:
         model: the folder of a converted model, in either form.
         output: the folder to make; it appears only when the check has passed.
-        to: a form, `auto` for the first native one that holds the model, or `gguf` for llama.cpp.
-        outtype: how GGUF holds matrices: `f32`, `f16`, `bf16`, `q8_0`, ... (`export/gguf.py`).
+        to: a form, `gguf` for llama.cpp, or `auto`: GGUF if `output` is so called, else the first native form that
+            holds the model.
+        outtype: how GGUF holds matrices: `f32`, `f16` (the default), `bf16`, `q8_0`, ... (`export/gguf.py`).
         resume: go on with an unfinished export of the same model.
         overwrite: replace `output` if it exists.
         progress: called with (finished layers, all layers, what is being done).
@@ -57,21 +60,33 @@ def export(
 
     Raises:
         InputError: no converted model, an unknown form, or one that cannot express this model.
-        WorkError: the check failed; nothing is left behind.
+        WorkError: a layer is not held without loss or the check failed; nothing is left behind.
+        StorageError: the disk is full; the same command goes on.
     """
     output, folder = Path(output), resolve(str(model))
     source = Converted(folder)
-    if to == "gguf":
-        from .gguf import write_gguf
-
-        return write_gguf(source, output, outtype, overwrite=overwrite, progress=progress)
+    if to == "gguf" or (to == "auto" and output.suffix == ".gguf"):
+        return write_gguf(source, output, outtype or "f16", overwrite=overwrite, progress=progress)
+    if outtype is not None:
+        raise InputError(f"--outtype {outtype} is a type of GGUF; add --to gguf, or drop it: the dtype stays as it is")
     form, reason = native_form(to, source.config, source.has_bias())
     if reason:
         raise InputError(f"no engine's architecture holds this model: {reason}")
     check_output(output, overwrite)
-    check_space(output, source.checkpoint.size())
+    for name in NEEDED:
+        if not (folder / name).is_file():
+            raise InputError(f"'{folder}' has no {name}; copy it from the folder that 'moesaic convert' made")
+    load_tokenizer(folder)
+    copied = form.copied_parameters(source.config)[0] * source.checkpoint.dtype().itemsize
+    check_space(output, source.checkpoint.size() + copied)
     partial = ResumableOutput(output, {"model": source.checkpoint.fingerprint(), "form": form.name}, resume)
-    found = rewrite(source, form, partial, str(output), progress or (lambda done, count, note: None))
+    try:
+        found = rewrite(source, form, partial, str(output), progress or (lambda done, count, note: None))
+    except StorageError:
+        raise  # the finished layers wait for room
+    except WorkError:
+        shutil.rmtree(partial.folder)
+        raise
     return {"output": str(output), "target": form.name, "bytes": Checkpoint(output).size(), **found}
 
 
@@ -96,11 +111,7 @@ def rewrite(
         found.update(check(source, made))
         write_facts(made, json.loads((folder / "metrics.json").read_text()) | {"output": called}, form, found)
 
-    try:
-        partial.finish(last)
-    except WorkError:
-        shutil.rmtree(partial.folder)
-        raise
+    partial.finish(last)
     return found
 
 
@@ -121,6 +132,7 @@ def write_outer(
 def write_facts(folder: Path, metrics: dict[str, Any], form: NativeForm, found: dict[str, Any]) -> None:
     """Write `metrics.json` and the model card of a finished model that was checked."""
     metrics = {name: value for name, value in metrics.items() if name != "check"}
-    metrics |= {"format": form.name} | ({"check": found} if form.name != MODEL_TYPE else {})
+    metrics |= {"format": form.name, "engines": form.engines(Converted(folder).config)}
+    metrics |= {"check": found} if form.name != MODEL_TYPE else {}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_card(metrics, yaml.safe_load((folder / MARK).read_text()), folder)

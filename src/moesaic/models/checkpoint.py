@@ -35,6 +35,9 @@ class Checkpoint:
         self.files = {name: folder / file for name, file in self._weight_map().items()}
 
     def _weight_map(self) -> dict[str, str]:
+        single = self.folder / "model.safetensors"
+        if single.is_file():  # transformers prefers it too: saving a model again may leave an old index behind
+            return dict.fromkeys(self._names(single), single.name)
         if (self.folder / INDEX).is_file():
             weight_map = self._json(INDEX).get("weight_map", {})
             missing = sorted({f for f in weight_map.values() if not (self.folder / f).is_file()})
@@ -47,11 +50,8 @@ class Checkpoint:
                 lost = sorted(set(weight_map) - held)[:1] or ["any tensor"]
                 raise InputError(f"'{self.folder / INDEX}' names {lost[0]}, which no shard holds; download it again")
             return weight_map
-        single = self.folder / "model.safetensors"
-        if not single.is_file():
-            found = ", ".join(sorted(p.name for p in self.folder.iterdir())[:8]) or "nothing"
-            raise InputError(f"'{self.folder}' holds no safetensors weights (found {found})")
-        return dict.fromkeys(self._names(single), single.name)
+        found = ", ".join(sorted(p.name for p in self.folder.iterdir())[:8]) or "nothing"
+        raise InputError(f"'{self.folder}' holds no safetensors weights (found {found})")
 
     def _json(self, name: str) -> dict[str, Any]:
         try:

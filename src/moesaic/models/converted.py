@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .. import registry
 from ..errors import InputError
@@ -20,7 +20,9 @@ from .working import MODEL_TYPE, MoesaicConfig
 
 NOTE = "moesaic"
 """The key of a native form's config.json under which the working form's is kept."""
-HEAD = "lm_head.weight"
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+ROUNDING = 0.01
+"""How far a weight may be from what was written and still count as rounded to another dtype."""
 GATE_BIAS = "mlp.gate.e_score_correction_bias"
 PREFERRED = ("glm4_moe", "granitemoeshared", "flex_olmo", "mixtral")
 """Native forms in the order in which they are tried; the others are written when asked for."""
@@ -51,6 +53,8 @@ def native_form(wish: str, working: Any, has_bias: bool) -> tuple[NativeForm, st
         if family not in form.sources:
             continue
         try:
+            if form.copies_shared and working.n_shared_experts and working.num_experts_per_tok > 1:
+                raise InputError(f"{name}: each of several active experts would run a copy of the shared one")
             return native_form(name, working, has_bias)
         except InputError as error:
             reasons.append(str(error).partition(": ")[2].partition(". The working")[0])
@@ -82,8 +86,17 @@ class Converted:
                 f"'{folder}' holds a {self.fields.get('model_type')} model that moesaic did not make; expected a "
                 "folder made by 'moesaic convert' or 'moesaic export'"
             )
-        self.config: Any = MoesaicConfig.from_dict(self.fields)
         self.form: NativeForm = registry.build("export", self.checkpoint.config["model_type"])
+        if self.fields.get("tie_word_embeddings") and not self._tied():
+            self.fields = self.fields | {"tie_word_embeddings": False}
+        self.config: Any = MoesaicConfig.from_dict(self.fields)
+
+    def _tied(self) -> bool:
+        """Whether the head is still the embeddings: a native form holds both, and they may have been trained since."""
+        if HEAD not in self.checkpoint:
+            return True
+        head, embeddings = (tensor for _, tensor in self.checkpoint.items([HEAD, EMBEDDINGS]))
+        return torch.equal(head, embeddings)
 
     def has_bias(self) -> bool:
         """Whether routers add a constant to each expert's score."""
@@ -91,11 +104,24 @@ class Converted:
         return any(bool(bias_E.any()) for _, bias_E in self.checkpoint.items(names))
 
     def layer(self, index: int) -> dict[str, Tensor]:
-        """A decoder layer's tensors, by their name in the layer."""
+        """A decoder layer's tensors, by their name in the layer.
+
+        Raises:
+            InputError: a native form was changed, as by training, in what the working form has no place for.
+        """
         prefix = self.prefix(index)
         tensors = self.checkpoint.items(self.checkpoint.names(prefix))
         named = {name.removeprefix(prefix): tensor for name, tensor in tensors}
-        return self.form.working_layer(named, self.config)
+        layer = self.form.working_layer(named, self.config)
+        if self.form.name != MODEL_TYPE:
+            again = self.form.layer(layer, self.config)
+            for name, tensor in named.items():
+                if not torch.allclose(again[name].float(), tensor.float(), rtol=ROUNDING, atol=0, equal_nan=True):
+                    raise InputError(
+                        f"'{self.checkpoint.folder}': {prefix}{name} was changed since moesaic wrote it, and the "
+                        "working form has no place for that; load the folder with transformers"
+                    )
+        return layer
 
     def prefix(self, index: int) -> str:
         """How the names of a layer's tensors begin."""
@@ -117,7 +143,7 @@ class Converted:
 
     def load(self, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
         """The working form in memory, or its first `layers` layers and the head."""
-        config = shortened(self.config, layers)
+        config, folder = shortened(self.config, layers), self.checkpoint.folder
         with init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         state = {name: tensor.to(dtype) for name, tensor in self.tensors(layers)}
@@ -125,7 +151,9 @@ class Converted:
         model.tie_weights()
         missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
         if missing:
-            raise InputError(f"'{self.checkpoint.folder}' lacks {len(missing)} tensors, e.g. {missing[0]}")
+            raise InputError(f"'{folder}' lacks {len(missing)} tensors, e.g. {missing[0]}")
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         return model
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import InputError, WorkError
+from ..errors import InputError, StorageError, WorkError
 from .checkpoint import INDEX
 
 STATE = "state.json"
@@ -137,7 +137,7 @@ class ResumableOutput:
         except Exception as error:
             partial.unlink(missing_ok=True)
             free = shutil.disk_usage(self.folder).free
-            raise WorkError(
+            raise StorageError(
                 f"cannot write '{partial}' ({error}); {free / 1e9:.2f} GB are free. Finished layers are kept: make "
                 "room and run the same command again"
             ) from error

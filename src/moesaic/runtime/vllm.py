@@ -22,6 +22,6 @@ def register() -> None:
     known = ModelRegistry.get_supported_archs()
     for name in dict.fromkeys(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         if f"Moesaic{name}" not in known:
-            plain = name.startswith(NOT_SILU)
+            plain = any(family in name for family in NOT_SILU)
             backend = BACKEND + ("TransformersForCausalLM" if plain else "TransformersMoEForCausalLM")
             ModelRegistry.register_model(f"Moesaic{name}", backend)

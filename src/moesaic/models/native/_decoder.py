@@ -64,6 +64,10 @@ def check(form: NativeForm, working: Any, *reasons: tuple[Any, str]) -> None:
         (act != "silu", f"its experts have SiLU, the model has {act}"),
         (slides, f"it has no sliding window, the model attends to {window} tokens only"),
         (family != "qwen2" and biased, "it has no bias in o_proj, the model does"),
+        (
+            form.name != "glm4_moe" and working.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0,
+            "it turns whole heads, the model parts of them",
+        ),
         (working.rope_parameters.get("rope_type") == "longrope", "engines read longrope for other architectures only"),
         (working.router != "linear", f"its router is linear, the model's is {working.router}"),
         (

@@ -26,13 +26,26 @@ class NativeForm(ABC):
     """Whether its router can add a constant to each expert's score, which serves the selection only."""
     sources: ClassVar[tuple[str, ...]] = ()
     """Model types of the dense families that it can hold."""
-    engines: ClassVar[tuple[str, ...]] = ()
-    """Which load it: of `transformers`, `vllm`, `sglang`, `mlx`."""
+    loaded_by: ClassVar[tuple[str, ...]] = ()
+    """Engines that have it: of `transformers`, `vllm`, `sglang`, `mlx`."""
+    copies_shared: ClassVar[bool] = False
+    """Whether each routed expert holds a copy of the shared one, for which the form has no place."""
 
     @property
     def name(self) -> str:
         """The `model_type` in transformers, which is also the file's name."""
         return type(self).__module__.rpartition(".")[2]
+
+    def engines(self, working: Any) -> list[str]:
+        """Those of `loaded_by` that run this model rightly. MLX does not scale rope for any of these architectures."""
+        return [e for e in self.loaded_by if e != "mlx" or working.rope_parameters["rope_type"] == "default"]
+
+    def copied_parameters(self, working: Any) -> tuple[int, int]:
+        """(in all, run per token) parameters beyond the working form's, those of copies of the shared expert."""
+        if not self.copies_shared:
+            return 0, 0
+        shared = 3 * working.hidden_size * working.shared_expert_intermediate_size * working.num_hidden_layers
+        return shared * (working.num_experts - 1), shared * (working.num_experts_per_tok - 1)
 
     def check_bias(self, has_bias: bool) -> None:
         """Raises InputError if the router has a selection bias and the form has no place for it."""

@@ -21,7 +21,8 @@ class FlexOlmo(NativeForm):
     """
 
     sources: ClassVar[tuple[str, ...]] = ("olmo2",)
-    engines: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
+    loaded_by: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
+    copies_shared: ClassVar[bool] = True
 
     def config(self, working: Any) -> dict[str, Any]:
         decoder.check(

@@ -23,7 +23,7 @@ class Glm4Moe(NativeForm):
 
     selection_bias: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-    engines: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "sglang", "mlx")
+    loaded_by: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "sglang", "mlx")
 
     def config(self, working: Any) -> dict[str, Any]:
         decoder.check(

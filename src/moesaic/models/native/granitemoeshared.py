@@ -21,7 +21,7 @@ class GraniteMoeShared(NativeForm):
     """
 
     sources: ClassVar[tuple[str, ...]] = ("llama", "mistral", "granite")
-    engines: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "sglang")
+    loaded_by: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "sglang")
 
     def config(self, working: Any) -> dict[str, Any]:
         decoder.check(

@@ -21,7 +21,12 @@ class Mixtral(NativeForm):
     """
 
     sources: ClassVar[tuple[str, ...]] = ("llama", "mistral", "phi3")
-    engines: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "sglang", "mlx")
+    loaded_by: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "sglang", "mlx")
+    copies_shared: ClassVar[bool] = True
+
+    def engines(self, working: Any) -> list[str]:
+        unlike, _ = decoder.unlike_heads(working)  # MLX takes the size of a head from the hidden size
+        return [engine for engine in super().engines(working) if engine != "mlx" or not unlike]
 
     def config(self, working: Any) -> dict[str, Any]:
         decoder.check(

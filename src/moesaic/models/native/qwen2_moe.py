@@ -25,7 +25,7 @@ class Qwen2Moe(NativeForm):
     """
 
     sources: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "phi3")
-    engines: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "sglang", "mlx")
+    loaded_by: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "sglang", "mlx")
 
     def config(self, working: Any) -> dict[str, Any]:
         decoder.check(
