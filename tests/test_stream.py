@@ -68,6 +68,7 @@ def test_damaged_folders_are_refused(tmp_path, folders):
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="not a whole safetensors file"):
         Checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "missing.safetensors"}}))
     with pytest.raises(InputError, match=r"lacks missing\.safetensors"):
         Checkpoint(tmp_path)

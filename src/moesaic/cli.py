@@ -242,13 +242,8 @@ def export(
 
     with tables.progress(people, "exporting", "layer") as tick:
         facts = run(model, out, to, outtype=outtype, resume=resume, overwrite=overwrite, progress=tick)
-    emit(
-        facts,
-        as_json,
-        lambda: tables.show_facts(
-            people, f"{out}: written and {'read back' if facts['target'] == 'gguf' else 'checked'}", facts
-        ),
-    )
+    done = "read back" if facts["target"] == "gguf" else "checked"
+    emit(facts, as_json, lambda: tables.show_facts(people, f"{out}: written and {done}", facts))
 
 
 @app.command()
