@@ -1,10 +1,11 @@
 """Time and memory of conversion, stage by stage; and the balanced assignment against scipy's on CMoE's square cost.
 
-    python benchmarks/conversion.py demo                  # the demo model
-    python benchmarks/conversion.py llama-7b-4-layers     # random weights of Llama-2-7B's shape, 4 layers
-    python benchmarks/conversion.py assignment            # POT against linear_sum_assignment (minutes)
+    python benchmarks/conversion.py demo --active 0.25 --tokens 32768 --calibration c4.jsonl    # or any model
+    python benchmarks/conversion.py llama-7b --layers 4     # random weights of Llama-2-7B's shape
+    python benchmarks/conversion.py assignment              # POT against linear_sum_assignment (minutes)
 
-Each prints JSON and, with `--out FOLDER`, writes it to `FOLDER/conversion-<name>.json`.
+Each prints JSON and, with `--out FOLDER`, writes it to `FOLDER/conversion-<name>.json`. On a GPU the same, with
+`--device cuda`.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from moesaic.partition._assignment import balanced_assignment
 from moesaic.partition.cmoe import l1_distance
 
 
-def conversion(model: str, config: ConvertConfig, force: bool = False) -> dict[str, Any]:
-    """Metrics of one conversion with the median seconds a layer of each stage."""
+def conversion(model: str, config: ConvertConfig, keep: Path | None = None) -> dict[str, Any]:
+    """Metrics of one conversion with the median seconds a layer of each stage; the result is kept where asked."""
     with tempfile.TemporaryDirectory() as scratch:
-        metrics = convert(model, Path(scratch) / "out", config, force=force)
+        metrics = convert(model, keep or Path(scratch) / "out", config, force=True)
     stages = {
         stage: round(statistics.median(r["stage_seconds"][stage] for r in metrics["layers"]), 3)
         for stage in metrics["layers"][0]["stage_seconds"]
@@ -82,14 +83,13 @@ def write_random_llama(folder: Path, layers: int) -> int:
     return (folder / "model-00000.safetensors").stat().st_size
 
 
-def llama_7b(layers: int = 4) -> dict[str, Any]:
-    """Conversion of a random-weight Llama-2-7B with few layers: the cost does not depend on the weights."""
+def llama_7b(layers: int, config: ConvertConfig, keep: Path | None = None) -> dict[str, Any]:
+    """Conversion of a random-weight Llama-2-7B, or its first layers: the cost does not depend on the weights."""
     with tempfile.TemporaryDirectory() as scratch:
         layer_bytes = write_random_llama(Path(scratch), layers)
-        embeddings = 2 * 2 * 32_000 * 4_096
-        config = ConvertConfig(partition="cmoe", plan="S3A3E16", tokens=16_384)
-        result = conversion(scratch, config, force=True)
-    activations = (16_384 + 2 * 4_096) * 4_096 * 2
+        result = conversion(scratch, config, keep)
+    embeddings = 2 * 2 * 32_000 * 4_096
+    activations = (config.tokens + 2 * config.held_out_tokens) * 4_096 * 2
     result["layer_bytes"] = layer_bytes
     result["three_layers_embeddings_activations_bytes"] = 3 * layer_bytes + embeddings + activations
     return result
@@ -128,21 +128,33 @@ def assignment(neurons: int = 9_632, experts: int = 14, tokens: int = 4_096, top
     }
 
 
-RUNS = {
-    "demo": lambda: conversion("demo", ConvertConfig(active=0.5)),
-    "tiny": lambda: conversion("tiny", ConvertConfig(active=0.5)),
-    "llama-7b-4-layers": llama_7b,
-    "assignment": assignment,
-}
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=RUNS)
+    parser.add_argument("name", help="a model, llama-7b or assignment")
+    parser.add_argument("--active", type=float, default=0.5)
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--partition", default="specialists")
+    parser.add_argument("--calibration", nargs="*", default=[])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--layers", type=int, default=32, help="of llama-7b")
+    parser.add_argument("--keep", type=Path, help="where the converted model is left")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    result = RUNS[arguments.name]() | {"machine": machine(), "versions": versions()}
-    text = json.dumps(result, indent=2)
+    a = parser.parse_args()
+    config = ConvertConfig(
+        active=a.active, tokens=a.tokens, partition=a.partition, calibration=tuple(a.calibration), device=a.device
+    )
+    if a.name == "assignment":
+        result = assignment()
+    elif a.name == "llama-7b":
+        result = llama_7b(a.layers, config, a.keep)
+    else:
+        result = conversion(a.name, config, a.keep)
+    if "config" in result:  # of the texts their names, wherever they lie
+        result["config"]["calibration"] = [Path(source).name for source in a.calibration]
+    text = json.dumps(result | {"machine": machine(), "versions": versions()}, indent=2)
     print(text)
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / f"conversion-{arguments.name}.json").write_text(text + "\n")
+    if a.out:
+        a.out.mkdir(parents=True, exist_ok=True)
+        layers = f"-{a.layers}-layers" if a.name == "llama-7b" else ""
+        active = "" if a.name == "assignment" else f"-{a.active:.0%}".rstrip("%")
+        (a.out / f"conversion-{a.name}{layers}{active}.json").write_text(text + "\n")

@@ -82,7 +82,7 @@ def limits(dense: str, converted: Path) -> dict[str, float]:
         ]
     return {
         name: count(models[0]) / count(models[1])
-        for name, count in (("decode", lambda m: active_weights(m, 1)), ("prefill", body_weights))
+        for name, count in (("decode", active_weights), ("prefill", body_weights))
     }
 
 

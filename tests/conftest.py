@@ -21,6 +21,9 @@ from transformers import (
     Qwen3Config,
 )
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # our kernels' logic on CPUs
+
 from moesaic.calibration.sample import LayerSample
 from moesaic.config import ConvertConfig
 from moesaic.models.builtin import tiny_folder

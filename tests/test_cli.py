@@ -121,8 +121,14 @@ def test_generate_evaluate_benchmark_inspect(run, converted):
     code, out, _ = run("evaluate", converted, "--window", "64", "--max-tokens", "256", "--json")
     assert code == 0
     assert json.loads(out).keys() >= {"perplexity", "tokens", "protocol", "window", "data_sha256", "tasks"}
-    code, out, _ = run("benchmark", converted, "--prompt", "16", "--new", "2", "--rounds", "1", "--json")
+    plot = converted.with_name("roofline.png")
+    few = ("--prompt", "16", "--new", "2", "--rounds", "1")
+    code, out, _ = run("benchmark", converted, *few, "--plot", plot, "--json")
     assert code == 0
+    assert plot.stat().st_size > 10_000
+    code, _, err = run("benchmark", converted, *few, "--plot", converted / "missing" / "roofline.png")
+    assert code == 2
+    assert "in a folder that exists" in err
     assert json.loads(out).keys() >= {"decode", "prefill", "block", "machine", "threads", "dtype"}
     code, out, _ = run("inspect", converted, "--json")
     assert code == 0

@@ -145,7 +145,14 @@ def test_benchmark_compares_and_counts(tiny, converted):
     result = benchmark(model, dense, prompt_tokens(tokenizer, 32, 3), new=4, batches=(1, 3), rounds=2)
     assert result["decode"].keys() == {"1", "3"}
     assert result["prefill"].keys() == {"32"}
-    assert result["block"].keys() == {"1", "32"}
+    assert result["block"].keys() == {"1", "8", "32"}
+    assert result["decode"]["1"]["experts_touched"] == 2
+    assert 2 < result["decode"]["3"]["experts_touched"] <= 6
+    assert result["block"]["32"]["experts_touched"] > 6
+    small, large = result["block"]["1"], result["block"]["32"]
+    ffn = 3 * dense.config.hidden_size * dense.config.intermediate_size
+    assert (small["dense_bytes"], large["dense_flops"]) == (4 * ffn, 2 * 32 * ffn)
+    assert small["bytes"] / small["dense_bytes"] == pytest.approx(3 / 8, rel=0.05)
     with pytest.raises(InputError, match="different dtypes"):
         benchmark(model, moesaic.load("tiny")[0], prompt_tokens(tokenizer, 32))
     for group in (result["decode"], result["prefill"], result["block"]):
@@ -156,14 +163,16 @@ def test_benchmark_compares_and_counts(tiny, converted):
 
 
 def test_weights_read_a_step_are_counted(tiny, converted):
-    """Bytes, not seconds: 3/8 of the FFN at batch 1, all of it for ever more sequences."""
+    """Bytes, not seconds: 3/8 of the FFN for one token, all of it when all seven experts are touched."""
     dense, _ = tiny
     model, _ = moesaic.load(converted[0], dtype=torch.float32)
     ffn = sum(p.numel() for layer in decoder_layers(dense) for p in ffn_of(layer).parameters())
     gates = sum(p.numel() for n, p in model.named_parameters() if ".gate." in n)
-    assert active_weights(dense, 1) == sum(p.numel() for p in dense.parameters())  # tied: the head is read whole
-    assert active_weights(model, 1) == pytest.approx(active_weights(dense, 1) - ffn * 5 / 8 + gates)
-    assert active_weights(model, 10_000) == pytest.approx(active_weights(dense, 1) + gates)
+    assert active_weights(dense) == sum(p.numel() for p in dense.parameters())  # tied: the head is read whole
+    assert active_weights(model) == pytest.approx(active_weights(dense) - ffn * 5 / 8 + gates)
+    layers = model.config.num_hidden_layers
+    assert active_weights(model, [7] * layers) == pytest.approx(active_weights(dense) + gates)
+    assert active_weights(model, [2] * layers) == active_weights(model)
 
 
 def test_inspect_tells_what_was_saved(converted, tmp_path):

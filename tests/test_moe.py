@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import linear
+from transformers.activations import ACT2FN
 
 from conftest import QUICK, block_for, random_sample
 from moesaic import Plan, registry
@@ -108,6 +109,29 @@ def test_our_experts_equal_the_naive_loop_for_any_choice(tokens, choice):
     moe.experts.config._experts_implementation = "moesaic"
     torch.testing.assert_close(moe.experts(x, index, weights), expected)
     torch.testing.assert_close(moe.experts(x.T.contiguous().T, index, weights), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act_fn", [torch.nn.SiLU(), ACT2FN["gelu_pytorch_tanh"]])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_triton_kernels_equal_the_naive_loop(monkeypatch, tokens, act_fn, dtype):
+    kernels = pytest.importorskip("moesaic.runtime.triton_experts")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    moe, sample, _ = filled(Plan(0, 2, 4, 12), dtype=dtype)
+    moe.to(device).experts.act_fn = act_fn
+    x = sample.input_TD[:tokens].to(device)
+    g = torch.Generator().manual_seed(0)
+    index = torch.randint(0, 6, (tokens, 2), generator=g).to(device)  # 4 and 5 are no experts
+    weights = torch.rand(tokens, 2, generator=g).to(device, dtype)
+    expected = moe.experts(x, index, weights)
+    assert kernels.supports(moe.experts)
+    monkeypatch.setattr(torch, "empty_like", lambda y: torch.full_like(y, torch.nan))
+    poisoned = torch.Tensor.new_zeros
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda y, *size: poisoned(y, *size) + torch.nan)
+    moe.experts.config._experts_implementation = "moesaic_triton"
+    with torch.no_grad():
+        ours = moe.experts(x.T.contiguous().T, index, weights)
+    torch.testing.assert_close(ours, expected)
 
 
 def test_gradients_flow_through_our_experts():

@@ -31,12 +31,9 @@ def main() -> None:
     """Run the command line; errors become one line and an exit code."""
     try:
         app(standalone_mode=True)
-    except (InputError, WorkError) as error:
+    except (InputError, WorkError, OSError) as error:  # OSError: a disk fills up, a file goes away under our hands
         people.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    except OSError as error:  # a disk that fills up or a file that goes away under our hands
-        people.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
     except KeyboardInterrupt:
         people.print("interrupted")
         sys.exit(130)
@@ -189,9 +186,7 @@ def evaluate(
 @app.command()
 def benchmark(
     model: options.ModelArgument,
-    against: Annotated[
-        str | None, typer.Option(help="the dense model [default: what MODEL was converted from]")
-    ] = None,
+    against: options.Against = None,
     prompt: Annotated[int, typer.Option(help="prompt tokens", min=2)] = 512,
     new: Annotated[int, typer.Option(help="new tokens", min=1)] = 32,
     batch: Annotated[str, typer.Option(help="sequences decoded at once, comma-separated")] = "1",
@@ -199,12 +194,14 @@ def benchmark(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     threads: options.Threads = None,
+    plot: options.Plot = None,
     as_json: options.Json = False,
 ) -> None:
     """Decode and prefill speed against the dense model, alternating in one process."""
     from .evaluation.benchmark import benchmark as run
     from .evaluation.inspect import dense_origin, prompt_tokens
 
+    options.check_plot(plot)
     sizes = options.numbers(batch, "--batch")
     against = against or dense_origin(model)
     loaded, tokenizer = options.load_model(model, device, dtype, threads)
@@ -212,6 +209,10 @@ def benchmark(
     dense, _ = options.load_model(against, device, str(loaded.dtype).removeprefix("torch."), threads)
     with tables.progress(people, "measuring", "measurement") as tick:
         result = run(loaded, dense, tokens_BL, new=new, batches=sizes, rounds=rounds, progress=tick)
+    if plot:
+        from .export.plots import write_roofline  # matplotlib is slow to import
+
+        write_roofline(result, plot)
     emit(result, as_json, lambda: tables.show_benchmark(people, result))
 
 

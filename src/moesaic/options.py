@@ -13,6 +13,7 @@ from rich.console import Console
 from . import registry
 from .errors import InputError
 
+PICTURES = (".png", ".svg", ".pdf")
 Number = TypeVar("Number", int, float)
 people = Console(stderr=True)
 """Standard error: everything that is for people."""
@@ -38,6 +39,8 @@ Outtype = Annotated[
     str | None,
     typer.Option(help="of GGUF: f32, f16 [default], bf16, q8_0, q4_0, ...; K-quants with llama-quantize on the PATH"),
 ]
+Against = Annotated[str | None, typer.Option(help="the dense model [default: what MODEL was converted from]")]
+Plot = Annotated[Path | None, typer.Option(help="draw the FFN block under the machine's roofline: .png, .svg or .pdf")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object; all else goes to standard error")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32")]
@@ -57,6 +60,12 @@ def numbers(text: str, option: str, kind: type[Number] = int, least: float = 1) 
     if not found or min(found) < least:
         raise InputError(f"{option} '{text}' is not a list of numbers from {least} up, such as 1,8,32")
     return found
+
+
+def check_plot(path: Path | None) -> None:
+    """Raises InputError if no picture can be drawn there."""
+    if path and (path.suffix not in PICTURES or not path.absolute().parent.is_dir()):
+        raise InputError(f"--plot {path} is no file ending in {', '.join(PICTURES)} in a folder that exists")
 
 
 def load_model(model: str, device: str, dtype: str, threads: int | None) -> tuple[Any, Any]:

@@ -107,7 +107,7 @@ def choice(config: Any, dense: PreTrainedModel, partition: str, plan: Plan) -> d
         "memory_factor": plan.memory_factor(size) + copied / dense_ffns,
         "total_parameters": total + copied,
         "active_parameters": round(total - routed * (1 - plan.active / plan.num_experts)) + copied_active,
-        "decode_limit": active_weights(dense, 1) / (active_weights(converted, 1) + copied_active),
+        "decode_limit": active_weights(dense) / (active_weights(converted) + copied_active),
         "prefill_limit": body_weights(dense) / (body_weights(converted) + copied_active),
         "format": form.name,
         "format_reason": reason,

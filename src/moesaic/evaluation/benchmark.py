@@ -1,13 +1,14 @@
 """Wall-clock of a converted model against the dense one, interleaved in one process; ratios, never one number alone.
 
-Shapes: B sequences, L prompt tokens, T tokens, D hidden size.
+Shapes: B sequences, L prompt tokens, T tokens, D hidden size, K active experts.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from ..models.families import decoder_layers
 from ..models.moe import MoE
 from .machine import machine, peak_rss_bytes, versions
 
-BLOCK_TOKENS = (1, 512)
+BLOCK_TOKENS = (1, 8, 32, 512)
+FEW = 32
+"""Tokens up to which a block is limited by the bytes that it reads, beyond by FLOPs."""
 Timer = Callable[[], float]
 
 
@@ -35,9 +38,11 @@ def benchmark(
 ) -> dict[str, Any]:
     """Decode and prefill speed in tokens a second, each as the median of alternating runs after a warm-up.
 
-    `limit` is the speed-up that bytes (decode) or FLOPs (prefill) allow: everything that a token reads or multiplies
-    with in the dense model over the same in the converted one, attention and head included. `share_of_limit` is the
-    share of it that was reached, `speedup / limit`.
+    `limit` is the speed-up that bytes (decode) or FLOPs (prefill) allow: everything that a step reads or a token
+    multiplies with in the dense model over the same in the converted one, attention and head included; of experts those
+    that the batch's tokens really chose. `share_of_limit` is the share of it that was reached, `speedup / limit`. Rows
+    have `bytes` and `flops` of a step (without the cache's), `experts_touched` a layer; `roof` is what the machine
+    does in one large product: `bytes_per_s` with one token, `flops_per_s` with many.
 
     Args:
         model: the converted model.
@@ -59,19 +64,34 @@ def benchmark(
             progress(done, len(jobs))
         if kind == "decode":
             pair = [_decode_timer(m, tokens_BL[:size], new) for m in (model, dense)]
-            limit, work = active_weights(dense, size) / active_weights(model, size), size * new
+            touched = experts_touched(model, pair[0])
+            weights = [active_weights(model, touched), active_weights(dense)]
+            multiplied = [active_weights(model), active_weights(dense)]
+            steps, few = new, True
         elif kind == "prefill":
             pair = [_prefill_timer(m, tokens_L) for m in (model, dense)]
-            limit, work = body_weights(dense) / body_weights(model), size
+            touched = experts_touched(model, pair[0])
+            weights = [active_weights(model, touched), active_weights(dense)]
+            multiplied = [body_weights(model), body_weights(dense)]
+            steps, few = 1, False
         else:
-            blocks, x_TD = middle_blocks(model, dense, tokens_L, size)
-            pair = [_block_timer(block, x_TD) for block in blocks]
-            shares = [active_block_weights(block, 1) for block in blocks]
-            limit, work = shares[1] / shares[0], size
-        result[kind][str(size)] = _compare(pair, work, limit, rounds)
+            inputs = [x_LD[-size:] for x_LD in ffn_inputs(model, tokens_L)]
+            blocks, theirs = ([ffn_of(layer) for layer in decoder_layers(m)] for m in (model, dense))
+            pair = [_block_timer(ours, inputs) for ours in (blocks, theirs)]
+            touched = experts_touched(model, pair[0])
+            weights = [_mean(map(active_block_weights, blocks, touched)), _mean(map(active_block_weights, theirs))]
+            multiplied = [_mean(map(active_block_weights, side)) for side in (blocks, theirs)]
+            steps, few = 1, size <= FEW
+        limit = weights[1] / weights[0] if few else multiplied[1] / multiplied[0]
+        row = _compare(pair, size * steps, limit, rounds)
+        row |= {"bytes": weights[0] * model.dtype.itemsize, "dense_bytes": weights[1] * model.dtype.itemsize}
+        row |= {"flops": 2 * size * multiplied[0], "dense_flops": 2 * size * multiplied[1]}
+        found = [t for t in touched if t is not None]
+        result[kind][str(size)] = row | {"experts_touched": _mean(found) if found else None}
     if progress:
         progress(len(jobs), len(jobs))
     return result | {
+        "roof": roof(model.device, model.dtype),
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -81,7 +101,7 @@ def benchmark(
     }
 
 
-def _compare(pair: Sequence[Timer], work: int, limit: float, rounds: int) -> dict[str, float | list[float]]:
+def _compare(pair: Sequence[Timer], work: int, limit: float, rounds: int) -> dict[str, Any]:
     """Speeds of (converted, dense) in `work` per second; medians with their range."""
     for timer in pair:
         timer()
@@ -100,16 +120,17 @@ def _compare(pair: Sequence[Timer], work: int, limit: float, rounds: int) -> dic
 
 
 def _decode_timer(model: PreTrainedModel, tokens_BL: Tensor, new: int) -> Timer:
-    """Seconds for `new` greedy steps after the prompt; the prompt itself is not timed."""
+    """Seconds for `new` greedy steps after the prompt, which is run once and not timed."""
+    prompt = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        logits = model(input_ids=tokens_BL.to(model.device), past_key_values=prompt, logits_to_keep=1).logits
 
     @torch.inference_mode()
     def run() -> float:
-        cache = DynamicCache(config=model.config)
-        out = model(input_ids=tokens_BL.to(model.device), past_key_values=cache, logits_to_keep=1)
+        cache, next_B1 = copy.deepcopy(prompt), logits[:, -1:].argmax(-1)
         start = _now(model)
         for _ in range(new):
-            next_B1 = out.logits[:, -1:].argmax(-1)
-            out = model(input_ids=next_B1, past_key_values=cache)
+            next_B1 = model(input_ids=next_B1, past_key_values=cache).logits[:, -1:].argmax(-1)
         return _now(model) - start
 
     return run
@@ -125,22 +146,64 @@ def _prefill_timer(model: PreTrainedModel, tokens_L: Tensor) -> Timer:
     return run
 
 
-def _block_timer(block: nn.Module, x_TD: Tensor) -> Timer:
-    repeats = max(1, 64 // len(x_TD))
+def _block_timer(blocks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Timer:
+    """Seconds for one layer's FFN, all layers run one after the other, so that no cache holds their weights."""
 
     @torch.inference_mode()
     def run() -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
+        start = _now(inputs[0])
+        for block, x_TD in zip(blocks, inputs, strict=True):
             block(x_TD)
-        if x_TD.is_cuda:
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / repeats
+        return (_now(inputs[0]) - start) / len(blocks)
 
     return run
 
 
-def _now(model: PreTrainedModel) -> float:
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def experts_touched(model: PreTrainedModel, run: Timer) -> list[float | None]:
+    """Mean number of different experts that one call of each layer's gate chooses in `run`; None where it has none."""
+    blocks = [ffn_of(layer) for layer in decoder_layers(model)]
+    counts: list[list[int]] = [[] for _ in blocks]
+    hooks = []
+    for block, found in zip(blocks, counts, strict=True):
+        if isinstance(block, MoE) and block.gate is not None:
+
+            def hook(gate: nn.Module, args: Any, chosen: Any, found: list[int] = found) -> None:
+                found.append(len(chosen[0].unique()))
+
+            hooks.append(block.gate.register_forward_hook(hook))
+    try:
+        run()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return [_mean(found) if found else None for found in counts]
+
+
+@torch.inference_mode()
+def roof(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """`bytes_per_s` that a product with one token reads of a matrix beyond caches, `flops_per_s` of one with many."""
+    one, other = (torch.zeros(8_192, 8_192, dtype=dtype, device=device) for _ in range(2))
+
+    def best(x_TD: Tensor) -> float:
+        times = []
+        for _ in range(4):
+            start = _now(x_TD)
+            x_TD @ one
+            x_TD @ other
+            times.append((_now(x_TD) - start) / 2)
+        return min(times)
+
+    return {
+        "bytes_per_s": one.numel() * dtype.itemsize / best(one[:1]),
+        "flops_per_s": 2 * 512 * one.numel() / best(one[:512]),
+    }
+
+
+def _now(model: PreTrainedModel | Tensor) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -151,47 +214,47 @@ def ffn_of(layer: nn.Module) -> nn.Module:
     return next(c for c in layer.children() if isinstance(c, MoE) or hasattr(c, "down_proj"))
 
 
-def middle_blocks(
-    model: PreTrainedModel, dense: PreTrainedModel, tokens_L: Tensor, tokens: int
-) -> tuple[tuple[nn.Module, nn.Module], Tensor]:
-    """The (converted, dense) FFN of the middle layer, and real inputs [tokens, D] of it."""
-    middle = len(decoder_layers(model)) // 2
-    ours, theirs = (ffn_of(decoder_layers(m)[middle]) for m in (model, dense))
+@torch.inference_mode()
+def ffn_inputs(model: PreTrainedModel, tokens_L: Tensor) -> list[Tensor]:
+    """What enters each layer's FFN for that prompt, [L, D] each."""
     seen: list[Tensor] = []
-    handle = ours.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    blocks = [ffn_of(layer) for layer in decoder_layers(model)]
+    hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1))) for block in blocks]
     try:
-        with torch.inference_mode():
-            model(input_ids=tokens_L[None].to(model.device), logits_to_keep=1)
+        model(input_ids=tokens_L[None].to(model.device), logits_to_keep=1)
     finally:
-        handle.remove()
-    x_TD = seen[0].flatten(0, 1)[-tokens:]
-    return (ours, theirs), x_TD
+        for handle in hooks:
+            handle.remove()
+    return seen
 
 
-def active_block_weights(block: nn.Module, batch: int) -> float:
-    """Weights of an FFN that `batch` tokens touch; experts are taken as chosen independently by each token."""
-    routed = block.experts if isinstance(block, MoE) else None
+def active_block_weights(block: nn.Module, experts: float | None = None) -> float:
+    """Weights of an FFN that are read when `experts` of its routed ones are touched; without a number, one token's."""
     total = sum(p.numel() for p in block.parameters())
-    if routed is None or not isinstance(block, MoE) or block.gate is None:
+    if not isinstance(block, MoE) or block.experts is None or block.gate is None:
         return total
-    idle = (1 - block.gate.num_experts_per_tok / routed.num_experts) ** batch
-    return total - idle * sum(p.numel() for p in routed.parameters())
+    touched = block.gate.num_experts_per_tok if experts is None else experts
+    return total - (1 - touched / block.experts.num_experts) * sum(p.numel() for p in block.experts.parameters())
 
 
 def body_weights(model: PreTrainedModel) -> float:
     """Weights that one prompt token multiplies with; the head runs on the last token only."""
     head: Any = model.get_output_embeddings()
-    return active_weights(model, 1) - head.weight.numel()
+    return active_weights(model) - head.weight.numel()
 
 
-def active_weights(model: PreTrainedModel, batch: int) -> float:
-    """Weights that one decoding step of `batch` tokens reads; the input embedding is a look-up and not counted."""
+def active_weights(model: PreTrainedModel, experts: Sequence[float | None] | None = None) -> float:
+    """Weights that one decoding step reads, of one token or with so many experts touched in each layer.
+
+    The input embedding is a look-up and not counted.
+    """
+    layers = list(decoder_layers(model))
     total = float(sum(p.numel() for p in model.parameters()))
     ends: tuple[Any, Any] = model.get_input_embeddings(), model.get_output_embeddings()
     embedding, head = (end.weight for end in ends)
     if embedding is not head:
         total -= embedding.numel()
-    for layer in decoder_layers(model):
+    for layer, touched in zip(layers, experts or [None] * len(layers), strict=True):
         block = ffn_of(layer)
-        total += active_block_weights(block, batch) - sum(p.numel() for p in block.parameters())
+        total += active_block_weights(block, touched) - sum(p.numel() for p in block.parameters())
     return total

@@ -1,4 +1,4 @@
-"""Plots that stand beside a converted model: layer error, expert load, activation rates."""
+"""Plots: of a conversion (layer error, expert load, activation rates), of speed, of the frontier."""
 
 from __future__ import annotations
 
@@ -83,6 +83,33 @@ def write_speed(metrics: dict[str, Any], folder: Path) -> None:
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, folder / "speed.png")
+
+
+def write_roofline(result: dict[str, Any], path: Path) -> None:
+    """Draw what `benchmark` found of the FFN block under the machine's roof: GFLOP/s over FLOPs a byte."""
+    bandwidth, peak = result["roof"]["bytes_per_s"], result["roof"]["flops_per_s"]
+    figure = Figure(figsize=(7, 4.2))
+    axes = figure.subplots()
+    for prefix, color, label in (("dense_", INK, "dense FFN"), ("", ACCENT, "converted FFN")):
+        rows = [(int(tokens), row) for tokens, row in result["block"].items()]
+        x = [row[f"{prefix}flops"] / row[f"{prefix}bytes"] for _, row in rows]
+        y = [row[f"{prefix}flops"] * row[f"{prefix}tokens_per_s"] / tokens / 1e9 for tokens, row in rows]
+        axes.plot(x, y, "o", color=color, label=label)
+        for (tokens, _), at_x, at_y in zip(rows, x, y, strict=True):
+            side = (-6, 4) if prefix else (6, -10)
+            axes.annotate(
+                str(tokens), (at_x, at_y), side, textcoords="offset points", ha="right" if prefix else "left",
+                color=color, fontsize=8,
+            )  # fmt: skip
+    intensity = np.geomspace(0.5, 2 * axes.get_xlim()[1], 200)
+    axes.plot(intensity, np.minimum(bandwidth * intensity, peak) / 1e9, color=SOFT, label="one large product", zorder=0)
+    axes.set(
+        xscale="log", yscale="log", xlabel="FLOPs per byte of weights", ylabel="GFLOP/s",
+        title=f"FFN block by tokens, {result['threads']} threads, {result['dtype']}",
+    )  # fmt: skip
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
 
 
 def write_frontier(summary: list[dict[str, Any]], model: str, folder: Path) -> None:

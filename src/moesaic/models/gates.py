@@ -38,15 +38,15 @@ class Gate(nn.Module):
         """How much each expert matters to each token, shape [T, E], float32."""
         raise AssertionError("a gate defines its scores")
 
-    def weights(self, scores_TE: Tensor, index_TK: Tensor) -> Tensor:
+    def weights(self, scores_TE: Tensor, index_TK: Tensor, dtype: torch.dtype) -> Tensor:
         """The factors on the chosen experts' outputs, shape [T, K]: all 1."""
-        return torch.ones_like(index_TK, dtype=scores_TE.dtype)
+        return scores_TE.new_ones(index_TK.shape, dtype=dtype)
 
     def forward(self, hidden_TD: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
         """(expert indices [T, K] int64, weights [T, K] in the input's dtype)."""
         scores_TE = self.scores(hidden_TD, experts)
         index_TK = (scores_TE + self.e_score_correction_bias.float()).topk(self.num_experts_per_tok, dim=-1).indices
-        return index_TK, self.weights(scores_TE, index_TK).to(hidden_TD.dtype)
+        return index_TK, self.weights(scores_TE, index_TK, hidden_TD.dtype)
 
 
 class LinearGate(Gate):
@@ -76,8 +76,8 @@ class RepresentativeGate(Gate):
         x_TD = hidden_TD.float()
         return (silu(linear(x_TD, self.gate_proj.float())) * linear(x_TD, self.up_proj.float())).abs()
 
-    def weights(self, scores_TE: Tensor, index_TK: Tensor) -> Tensor:
-        return (1 + scores_TE.softmax(-1) * self.scale.float()).gather(-1, index_TK)
+    def weights(self, scores_TE: Tensor, index_TK: Tensor, dtype: torch.dtype) -> Tensor:
+        return (1 + scores_TE.softmax(-1) * self.scale.float()).gather(-1, index_TK).to(dtype)
 
 
 class MLPGate(Gate):

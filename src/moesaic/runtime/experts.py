@@ -2,13 +2,15 @@
 
 On CPUs torch's grouped product reaches little of the machine's speed, while one plain product per expert that has
 tokens reads only the chosen experts' weights and copies none. On GPUs, and under `torch.compile` (no data-dependent
-loop), transformers' own implementations run.
+loop), transformers' own implementations run; `moesaic_triton` has kernels of ours for a few tokens, and is not yet the
+choice there because it was run in Triton's interpreter only.
 
 Shapes: T tokens, D hidden size, E experts, K active experts, P = T K pairs of token and expert.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-NAME = "moesaic"
+NAME, TRITON = "moesaic", "moesaic_triton"
 GROUPED_MM_ALIGNMENT_BYTES = 16
 FEW_PAIRS = 64
 FLAGS = ("is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
@@ -62,27 +64,42 @@ def _expert(self: Any, x: Tensor, expert: int) -> Tensor:
 
 def _one_token(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Decoding: the chosen experts one after the other, nothing sorted."""
-    output_1D = torch.zeros_like(hidden_states)
-    for slot, expert in enumerate(top_k_index[0].tolist()):
-        if expert < self.num_experts:
-            output_1D += _expert(self, hidden_states, expert) * top_k_weights[:, slot, None]
-    return output_1D
+    outputs = [
+        _expert(self, hidden_states, expert) * top_k_weights[:, slot, None]
+        for slot, expert in enumerate(top_k_index[0].tolist())
+        if expert < self.num_experts
+    ]
+    return sum(outputs[1:], outputs[0]).to(hidden_states.dtype) if outputs else torch.zeros_like(hidden_states)
 
 
 def _by_expert(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Pairs sorted by expert, one product per expert that has any, summed over each token's slots."""
-    tokens, slots = top_k_index.shape
+    """Pairs sorted by expert, one product per expert that has any, each added to its token's output."""
+    slots = top_k_index.shape[1]
     expert_P, order_P = top_k_index.flatten().sort(stable=True)
     counts = torch.bincount(expert_P, minlength=self.num_experts)[: self.num_experts].tolist()
-    sorted_PD = hidden_states[order_P // slots]
-    output_PD = hidden_states.new_zeros(tokens * slots, hidden_states.shape[1])
-    parts = sorted_PD[: sum(counts)].split(counts)
+    order_P = order_P[: sum(counts)]
+    token_P = order_P // slots
+    parts = hidden_states[token_P].split(counts)
     done = [_expert(self, x_CD, e) for e, x_CD in enumerate(parts) if len(x_CD)]
+    output_TD = torch.zeros_like(hidden_states)
     if done:
-        output_PD[order_P[: sum(counts)]] = torch.cat(done)
-    return (output_PD.view(tokens, slots, -1) * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
+        weighted_PD = torch.cat(done) * top_k_weights.flatten()[order_P, None]
+        output_TD.index_add_(0, token_P, weighted_PD.to(hidden_states.dtype))
+    return output_TD
+
+
+def few_by_triton(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Our Triton kernels for a few tokens without gradients, else `experts_forward`."""
+    from .triton_experts import supports, triton_experts_forward
+
+    few = top_k_index.numel() <= FEW_PAIRS and not torch.is_grad_enabled()
+    if not (few and _plain(self) and supports(self)):
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    return triton_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
 def register() -> None:
-    """Make the implementation known to transformers by its name."""
+    """Make the implementations known to transformers by their names."""
     ExpertsInterface.register(NAME, experts_forward)
+    if find_spec("triton"):
+        ExpertsInterface.register(TRITON, few_by_triton)
