@@ -8,6 +8,7 @@ from conftest import block_for, random_sample
 from moesaic import Plan, registry
 from moesaic.calibration import sample as sample_module
 from moesaic.calibration.layers import relative_error
+from moesaic.recovery import closed_form
 from moesaic.recovery.closed_form import HELD_OUT, RIDGES, ClosedForm, add, joint_features, ridge_change, solve_arrows
 from moesaic.routing.linear import weighted_ridge
 
@@ -104,6 +105,16 @@ def test_the_ridge_is_that_of_least_error_on_held_out_tokens(name, plan):
     expected = {name: weight.clone() for name, weight in moe.state_dict().items()}
     ClosedForm().recover(moe, sample, partition)
     torch.testing.assert_close(dict(moe.state_dict()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sketch_of_the_outputs_finds_the_same_ridge(monkeypatch):
+    solved = []
+    for size in (1_000, 12):  # all 16 outputs, 12 combinations of them
+        monkeypatch.setattr(closed_form, "SKETCH", size)
+        moe, sample, partition = converted("specialists", Plan(1, 1, 4, 12))
+        ClosedForm().recover(moe, sample, partition)
+        solved.append(moe.experts.down_proj.clone())
+    torch.testing.assert_close(*solved)
 
 
 def test_full_width_needs_no_recovery():

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import DynamicCache, PreTrainedModel
 
 from ..errors import InputError
@@ -21,6 +22,8 @@ from ..models.moe import MoE
 from .machine import machine, peak_rss_bytes, versions
 
 BLOCK_TOKENS = (1, 8, 32, 512)
+PROMPT_TOKENS = 2_048
+"""Of all sequences that are decoded at once: prompts of many sequences are cut to that, or they would take minutes."""
 FEW = 32
 """Tokens up to which a block is limited by the bytes that it reads, beyond by FLOPs."""
 Timer = Callable[[], float]
@@ -63,7 +66,8 @@ def benchmark(
         if progress:
             progress(done, len(jobs))
         if kind == "decode":
-            pair = [_decode_timer(m, tokens_BL[:size], new) for m in (model, dense)]
+            prompts_BL = tokens_BL[:size, : max(2, PROMPT_TOKENS // size)]
+            pair = [_decode_timer(m, prompts_BL, new) for m in (model, dense)]
             touched = experts_touched(model, pair[0])
             weights = [active_weights(model, touched), active_weights(dense)]
             multiplied = [active_weights(model), active_weights(dense)]
@@ -192,8 +196,8 @@ def roof(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         times = []
         for _ in range(4):
             start = _now(x_TD)
-            x_TD @ one
-            x_TD @ other
+            linear(x_TD, one)
+            linear(x_TD, other)
             times.append((_now(x_TD) - start) / 2)
         return min(times)
 
