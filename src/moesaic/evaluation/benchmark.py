@@ -1,6 +1,6 @@
 """Wall-clock of a converted model against the dense one, interleaved in one process; ratios, never one number alone.
 
-Shapes: B sequences, L prompt tokens, T tokens, D hidden size, K active experts.
+Shapes: B sequences, L prompt tokens, T tokens, D hidden size.
 """
 
 from __future__ import annotations
