@@ -9,6 +9,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,33 +66,8 @@ def benchmark(
     for done, (kind, size) in enumerate(jobs):
         if progress:
             progress(done, len(jobs))
-        if kind == "decode":
-            prompts_BL = tokens_BL[:size, : max(2, PROMPT_TOKENS // size)]
-            pair = [_decode_timer(m, prompts_BL, new) for m in (model, dense)]
-            touched = experts_touched(model, pair[0])
-            weights = [active_weights(model, touched), active_weights(dense)]
-            multiplied = [active_weights(model), active_weights(dense)]
-            steps, few = new, True
-        elif kind == "prefill":
-            pair = [_prefill_timer(m, tokens_L) for m in (model, dense)]
-            touched = experts_touched(model, pair[0])
-            weights = [active_weights(model, touched), active_weights(dense)]
-            multiplied = [body_weights(model), body_weights(dense)]
-            steps, few = 1, False
-        else:
-            inputs = [x_LD[-size:] for x_LD in ffn_inputs(model, tokens_L)]
-            blocks, theirs = ([ffn_of(layer) for layer in decoder_layers(m)] for m in (model, dense))
-            pair = [_block_timer(ours, inputs) for ours in (blocks, theirs)]
-            touched = experts_touched(model, pair[0])
-            weights = [_mean(map(active_block_weights, blocks, touched)), _mean(map(active_block_weights, theirs))]
-            multiplied = [_mean(map(active_block_weights, side)) for side in (blocks, theirs)]
-            steps, few = 1, size <= FEW
-        limit = weights[1] / weights[0] if few else multiplied[1] / multiplied[0]
-        row = _compare(pair, size * steps, limit, rounds)
-        row |= {"bytes": weights[0] * model.dtype.itemsize, "dense_bytes": weights[1] * model.dtype.itemsize}
-        row |= {"flops": 2 * size * multiplied[0], "dense_flops": 2 * size * multiplied[1]}
-        found = [t for t in touched if t is not None]
-        result[kind][str(size)] = row | {"experts_touched": _mean(found) if found else None}
+        case = CASES[kind](model, dense, tokens_BL, size, new)
+        result[kind][str(size)] = case.measure(model.dtype.itemsize, rounds)
     if progress:
         progress(len(jobs), len(jobs))
     return result | {
@@ -103,6 +79,62 @@ def benchmark(
         "protocol": f"{rounds} alternating rounds after a warm-up, medians; prompt {len(tokens_L)}, {new} new tokens",
         "versions": versions(),
     }
+
+
+@dataclass
+class Case:
+    """What is timed of (converted, dense), and the work in it."""
+
+    pair: Sequence[Timer]
+    tokens: int
+    """Tokens of one timed run."""
+    step: int
+    """Tokens that go through at once."""
+    touched: list[float | None]
+    """Experts touched in a step, a layer."""
+    read: Sequence[float]
+    """Weights that a step reads."""
+    multiplied: Sequence[float]
+    """Weights that a token multiplies with."""
+    by_bytes: bool
+    """Whether bytes limit it, or FLOPs."""
+
+    def measure(self, itemsize: int, rounds: int) -> dict[str, Any]:
+        """Speeds, their limit, and the bytes and FLOPs of a step."""
+        ours, theirs = self.read if self.by_bytes else self.multiplied
+        row = _compare(self.pair, self.tokens, theirs / ours, rounds)
+        row |= {"bytes": self.read[0] * itemsize, "dense_bytes": self.read[1] * itemsize}
+        row |= {"flops": 2 * self.step * self.multiplied[0], "dense_flops": 2 * self.step * self.multiplied[1]}
+        found = [touched for touched in self.touched if touched is not None]
+        return row | {"experts_touched": _mean(found) if found else None}
+
+
+def _decode(model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, size: int, new: int) -> Case:
+    prompts_BL = tokens_BL[:size, : max(2, PROMPT_TOKENS // size)]
+    pair = [_decode_timer(m, prompts_BL, new) for m in (model, dense)]
+    touched = experts_touched(model, pair[0])
+    read = active_weights(model, touched), active_weights(dense)
+    return Case(pair, size * new, size, touched, read, (active_weights(model), active_weights(dense)), True)
+
+
+def _prefill(model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, size: int, new: int) -> Case:
+    pair = [_prefill_timer(m, tokens_BL[0]) for m in (model, dense)]
+    touched = experts_touched(model, pair[0])
+    read = active_weights(model, touched), active_weights(dense)
+    return Case(pair, size, size, touched, read, (body_weights(model), body_weights(dense)), False)
+
+
+def _block(model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, size: int, new: int) -> Case:
+    inputs = [x_LD[-size:] for x_LD in ffn_inputs(model, tokens_BL[0])]
+    ours, theirs = ([ffn_of(layer) for layer in decoder_layers(m)] for m in (model, dense))
+    pair = [_block_timer(blocks, inputs) for blocks in (ours, theirs)]
+    touched = experts_touched(model, pair[0])
+    read = _mean(map(active_block_weights, ours, touched)), _mean(map(active_block_weights, theirs))
+    multiplied = [_mean(map(active_block_weights, blocks)) for blocks in (ours, theirs)]
+    return Case(pair, size, size, touched, read, multiplied, size <= FEW)
+
+
+CASES = {"decode": _decode, "prefill": _prefill, "block": _block}
 
 
 def _compare(pair: Sequence[Timer], work: int, limit: float, rounds: int) -> dict[str, Any]:
