@@ -2,6 +2,7 @@
 
     python benchmarks/runtime.py blocks --out benchmarks/results            # random weights, no model needed
     python benchmarks/runtime.py blocks --device cuda --out ...             # the same on a GPU
+    python benchmarks/runtime.py products --out ...                         # single products, by rows and by width
     python benchmarks/runtime.py models demo-1.5b out25 out50 --out ...     # whole models, with `moesaic benchmark`
 
 Blocks: as many copies as no cache holds are run one after the other, as a model's layers are; rounds alternate between
@@ -15,7 +16,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
 import moesaic
@@ -108,7 +110,7 @@ def many(make: Callable[[], nn.Module], device: str) -> list[nn.Module]:
     return made
 
 
-def seconds(blocks: list[nn.Module], x_TD: Tensor, repeats: int) -> float:
+def seconds(blocks: Sequence[Callable[[Tensor], Tensor]], x_TD: Tensor, repeats: int) -> float:
     """Of one pass through one block."""
     start = now(x_TD)
     for _ in range(repeats):
@@ -183,6 +185,28 @@ def blocks(a: argparse.Namespace) -> None:
     Console(width=150).print(grid)
 
 
+@torch.inference_mode()
+def products(a: argparse.Namespace) -> None:
+    """`linear` of some rows with weights that no cache holds: what bounds the experts."""
+    result: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": a.rounds, "rows": []}
+    cases = [(1, out, into) for out, into in ((128, 896), (608, 896), (2_240, 1_536), (8_960, 1_536))]
+    cases += [(rows, 2_240, 1_536) for rows in (16, 32, 64, 73, 128, 256, 512)]
+    for rows, out, into in cases:
+        weights = [torch.zeros(out, into, dtype=torch.bfloat16, device=a.device) for _ in range(3)]
+        weights *= max(1, int(CACHES_BYTES / (6 * out * into)))
+        weights = [weight.clone() for weight in weights]
+        x_TD = torch.zeros(rows, into, dtype=torch.bfloat16, device=a.device)
+        took = [seconds([partial(linear, weight=weight) for weight in weights], x_TD, 1) for _ in range(a.rounds + 1)]
+        median = statistics.median(took[1:])
+        result["rows"].append({
+            "rows": rows, "weight": [out, into], "microseconds": round(1e6 * median, 1),
+            "gigabytes_per_s": round(2 * out * into / median / 1e9, 1),
+            "gigaflops_per_s": round(2 * rows * out * into / median / 1e9, 1),
+        })  # fmt: skip
+    (a.out / f"runtime-products-{a.device}.json").write_text(json.dumps(result, indent=2) + "\n")
+    Console().print_json(data=result["rows"])
+
+
 def models(a: argparse.Namespace) -> None:
     """Whole models, each against the dense one in a process of its own order; resumable by folder."""
     out = a.out / f"runtime-{Path(a.dense).name}.json"
@@ -207,6 +231,9 @@ if __name__ == "__main__":
     verb.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     verb.add_argument("--plans", nargs="+", default=list(PLANS), choices=PLANS)
     verb.add_argument("--rounds", type=int, default=7)
+    single = verbs.add_parser("products")
+    single.set_defaults(run=products)
+    single.add_argument("--rounds", type=int, default=5)
     other = verbs.add_parser("models")
     other.set_defaults(run=models)
     other.add_argument("dense")
@@ -214,7 +241,7 @@ if __name__ == "__main__":
     other.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     other.add_argument("--new", type=int, default=24)
     other.add_argument("--rounds", type=int, default=5)
-    for part in (verb, other):
+    for part in (verb, single, other):
         part.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         part.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     a = parser.parse_args()

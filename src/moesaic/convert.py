@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 import yaml
 from torch import Tensor
 
@@ -30,6 +28,7 @@ from .layer import convert_layer, embed
 from .models.converted import Converted
 from .models.working import MODEL_TYPE
 from .models.writer import MARK, ResumableOutput, check_output
+from .shapes import sizes
 
 
 def convert(
@@ -130,14 +129,7 @@ def measure(
     dense = perplexity(job, states["dense"])
     job.stream.model.load_state_dict(norm, strict=False)
     converted = perplexity(job, states["converted"])
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(job.working)
-    total = sum(p.numel() for p in model.parameters())
-    routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    idle = routed * (1 - job.plan.active / job.plan.num_experts) if job.plan.num_experts else 0
-    copied, copied_active = job.form.copied_parameters(job.working)
-    width, hidden = job.stream.config.intermediate_size, job.stream.config.hidden_size
-    dense_ffns = 3 * hidden * width * len(layers)
+    width = job.stream.config.intermediate_size
     return {
         "output": str(output),
         "format": job.form.name,
@@ -146,9 +138,7 @@ def measure(
         "plan": str(job.plan),
         "expert_width": job.plan.width,
         "ffn_active": job.plan.ffn_active(width),
-        "memory_factor": job.plan.memory_factor(width) + copied / dense_ffns,
-        "total_parameters": total + copied,
-        "active_parameters": round(total - idle) + copied_active,
+        **sizes(job.working, job.plan, job.form),
         "dense_parameters": job.stream.parameters(),
         "perplexity_dense": dense,
         "perplexity": converted,

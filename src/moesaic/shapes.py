@@ -15,6 +15,7 @@ from .export.gguf import K_BLOCK, gguf_form
 from .models.builtin import NAMES
 from .models.converted import native_form
 from .models.families import check_convertible, decoder_layers
+from .models.native import NativeForm
 from .models.sources import HUB_ID, resolve
 from .models.working import working_config
 
@@ -87,10 +88,7 @@ def choice(config: Any, dense: PreTrainedModel, partition: str, plan: Plan) -> d
     working = working_config(config, plan, "linear")
     form, reason = native_form("auto", working, routed_bias)
     converted = empty(working)
-    total = sum(p.numel() for p in converted.parameters())
-    copied, copied_active = form.copied_parameters(working)
-    dense_ffns = 3 * config.hidden_size * size * config.num_hidden_layers
-    routed = sum(p.numel() for name, p in converted.named_parameters() if ".experts." in name)
+    _, copied_active = form.copied_parameters(working)
     try:
         gguf_form(working, routed_bias)
         widths = (plan.width, plan.shared_width)
@@ -104,9 +102,7 @@ def choice(config: Any, dense: PreTrainedModel, partition: str, plan: Plan) -> d
         "plan": str(plan),
         "expert_width": plan.width,
         "ffn_active": plan.ffn_active(size),
-        "memory_factor": plan.memory_factor(size) + copied / dense_ffns,
-        "total_parameters": total + copied,
-        "active_parameters": round(total - routed * (1 - plan.active / plan.num_experts)) + copied_active,
+        **sizes(working, plan, form),
         "decode_limit": active_weights(dense) / (active_weights(converted) + copied_active),
         "prefill_limit": body_weights(dense) / (body_weights(converted) + copied_active),
         "format": form.name,
@@ -114,6 +110,21 @@ def choice(config: Any, dense: PreTrainedModel, partition: str, plan: Plan) -> d
         "engines": form.engines(working) or ["transformers with moesaic"],
         "gguf": types,
         "options": f"--partition {partition} --plan {plan} --expert-width {plan.width}",
+    }
+
+
+def sizes(working: Any, plan: Plan, form: NativeForm) -> dict[str, Any]:
+    """`memory_factor, total_parameters, active_parameters` of a converted model in the form that is written."""
+    named = dict(empty(working).named_parameters())
+    total = sum(p.numel() for p in named.values())
+    routed = sum(p.numel() for name, p in named.items() if ".experts." in name)
+    idle = routed * (1 - plan.active / plan.num_experts) if plan.num_experts else 0
+    copied, copied_active = form.copied_parameters(working)
+    dense_ffns = 3 * working.hidden_size * working.intermediate_size * working.num_hidden_layers
+    return {
+        "memory_factor": plan.memory_factor(working.intermediate_size) + copied / dense_ffns,
+        "total_parameters": total + copied,
+        "active_parameters": round(total - idle) + copied_active,
     }
 
 
