@@ -296,6 +296,15 @@ def test_configurations_that_it_cannot_say(family, change, reason):
         FORM.config(working)
 
 
+def test_forms_that_turn_whole_heads_refuse_models_that_turn_parts():
+    working = working_config(small_model("phi3").config, moesaic.Plan(0, 1, 8, 12), "linear")
+    mixtral = registry.build("export", "mixtral")
+    mixtral.config(working)
+    working.rope_parameters = working.rope_parameters | {"partial_rotary_factor": 0.5}
+    with pytest.raises(InputError, match="turns whole heads"):
+        mixtral.config(working)
+
+
 def test_a_window_as_long_as_the_model_reaches_is_none():
     working = working_config(small_model("mistral").config, moesaic.Plan(1, 2, 8, 12), "linear")
     working.sliding_window = SMALL["max_position_embeddings"]
