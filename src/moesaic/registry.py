@@ -25,6 +25,7 @@ STAGES = {
     "router": "moesaic.routing",
     "recovery": "moesaic.recovery",
     "export": "moesaic.models.native",
+    "method": "moesaic.training.method",
 }
 WITH_AUTO = {"partition", "export"}
 """Stages where `auto`, resolved elsewhere, is a choice too."""

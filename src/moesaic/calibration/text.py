@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice, zip_longest
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import InputError
 
 TEXT_KEYS = ("text", "content")
+PAIR_KEYS = ("prompt", "response")
 DATASET_ROWS = 2_000
 SPARE = 8
 CHARACTERS_PER_TOKEN = 6
@@ -29,6 +30,8 @@ class Document:
 
     text: str
     domain: str
+    prompt_characters: int = 0
+    """How many of them a prompt has, which training gives and does not ask for."""
 
 
 def bundled(name: str) -> list[Document]:
@@ -49,31 +52,38 @@ def read_documents(sources: Sequence[str]) -> list[Document]:
 def _read(source: str) -> list[Document]:
     path = Path(source).expanduser()
     if path.is_file():
-        texts = _jsonl(path) if path.suffix in (".jsonl", ".json") else [read_text(path)]
+        plain = path.suffix not in (".jsonl", ".json")
+        found = [Document(read_text(path), path.stem)] if plain else list(_jsonl(path))
     elif path.suffix or path.exists():
         raise InputError(f"no text file '{source}'")
     else:
-        texts = _dataset(source)
-    texts = [text for text in texts if text.strip()]
-    if not texts:
+        found = _dataset(source, path.stem)
+    found = [document for document in found if document.text.strip()]
+    if not found:
         raise InputError(f"'{source}' holds no text")
-    return [Document(text, path.stem) for text in texts]
+    return found
 
 
-def _jsonl(path: Path) -> list[str]:
-    texts = []
+def _jsonl(path: Path) -> Iterator[Document]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            texts.append(next(row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)))
+            yield _document(json.loads(line), path.stem)
         except (json.JSONDecodeError, StopIteration, AttributeError):
-            raise InputError(f"{path}:{number} is not a JSON object with a 'text' field") from None
-    return texts
+            raise InputError(
+                f"{path}:{number} is not a JSON object with a 'text' field, or with 'prompt' and 'response'"
+            ) from None
 
 
-def _dataset(name: str) -> list[str]:
+def _document(row: dict[str, Any], domain: str) -> Document:
+    """The document of a row with one of `TEXT_KEYS`, or with both of `PAIR_KEYS`; else StopIteration."""
+    if all(isinstance(row.get(key), str) for key in PAIR_KEYS):
+        return Document(row["prompt"] + row["response"], domain, len(row["prompt"]))
+    return Document(next(row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)), domain)
+
+
+def _dataset(name: str, domain: str) -> list[Document]:
     try:
         from datasets import load_dataset  # pyrefly: ignore[missing-import]
     except ImportError:
@@ -82,9 +92,11 @@ def _dataset(name: str) -> list[str]:
         ) from None
     try:
         rows: Any = load_dataset(name, split="train", streaming=True)
-        return [str(next(row[k] for k in TEXT_KEYS if k in row)) for row in islice(rows, DATASET_ROWS)]
+        return [_document(row, domain) for row in islice(rows, DATASET_ROWS)]
     except StopIteration:
-        raise InputError(f"dataset '{name}' has no column {' or '.join(TEXT_KEYS)}") from None
+        raise InputError(
+            f"dataset '{name}' has no column {' or '.join(TEXT_KEYS)}, nor both of {' and '.join(PAIR_KEYS)}"
+        ) from None
     except Exception as error:  # datasets raises many unrelated types for what cannot be had
         raise InputError(f"'{name}' is no text file, and no dataset could be had by that name: {error}") from error
 
@@ -145,7 +157,7 @@ def labelled_windows(
     if tokens is None:
         cut = [windows for windows in cut if windows]
         wanted = max(1, min(map(len, cut), default=0) * len(cut))
-    share = _shares(list(map(len, cut)), wanted)
+    share = shares(list(map(len, cut)), wanted)
     if sum(share) < wanted:
         have = sum(map(len, cut)) * window
         raise InputError(
@@ -157,7 +169,7 @@ def labelled_windows(
     return torch.tensor([window for _, window in turns]), torch.tensor([d for d, _ in turns])
 
 
-def _shares(available: list[int], wanted: int) -> list[int]:
+def shares(available: list[int], wanted: int) -> list[int]:
     """How many windows to take of each domain: as equal as they allow, `wanted` in all (or all there are)."""
     share = [0] * len(available)
     while sum(share) < wanted and share != available:

@@ -24,7 +24,8 @@ from .check import check
 from .gguf import write_gguf
 
 NEEDED = (MARK, "metrics.json")
-COPIED = (MARK, "generation_config.json", "layer_error.png", "activation_rates.png", "expert_load.png")
+PLOTS = ("layer_error.png", "activation_rates.png", "expert_load.png", "training.png")
+COPIED = (MARK, "generation_config.json", "metrics.jsonl", *PLOTS)
 
 Progress = Callable[[int, int, str], None]
 """Called with (finished layers, all layers, what is being done)."""

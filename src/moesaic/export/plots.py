@@ -85,6 +85,22 @@ def write_speed(metrics: dict[str, Any], folder: Path) -> None:
     _save(figure, folder / "speed.png")
 
 
+def write_training(history: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> None:
+    """Draw a training: the loss of each step, and next-token loss on held-out text with the start as a line."""
+    figure = Figure(figsize=(7, 4.6))
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    minutes = [row["seconds"] / 60 for row in history]
+    upper.plot(minutes, [row["loss"] for row in history], color=SOFT, linewidth=1)
+    upper.set(ylabel=f"{facts['objective']} loss\n(nats a token)", title=f"Training, {facts['method']}")
+    found = [(row["seconds"] / 60, row["held_out"]) for row in history if "held_out" in row]
+    lower.plot(*zip((0.0, facts["held_out_loss_before"]), *found, strict=True), "o-", color=ACCENT, markersize=4)
+    lower.axhline(facts["held_out_loss_before"], color=INK, linewidth=0.8, linestyle=":")
+    lower.set(xlabel="minutes", ylabel="held-out loss\n(nats a token)")
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
 def write_roofline(result: dict[str, Any], path: Path) -> None:
     """Draw what `benchmark` found of the FFN block under the machine's roof: GFLOP/s over FLOPs a byte."""
     bandwidth, peak = result["roof"]["bytes_per_s"], result["roof"]["flops_per_s"]

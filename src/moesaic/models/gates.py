@@ -5,11 +5,11 @@ Shapes: T tokens, D hidden size, E routed experts, K active experts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear, relu, silu
 
 if TYPE_CHECKING:
     from .moe import Experts
@@ -21,6 +21,8 @@ class GateConfig(Protocol):
     hidden_size: int
     num_experts: int
     num_experts_per_tok: int
+    router_hidden_size: int
+    router_threshold: float
 
 
 class Gate(nn.Module):
@@ -28,6 +30,9 @@ class Gate(nn.Module):
 
     The bias serves selection only (an intercept, or auxiliary-loss-free load balancing as in CMoE and DeepSeek-V3).
     """
+
+    learns: ClassVar[tuple[str, ...]] = ("weight",)
+    """The parameters that training may change."""
 
     def __init__(self, config: GateConfig) -> None:
         super().__init__()
@@ -39,14 +44,28 @@ class Gate(nn.Module):
         raise AssertionError("a gate defines its scores")
 
     def weights(self, scores_TE: Tensor, index_TK: Tensor, dtype: torch.dtype) -> Tensor:
-        """The factors on the chosen experts' outputs, shape [T, K]: all 1."""
-        return scores_TE.new_ones(index_TK.shape, dtype=dtype)
+        """The factors on the chosen experts' outputs, shape [T, K]: all 1.
+
+        In training they are 1 with the gradient of the softmax (straight-through), or no gradient would reach a router.
+        """
+        ones_TK = scores_TE.new_ones(index_TK.shape, dtype=dtype)
+        if not (self.training and torch.is_grad_enabled()):
+            return ones_TK
+        share_TK = scores_TE.softmax(-1).gather(-1, index_TK)
+        return ones_TK + (share_TK - share_TK.detach()).to(dtype)
+
+    def select(self, scores_TE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(expert indices [T, K] int64, weights [T, K]); an index of E stands for no expert."""
+        index_TK = (scores_TE + self.e_score_correction_bias.float()).topk(self.num_experts_per_tok, dim=-1).indices
+        return index_TK, self.weights(scores_TE, index_TK, dtype)
 
     def forward(self, hidden_TD: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
         """(expert indices [T, K] int64, weights [T, K] in the input's dtype)."""
-        scores_TE = self.scores(hidden_TD, experts)
-        index_TK = (scores_TE + self.e_score_correction_bias.float()).topk(self.num_experts_per_tok, dim=-1).indices
-        return index_TK, self.weights(scores_TE, index_TK, hidden_TD.dtype)
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            return self.select(self.scores(hidden_TD, experts), hidden_TD.dtype)
+
+    def follow(self, previous: Gate | None) -> None:
+        """Told the gate of the layer before, once the model is built; only a recurrent gate cares."""
 
 
 class LinearGate(Gate):
@@ -66,6 +85,8 @@ class RepresentativeGate(Gate):
     The chosen experts are weighted by `1 + softmax(scores) * scale` with the learnable `scale` (CMoE's u) 0 at first.
     """
 
+    learns: ClassVar[tuple[str, ...]] = ("scale",)
+
     def __init__(self, config: GateConfig) -> None:
         super().__init__(config)
         self.gate_proj = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
@@ -83,6 +104,8 @@ class RepresentativeGate(Gate):
 class MLPGate(Gate):
     """`tanh(x W1.T) W2.T`, a small network that predicts how much each expert will say (MoEfication)."""
 
+    learns: ClassVar[tuple[str, ...]] = ("hidden_proj", "weight")
+
     def __init__(self, config: GateConfig) -> None:
         super().__init__(config)
         self.hidden_proj = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
@@ -95,8 +118,95 @@ class MLPGate(Gate):
 class OracleGate(Gate):
     """`‖h_e Wd_e‖`, the true norm of each expert's output: runs every expert, so it is for analysis only."""
 
+    learns: ClassVar[tuple[str, ...]] = ()
+
     def scores(self, hidden_TD: Tensor, experts: Experts) -> Tensor:
         return experts.output_norms(hidden_TD)
+
+
+class SigmoidGate(LinearGate):
+    """Experts with `z = sigmoid(x W.T) > threshold`, weighted by `z E / (number that run)` (DSMoE, 2502.12455, §3).
+
+    In training all experts run, with the weight of those that should not 0 and the gradient of z (straight-through).
+    """
+
+    def __init__(self, config: GateConfig) -> None:
+        super().__init__(config)
+        self.threshold = config.router_threshold
+
+    def scores(self, hidden_TD: Tensor, experts: Experts) -> Tensor:
+        return super().scores(hidden_TD, experts).sigmoid()
+
+    def select(self, scores_TE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        count = scores_TE.shape[-1]
+        runs_TE = scores_TE > self.threshold
+        weight_TE = scores_TE * runs_TE
+        index_TE = torch.arange(count, device=scores_TE.device).expand_as(scores_TE)
+        if self.training and torch.is_grad_enabled():
+            weight_TE = weight_TE.detach() + scores_TE - scores_TE.detach()
+        else:
+            index_TE = index_TE.where(runs_TE, count)
+        return index_TE, (weight_TE * count / runs_TE.sum(-1, keepdim=True).clamp(min=1)).to(dtype)
+
+
+class NormGate(Gate):
+    """`|relu(x W1.T) W2.T|` predicts experts' output norms; those run that reach `threshold` x the largest (D2DMoE)."""
+
+    learns: ClassVar[tuple[str, ...]] = ("hidden_proj", "weight")
+
+    def __init__(self, config: GateConfig) -> None:
+        super().__init__(config)
+        self.threshold = config.router_threshold
+        self.hidden_proj = nn.Parameter(torch.zeros(config.router_hidden_size, config.hidden_size))
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.router_hidden_size))
+
+    def scores(self, hidden_TD: Tensor, experts: Experts) -> Tensor:
+        return linear(relu(linear(hidden_TD.float(), self.hidden_proj.float())), self.weight.float()).abs()
+
+    def select(self, scores_TE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        count = scores_TE.shape[-1]
+        runs_TE = scores_TE >= self.threshold * scores_TE.amax(-1, keepdim=True)
+        index_TE = torch.arange(count, device=scores_TE.device).where(runs_TE, count)
+        return index_TE, runs_TE.to(dtype)
+
+
+class RecurrentGate(LinearGate):
+    """`x W.T + h_l R.T` with `h_l = GRU(x P.T, h_(l-1))`, the GRU one for all layers (RMoE, arXiv 2408.06793, §3).
+
+    RMoE's router has the second term only; with R = 0 at first, training starts from the converted model's.
+    """
+
+    learns: ClassVar[tuple[str, ...]] = ("weight", "proj", "recurrent", "gru.")
+
+    def __init__(self, config: GateConfig) -> None:
+        super().__init__(config)
+        size = config.router_hidden_size
+        self.proj = nn.Parameter(torch.zeros(size, config.hidden_size))
+        self.recurrent = nn.Parameter(torch.zeros(config.num_experts, size))
+        self.gru: nn.GRUCell | None = nn.GRUCell(size, size)
+        self.before: tuple[RecurrentGate, ...] = ()
+        self.state = torch.zeros(1, size)
+
+    def follow(self, previous: Gate | None) -> None:
+        if isinstance(previous, RecurrentGate):
+            self.gru = None  # the first layer's serves all; a tuple keeps `before` from becoming a submodule
+            self.before = (previous,)
+
+    def cell(self) -> nn.GRUCell:
+        """The GRU of all layers."""
+        gate = self
+        while gate.before:
+            gate = gate.before[0]
+        assert gate.gru is not None
+        return gate.gru
+
+    def scores(self, hidden_TD: Tensor, experts: Experts) -> Tensor:
+        cell = self.cell()
+        x_TP = linear(hidden_TD.float(), self.proj.float())
+        state_TP = self.before[0].state if self.before else torch.zeros_like(x_TP)
+        parameters = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+        self.state = torch.gru_cell(x_TP, state_TP, *(p.float() for p in parameters))
+        return super().scores(hidden_TD, experts) + linear(self.state, self.recurrent.float())
 
 
 GATES: dict[str, type[Gate]] = {
@@ -104,4 +214,7 @@ GATES: dict[str, type[Gate]] = {
     "representative": RepresentativeGate,
     "mlp": MLPGate,
     "oracle": OracleGate,
+    "sigmoid": SigmoidGate,
+    "norm": NormGate,
+    "recurrent": RecurrentGate,
 }

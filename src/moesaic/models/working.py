@@ -7,6 +7,7 @@ everything else are inherited, so that nothing of a family is written again here
 
 from __future__ import annotations
 
+import itertools
 import sys
 from functools import cache
 from typing import Any
@@ -50,6 +51,8 @@ def config_class(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         "shared_expert_intermediate_size": (int, 0),
         "shared_expert_bias": (bool, False),
         "router": (str, "linear"),
+        "router_hidden_size": (int, 128),
+        "router_threshold": (float, 0.0),
     }
     namespace: dict[str, Any] = {name: default for name, (_, default) in moe_fields.items()}
     namespace["__annotations__"] = {name: kind for name, (kind, _) in moe_fields.items()}
@@ -79,6 +82,7 @@ def model_class(auto: Any, dense: type[PreTrainedConfig], config: type[PreTraine
             with torch.device(weight.device):
                 moe = MoE(config, act_fn).to(weight.dtype)
             setattr(layer, name, moe.apply(self._init_weights))
+        link_gates(self)
 
     def _init_weights(self: PreTrainedModel, module: torch.nn.Module) -> None:
         base._init_weights(self, module)
@@ -94,6 +98,19 @@ def model_class(auto: Any, dense: type[PreTrainedConfig], config: type[PreTraine
     cls = type(f"Moesaic{base.__name__}", (base,), namespace)
     setattr(sys.modules[__name__], cls.__name__, cls)
     return cls
+
+
+def moe_blocks(model: PreTrainedModel) -> list[MoE]:
+    """The Mixture-of-Experts block of each layer of a model in the working form."""
+    return [block for layer in decoder_layers(model) for block in layer.children() if isinstance(block, MoE)]
+
+
+def link_gates(model: PreTrainedModel) -> None:
+    """Tell each gate which one is before it."""
+    gates = [None, *(block.gate for block in moe_blocks(model))]
+    for previous, gate in itertools.pairwise(gates):
+        if gate is not None:
+            gate.follow(previous)
 
 
 def working_config(dense: PreTrainedConfig, plan: Plan, router: str, shared_expert_bias: bool = False) -> Any:

@@ -58,14 +58,14 @@ def _plain(self: Any) -> bool:
     return ours and not any(getattr(self, flag, False) for flag in FLAGS)
 
 
-def _expert(self: Any, x: Tensor, expert: int) -> Tensor:
-    return linear(self._apply_gate(linear(x, self.gate_up_proj[expert])), self.down_proj[expert])
+def _expert(self: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return linear(self._apply_gate(linear(x, gate_up)), down)
 
 
 def _one_token(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Decoding: the chosen experts one after the other, nothing sorted."""
     outputs = [
-        _expert(self, hidden_states, expert) * top_k_weights[:, slot, None]
+        _expert(self, hidden_states, self.gate_up_proj[expert], self.down_proj[expert]) * top_k_weights[:, slot, None]
         for slot, expert in enumerate(top_k_index[0].tolist())
         if expert < self.num_experts
     ]
@@ -80,7 +80,9 @@ def _by_expert(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     order_P = order_P[: sum(counts)]
     token_P = order_P // slots
     parts = hidden_states[token_P].split(counts)
-    done = [_expert(self, x_CD, e) for e, x_CD in enumerate(parts) if len(x_CD)]
+    # unbound, not indexed: the gradient of an index is as large as all experts
+    weights = zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
+    done = [_expert(self, x_CD, *weight) for x_CD, weight in zip(parts, weights, strict=True) if len(x_CD)]
     output_TD = torch.zeros_like(hidden_states)
     if done:
         weighted_PD = torch.cat(done) * top_k_weights.flatten()[order_P, None]

@@ -1,0 +1,195 @@
+"""THE training: a converted model, a little text and the dense model as teacher; the best state is kept and written."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from .calibration.text import bundled, token_windows
+from .errors import InputError
+from .evaluation.machine import machine, peak_rss_bytes, versions
+from .export.native import COPIED, export
+from .models.converted import native_form
+from .models.working import MODEL_TYPE, moe_blocks
+from .models.writer import MARK
+from .training import parts
+from .training.balance import summary
+from .training.config import FinetuneConfig
+from .training.loop import State, Trainer, held_out_loss
+from .training.run import Run, prepare, quiet
+from .training.state import LOG
+from .training.text import Samples
+
+CURVE = "training.png"
+
+
+def finetune(
+    model: str | Path,
+    output: str | Path,
+    config: FinetuneConfig | None = None,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    teacher_cache: str | Path | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    progress: Callable[..., None] | None = None,
+) -> dict[str, Any]:
+    """Train a converted model a little and write it to `output`, in the form it had; never worse than it came.
+
+    What is written has a next-token loss on held-out text of at most the start's, measured after adapters were merged
+    and weights rounded to the dtype on disk; otherwise the start itself is written, and `improved` is false.
+
+    Args:
+        model: the folder of a converted model, in any form.
+        output: the folder to make; it appears only when whole.
+        config: what to do; by default low-rank adapters, taught by the dense model.
+        resume: go on with an unfinished training of the same model, text and configuration.
+        overwrite: replace `output` if it exists.
+        teacher_cache: a folder for the teacher's logits, to be used by later trainings on the same text.
+        clock: what `minutes` go by, in seconds; `time.process_time` counts the processor's.
+        progress: called with (done, all, note) after each step.
+
+    Returns:
+        `output, format, improved, held_out_loss, held_out_loss_before, perplexity, perplexity_before, steps, tokens,
+        seconds, trainable_parameters{part: n}, load{before, after}, ...`.
+
+    Raises:
+        InputError: something given cannot work; nothing costly was done.
+        WorkError: no gradient reached what should learn.
+    """
+    output = Path(output)
+    run = prepare(
+        model, output, config or FinetuneConfig(), resume=resume, overwrite=overwrite,
+        cache=Path(teacher_cache) if teacher_cache else None,
+    )  # fmt: skip
+    student = run.load()
+    device = run.accelerator.device
+    before, load_before = measure(student, run.held, device)
+    module = run.method.prepare(student)
+    trainer = Trainer(
+        module, student, run.method, run.config, run.train, run.held, run.teacher, run.accelerator, run.dtype
+    )
+    learned = parts.counts(trainer.named.items())
+    state = restore(run, trainer, before)
+    state = trainer.fit(run.folder, state, clock, lambda row: tell(run, quiet(progress), row))
+    if state.best_step:
+        put_back(trainer.kept, run.folder.best(device))
+    trained = run.method.finish(run.accelerator.unwrap_model(trainer.module))
+    parts.same_dtype(trained, run.dtype)
+    after, load_after = measure(trained, run.held, device)
+    improved = bool(state.best_step) and after <= before
+    if not improved:
+        trained, after, load_after = run.load(), before, load_before
+    facts = {
+        "method": run.config.method,
+        "objective": run.config.objective,
+        "improved": improved,
+        "held_out_loss_before": before,
+        "held_out_loss": after,
+        "held_out_tokens": run.held.scored(),
+        "steps": state.step,
+        "best_step": state.best_step if improved else 0,
+        "tokens": sum(row["tokens"] for row in state.history),
+        "seconds": state.seconds,
+        "trainable_parameters": learned,
+        "load": {"before": load_before, "after": load_after},
+    }
+    if run.accelerator.is_main_process:
+        facts = write(run, trained, facts, state)
+    run.accelerator.wait_for_everyone()
+    return facts
+
+
+def measure(model: PreTrainedModel, samples: Samples, device: torch.device) -> tuple[float, dict[str, Any]]:
+    """(next-token loss in nats a token, how evenly the experts are used)."""
+    total, loads = held_out_loss(model, moe_blocks(model), samples, device)
+    return total.item() / samples.scored(), summary(loads, samples.tokens_NL.numel())
+
+
+def restore(run: Run, trainer: Trainer, before: float) -> State:
+    """Where an unfinished training stopped, its weights and its optimizer put back; or the start."""
+    found = run.folder.load(run.accelerator.device)
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        run.folder.start_log(found["state"]["history"] if found else [])
+    if not found:
+        return State(held_out=before)
+    put_back(trainer.kept, found["tensors"])
+    trainer.optimizer.load_state_dict(found["optimizer"])
+    return State(**found["state"])
+
+
+@torch.no_grad()
+def put_back(named: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """Copy stored values into parameters of the same names."""
+    for name, parameter in named.items():
+        parameter.copy_(tensors[name])
+
+
+def tell(run: Run, report: Callable[..., None], row: dict[str, Any]) -> None:
+    """Say what a step did: to people, and to trackers that are installed."""
+    run.accelerator.log({name: row[name] for name in ("loss", "held_out") if name in row}, step=row["step"])
+    speed = row["tokens"] / max(1e-9, row["step_seconds"])
+    note = f"step {row['step']}, loss {row['loss']:.3f}, held-out {row['held_out_last']:.3f}, {speed:.0f} tokens/s"
+    report(round(100 * row["progress"]), 100, note)
+
+
+def write(run: Run, trained: PreTrainedModel, facts: dict[str, Any], state: State) -> dict[str, Any]:
+    """Write the model, in the form that it came in if that can say it, and what is known of it; returns the facts."""
+    folder, made = run.source.checkpoint.folder, run.folder.path / "model"
+    shutil.rmtree(made, ignore_errors=True)
+    known = json.loads((folder / "metrics.json").read_text())
+    facts |= {
+        "output": str(run.output),
+        "perplexity_dense": known["perplexity_dense"],
+        "perplexity_before": known["perplexity"],
+        "perplexity": perplexity(run, trained, known["perplexity_protocol"]),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "versions": versions(),
+        "machine": machine(),
+    }
+    trained.to(run.source.checkpoint.dtype()).save_pretrained(made)
+    run.tokenizer.save_pretrained(made)
+    for name in COPIED:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, made / name)
+    resolved = yaml.safe_load((folder / MARK).read_text())
+    resolved["finetune"] = run.config.model_dump(mode="json")
+    (made / MARK).write_text(yaml.safe_dump(resolved, sort_keys=False))
+    from .export.plots import write_training  # matplotlib is slow to import
+
+    write_training(state.history, facts, made / CURVE)
+    shutil.copyfile(run.folder.path / LOG, made / LOG)
+    form, facts["format_reason"] = written_form(run, trained)
+    facts["format"] = form
+    metrics = known | {"finetune": facts, "perplexity": facts["perplexity"]}
+    (made / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    export(made, run.output, form, overwrite=True)
+    shutil.rmtree(run.folder.path)
+    return facts
+
+
+def written_form(run: Run, trained: PreTrainedModel) -> tuple[str, str]:
+    """(the form to write, why it is not the one that the model came in, or nothing)."""
+    has_bias = any(bool(b.gate.e_score_correction_bias.any()) for b in moe_blocks(trained) if b.gate is not None)
+    try:
+        form, _ = native_form(run.source.form.name, trained.config, has_bias)
+        return form.name, ""
+    except InputError as error:
+        return MODEL_TYPE, str(error)
+
+
+def perplexity(run: Run, model: PreTrainedModel, protocol: dict[str, Any]) -> float:
+    """Of the trained model on the bundled held-out text, as the conversion measured it."""
+    tokens_NL = token_windows(bundled("heldout"), run.tokenizer, protocol["tokens"], protocol["window"])
+    samples = Samples(tokens_NL, torch.ones_like(tokens_NL, dtype=torch.bool))
+    return math.exp(min(700.0, measure(model, samples, run.accelerator.device)[0]))

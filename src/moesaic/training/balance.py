@@ -1,0 +1,68 @@
+"""How evenly the experts are used: measured, and evened out.
+
+Shapes: T tokens, E routed experts, K places for experts in a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.moe import MoE
+
+Watch = Callable[[int, MoE, Tensor, Tensor], None]
+"""Called with a layer's number, its block, the tokens that enter it [T, D] and the experts they chose [T, K]."""
+
+
+@contextmanager
+def watched(blocks: Sequence[MoE], watch: Watch) -> Iterator[None]:
+    """Call `watch` whenever a gate has chosen; on leaving, nothing is left of it."""
+
+    def hook(number: int, block: MoE) -> Callable[..., None]:
+        return lambda gate, inputs, output: watch(number, block, inputs[0], output[0])
+
+    handles = [b.gate.register_forward_hook(hook(n, b)) for n, b in enumerate(blocks) if b.gate is not None]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def load(index_TK: Tensor, num_experts: int) -> Tensor:
+    """How many tokens chose each expert, [E] int64; indices from E on stand for none."""
+    return torch.bincount(index_TK.flatten(), minlength=num_experts + 1)[:num_experts]
+
+
+def summary(loads: Sequence[Tensor], tokens: int) -> dict[str, Any]:
+    """Of all layers' loads [E]: `coefficient_of_variation` (mean), `dead_experts` (in all), `experts_per_token`."""
+    if not loads:
+        return {"coefficient_of_variation": 0.0, "dead_experts": 0, "experts_per_token": 0.0}
+    shares = torch.stack([load_E.double() for load_E in loads])
+    variation = shares.std(1, unbiased=False) / shares.mean(1).clamp(min=1e-12)
+    return {
+        "coefficient_of_variation": variation.mean().item(),
+        "dead_experts": int((shares == 0).sum()),
+        "experts_per_token": shares.sum(1).mean().item() / max(1, tokens),
+    }
+
+
+@torch.no_grad()
+def move_bias(blocks: Sequence[MoE], loads: Sequence[Tensor], step: float) -> None:
+    """`bias += step * sign(mean load - load)` (CMoE §3.4, DeepSeek-V3): selection only, no gradient."""
+    for block, load_E in zip(blocks, loads, strict=True):
+        assert block.gate is not None
+        bias_E = block.gate.e_score_correction_bias
+        bias_E += step * (load_E.float().mean() - load_E.float()).sign().to(bias_E)
+
+
+def balance_loss(scores_TE: Tensor, index_TK: Tensor) -> Tensor:
+    """`E sum_e f_e P_e`, f the share of choices and P the mean softmax score of an expert; 1 when even (Switch, §2.2)."""
+    count = scores_TE.shape[-1]
+    share_E = load(index_TK, count).float()
+    share_E = share_E / share_E.sum().clamp(min=1)
+    return count * (share_E * scores_TE.softmax(-1).mean(0)).sum()

@@ -1,0 +1,276 @@
+"""The training loop: steps over the samples, held-out loss on the way, the best state kept, resumable.
+
+Shapes: N sequences, B of them in a step, L tokens in one, T = N L tokens, V vocabulary, E routed experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..models.families import ffn_name
+from ..models.moe import MoE
+from ..models.working import moe_blocks
+from . import balance, objective
+from .config import FinetuneConfig
+from .method import Method
+from .parts import check_gradients, part, trainable
+from .state import RunFolder
+from .teacher import Teacher
+from .text import Samples
+
+MICRO_TOKENS = 2_048
+"""Tokens that run forward and back at once; their logits take 10 bytes times the vocabulary each."""
+CLIP = 1.0
+BETAS = (0.9, 0.95)
+FLOOR = 0.1
+"""Of the learning rate, at the end."""
+SELECTION_BIAS = "e_score_correction_bias"
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class State:
+    """Where a training is."""
+
+    step: int = 0
+    seconds: float = 0.0
+    held_out: float = math.inf
+    """Least held-out loss so far, nats a token; at first that of the model as it came."""
+    best_step: int = 0
+    """The step after which it was reached; 0: none was better than the start."""
+    stale: int = 0
+    """Evaluations since."""
+    evaluated: int = 0
+    """How many of the evaluations are done."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """One training: what it trains, on what, and how it goes on."""
+
+    def __init__(
+        self, module: nn.Module, model: PreTrainedModel, method: Method, config: FinetuneConfig, train: Samples,
+        held: Samples, teacher: Teacher | None, accelerator: Accelerator, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.config, self.method, self.accelerator, self.dtype = config, method, accelerator, dtype
+        self.train, self.held, self.teacher = train, held, teacher
+        self.blocks = moe_blocks(model)
+        self.named = trainable(module)
+        self.kept = self.named | {n: p for n, p in module.named_parameters() if n.endswith(SELECTION_BIAS)}
+        rate = method.learning_rate if config.learning_rate is None else config.learning_rate
+        router = method.router_learning_rate if config.router_learning_rate is None else config.router_learning_rate
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.named.items():
+            groups.setdefault(router if part(name) == "router" else rate, []).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [{"params": parameters, "lr": lr, "initial_lr": lr} for lr, parameters in groups.items()],
+            betas=BETAS, weight_decay=0.0,
+        )  # fmt: skip
+        self.raw = module
+        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+
+    def fit(self, folder: RunFolder, state: State, clock: Callable[[], float], report: Report) -> State:
+        """Train until the steps or minutes are over or the held-out loss has stopped falling; `folder` has the best."""
+        start, latest = clock() - state.seconds, state.held_out
+        while (progress := self.progress(state)) < 1 and state.stale < self.config.patience:
+            row = self.step(state, progress)
+            state.step += 1
+            before, state.seconds = state.seconds, self.agreed(clock() - start)
+            row |= {"step": state.step, "seconds": state.seconds, "step_seconds": state.seconds - before}
+            state.history.append(row)
+            if self.progress(state) >= (state.evaluated + 1) / self.config.evaluations:
+                state.evaluated = int(self.progress(state) * self.config.evaluations)
+                row["held_out"], row["load"] = self.evaluate(self.held)
+                state.seconds = self.agreed(clock() - start)
+                latest = row["held_out"]
+                self.remember(folder, state, latest)
+            if self.accelerator.is_main_process:
+                folder.log(row)
+            report(row | {"progress": min(1.0, self.progress(state)), "held_out_last": latest})
+            if not math.isfinite(row["loss"]):
+                break
+        return state
+
+    def agreed(self, seconds: float) -> float:
+        """The mean over processes, so that all of them stop after the same step."""
+        return self.accelerator.reduce(torch.tensor(seconds, device=self.accelerator.device), "mean").item()
+
+    def progress(self, state: State) -> float:
+        """The share of the training that is done; what `steps` and `minutes` say, whichever is over first."""
+        steps, minutes = self.config.steps, self.config.minutes
+        if steps is None and minutes is None:
+            steps = math.ceil(len(self.train) / self.config.batch)
+        return max(state.step / steps if steps else 0.0, state.seconds / (60 * minutes) if minutes else 0.0)
+
+    def remember(self, folder: RunFolder, state: State, held_out: float) -> None:
+        """Keep the state on disk, and the weights if they are the best so far."""
+        if held_out < state.held_out:
+            state.held_out, state.best_step, state.stale = held_out, state.step, 0
+        else:
+            state.stale += 1
+        if self.accelerator.is_main_process:
+            if state.stale == 0:
+                folder.keep_best(self.kept)
+            folder.save(state, self.kept, self.optimizer.state_dict())
+        self.accelerator.wait_for_everyone()
+
+    def step(self, state: State, progress: float) -> dict[str, Any]:
+        """One step on `batch` sequences; returns what is logged of it."""
+        rate = schedule(progress, self.config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        index_B = self.sequences(state.step)
+        scored = max(1, self.train.take(index_B).scored())
+        tokens = len(index_B) * self.train.tokens_NL.shape[1]
+        own = index_B[self.accelerator.process_index :: self.accelerator.num_processes]
+        self.module.train()
+        loads = [self.zeros(block) for block in self.blocks]
+        total = torch.zeros((), device=self.accelerator.device)
+        parts = own.split(max(1, MICRO_TOKENS // self.train.tokens_NL.shape[1]))
+        for number, index_M in enumerate(parts):
+            last = number == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
+                loss, extra = self.loss(index_M, loads)
+                loss, extra = loss / scored, extra / (tokens * max(1, len(self.blocks)))
+                # processes' gradients are averaged, and ours are sums
+                self.accelerator.backward((loss + extra) * self.accelerator.num_processes)
+                total += loss.detach()
+        if state.step == 0:
+            check_gradients(self.named)
+        norm = self.accelerator.clip_grad_norm_(list(self.named.values()), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        loads = [self.accelerator.reduce(load_E) for load_E in loads]
+        if self.config.balance == "bias":
+            routed = [(b, load_E) for b, load_E in zip(self.blocks, loads, strict=True) if b.gate is not None]
+            balance.move_bias(*map(list, zip(*routed, strict=True)), self.config.balance_step)
+        return {
+            "loss": self.accelerator.reduce(total).item(),
+            "gradient_norm": float(norm),
+            "learning_rate": rate,
+            "tokens": tokens,
+            "load": balance.summary(loads, tokens),
+        }
+
+    def zeros(self, block: MoE) -> Tensor:
+        """An empty count of a block's experts."""
+        count = block.gate.e_score_correction_bias.numel() if block.gate is not None else 0
+        return torch.zeros(count, dtype=torch.int64, device=self.accelerator.device)
+
+    def sequences(self, step: int) -> Tensor:
+        """The numbers of a step's sequences: every pass over the samples has its own order, which the seed gives."""
+        position_B = torch.arange(step * self.config.batch, (step + 1) * self.config.batch)
+        count = len(self.train)
+        orders = {
+            epoch: torch.randperm(count, generator=torch.Generator().manual_seed(self.config.seed + epoch))
+            for epoch in (position_B // count).unique().tolist()
+        }
+        return torch.stack([orders[p // count][p % count] for p in position_B.tolist()])
+
+    def loss(self, index_M: Tensor, loads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(the objective, the layers' own losses) of some sequences, sums over tokens; counts the experts' loads."""
+        batch, device = self.train.take(index_M), self.accelerator.device
+        tokens_ML, scored_ML = batch.tokens_NL.to(device), batch.scored_NL[:, 1:].to(device)
+        dense = self.dense_ffns()
+        extra: list[Tensor] = []
+
+        def watch(layer: int, block: MoE, x_TD: Tensor, index_TK: Tensor) -> None:
+            assert block.gate is not None and block.experts is not None
+            loads[layer] += balance.load(index_TK, len(loads[layer]))
+            if self.config.balance == "loss":
+                scores_TE = block.gate.scores(x_TD, block.experts)
+                even = balance.balance_loss(scores_TE, index_TK)
+                extra.append(self.config.balance_weight * len(x_TD) * even)
+            own = self.method.layer_loss(block, x_TD, index_TK, dense[layer] if dense else None)
+            if own is not None:
+                extra.append(own)
+
+        with balance.watched(self.blocks, watch), self.autocast():
+            output = self.module(input_ids=tokens_ML, use_cache=False, output_hidden_states=self.config.match > 0)
+            if self.config.match:
+                assert self.teacher is not None
+                theirs = self.teacher.hidden(tokens_ML)
+                apart = objective.layer_distance(output.hidden_states[1:], theirs)
+                extra.append(self.config.match * len(self.blocks) * apart)
+        logits_SV = output.logits[:, :-1][scored_ML].float()
+        loss = logits_SV.new_zeros(())
+        half = 0.5 if self.config.objective == "both" else 1.0
+        if self.config.objective in ("lm", "both"):
+            loss = loss + half * objective.next_token(logits_SV, tokens_ML[:, 1:][scored_ML])
+        if self.config.objective in ("distill", "both"):
+            assert self.teacher is not None
+            tops = [self.teacher.top(number, row) for number, row in zip(index_M.tolist(), tokens_ML, strict=True)]
+            log_probs, tokens = (torch.stack(part)[:, :-1][scored_ML] for part in zip(*tops, strict=True))
+            loss = loss + half * objective.distance(logits_SV, log_probs, tokens)
+        return loss, torch.stack(extra).sum() if extra else loss.new_zeros(())
+
+    def dense_ffns(self) -> list[nn.Module]:
+        """The teacher's FFNs, for methods that look at them."""
+        if not self.method.needs_dense:
+            return []
+        assert self.teacher is not None
+        layers: Any = self.teacher.model.base_model.layers
+        return [layer.get_submodule(ffn_name(layer)) for layer in layers]
+
+    def autocast(self) -> Any:
+        """Products in the model's half precision, if it has one, though what learns is float32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.accelerator.device.type, self.dtype)
+
+    def evaluate(self, samples: Samples) -> tuple[float, dict[str, Any]]:
+        """(next-token loss in nats a token, how evenly the experts are used) on some samples."""
+        process, count = self.accelerator.process_index, self.accelerator.num_processes
+        own = samples.take(torch.arange(process, len(samples), count))
+        with self.autocast():
+            total, loads = held_out_loss(self.module, self.blocks, own, self.accelerator.device)
+        total = self.accelerator.reduce(total)
+        loads = [self.accelerator.reduce(load_E) for load_E in loads]
+        return total.item() / samples.scored(), balance.summary(loads, samples.tokens_NL.numel())
+
+
+def schedule(progress: float, warmup: float) -> float:
+    """The learning rate's factor: up in a line, then down along a cosine to `FLOOR`."""
+    if progress < warmup:
+        return max(0.02, progress / warmup)
+    falling = (progress - warmup) / max(1e-9, 1 - warmup)
+    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, falling)))
+
+
+@torch.no_grad()
+def held_out_loss(
+    module: nn.Module, blocks: list[MoE], samples: Samples, device: torch.device
+) -> tuple[Tensor, list[Tensor]]:
+    """(sum of next-token losses in nats, float64; each layer's load [E]) of a model in eval mode."""
+    module.eval()
+    counts = [0 if block.gate is None else block.gate.e_score_correction_bias.numel() for block in blocks]
+    loads = [torch.zeros(count, dtype=torch.int64, device=device) for count in counts]
+
+    def watch(layer: int, block: MoE, x_TD: Tensor, index_TK: Tensor) -> None:
+        loads[layer] += balance.load(index_TK, counts[layer])
+
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    with balance.watched(blocks, watch):
+        for tokens_ML, scored_ML in micro_batches(samples):
+            tokens_ML, scored_ML = tokens_ML.to(device), scored_ML[:, 1:].to(device)
+            logits_SV = module(input_ids=tokens_ML, use_cache=False).logits[:, :-1][scored_ML]
+            target_S = tokens_ML[:, 1:][scored_ML]
+            for logits, target in zip(logits_SV.split(256), target_S.split(256), strict=True):
+                total += objective.next_token(logits.float(), target).double()
+    return total, loads
+
+
+def micro_batches(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
+    """(tokens, which count) of a few sequences at a time."""
+    size = max(1, MICRO_TOKENS // samples.tokens_NL.shape[1])
+    yield from zip(samples.tokens_NL.split(size), samples.scored_NL.split(size), strict=True)

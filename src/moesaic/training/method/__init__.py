@@ -1,0 +1,7 @@
+"""What of a converted model learns, and by which loss beside the objective: one method a file."""
+
+from .base import Method
+
+Base = Method
+
+__all__ = ["Base", "Method"]

@@ -1,0 +1,37 @@
+"""Low-rank adapters by PEFT on every projection, the recovery of CMoE (arXiv 2502.04416, §3.4; LoRA: 2106.09685)."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedModel
+
+from .base import Method, learn_routers
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Method):
+    """`W + alpha / rank B A` for attention, shared and each routed expert; routers learn whole."""
+
+    learning_rate: ClassVar[float] = 2e-4
+
+    rank: Annotated[int, Field(gt=0)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+
+    def prepare(self, model: PreTrainedModel) -> nn.Module:
+        from peft import LoraConfig, get_peft_model  # slow to import
+
+        routed = bool(model.config.num_experts)
+        config = LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, target_modules="all-linear",
+            target_parameters=EXPERTS if routed else None, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        )  # fmt: skip
+        adapted = get_peft_model(model, config)
+        learn_routers(model)
+        return adapted
+
+    def finish(self, module: nn.Module) -> PreTrainedModel:
+        return module.merge_and_unload()  # pyrefly: ignore[not-callable]

@@ -1,0 +1,23 @@
+"""RMoE (arXiv 2408.06793): routers that remember what the layers before chose, by one GRU across layers."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedModel
+
+from .base import replace_gates
+from .lora import Lora
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMoE(Lora):
+    """`scores = x W.T + h_l R.T`, `h_l = GRU(x P.T, h_(l-1))`, beside low-rank adapters on all projections."""
+
+    width: Annotated[int, Field(gt=0)] = 128
+    """Of the GRU (the paper's p)."""
+
+    def prepare(self, model: PreTrainedModel) -> nn.Module:
+        replace_gates(model, "recurrent", router_hidden_size=self.width)
+        return super().prepare(model)

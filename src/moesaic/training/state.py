@@ -1,0 +1,80 @@
+"""The folder `OUT.training`: where a training is, its best weights, what it logged, the teacher's logits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from .loop import State
+
+FINGERPRINT, STATE, BEST, LOG = "fingerprint.json", "state.pt", "best.safetensors", "metrics.jsonl"
+
+
+class RunFolder:
+    """What an unfinished training needs to go on; each file is replaced at once, the state last.
+
+    Raises:
+        InputError: it holds an unfinished training of something else.
+    """
+
+    def __init__(self, output: Path, fingerprint: dict[str, str], resume: bool, main: bool = True) -> None:
+        self.path = output.absolute().with_name(output.absolute().name + ".training")
+        if not main:
+            return
+        mark = self.path / FINGERPRINT
+        if self.path.exists() and not mark.is_file():
+            raise InputError(f"'{self.path}' is in the way and was not made by moesaic; move it or choose another OUT")
+        if self.path.exists() and not resume:
+            shutil.rmtree(self.path)
+        if mark.is_file():
+            known = json.loads(mark.read_text())
+            changed = [key for key in fingerprint if known.get(key) != fingerprint[key]]
+            if changed:
+                raise InputError(
+                    f"'{self.path}' holds an unfinished training with another {', '.join(changed)}; repeat that "
+                    "command to finish it, or pass --no-resume to start anew"
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        mark.write_text(json.dumps(fingerprint))
+
+    def keep_best(self, named: Mapping[str, Tensor]) -> None:
+        """Store the weights of the least held-out loss."""
+        writing = self.path / f"{BEST}.writing"
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, writing)
+        writing.replace(self.path / BEST)
+
+    def best(self, device: torch.device) -> dict[str, Tensor]:
+        """The weights that `keep_best` stored."""
+        return load_file(self.path / BEST, device=str(device))
+
+    def save(self, state: State, named: Mapping[str, Tensor], optimizer: dict[str, Any]) -> None:
+        """Store where the training is."""
+        writing = self.path / f"{STATE}.writing"
+        tensors = {name: tensor.detach() for name, tensor in named.items()}
+        torch.save({"state": asdict(state), "tensors": tensors, "optimizer": optimizer}, writing)
+        writing.replace(self.path / STATE)
+
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        """What `save` stored: `state`, `tensors`, `optimizer`; None before the first time."""
+        path = self.path / STATE
+        return torch.load(path, map_location=device, weights_only=True) if path.is_file() else None
+
+    def start_log(self, rows: list[dict[str, Any]]) -> None:
+        """Write `metrics.jsonl` with the steps that are done."""
+        (self.path / LOG).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a step to `metrics.jsonl`."""
+        with (self.path / LOG).open("a") as file:
+            file.write(json.dumps(row) + "\n")

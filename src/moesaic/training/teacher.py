@@ -1,0 +1,73 @@
+"""The dense model as a teacher: it runs once over each sequence, and its largest logits are kept on disk.
+
+Shapes: N sequences, L tokens in one, V vocabulary, K logits kept.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import InputError
+from ..models.checkpoint import Checkpoint
+from ..models.loading import load, load_tokenizer
+from ..models.sources import resolve
+
+
+class Teacher:
+    """A dense model, loaded when it is first needed, and its top log-probabilities by sequence.
+
+    Raises:
+        InputError: no such model, or one with another vocabulary.
+    """
+
+    def __init__(self, name: str, student: Any, tokenizer: Any, folder: Path, top_k: int, device: torch.device) -> None:
+        self.source, self.folder, self.device = resolve(name), folder, device
+        self.top_k = min(top_k, student.vocab_size)
+        self.checkpoint = Checkpoint(self.source)
+        size = self.checkpoint.config.get("vocab_size")
+        own = load_tokenizer(self.source)
+        if size != student.vocab_size or own.get_vocab() != tokenizer.get_vocab():
+            raise InputError(
+                f"the teacher '{name}' has another vocabulary ({size} logits, {len(own)} tokens) than the model "
+                f"({student.vocab_size}, {len(tokenizer)}); give the dense model that it was converted from, or "
+                "--objective lm"
+            )
+        self._model: PreTrainedModel | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The dense model itself, in eval mode."""
+        if self._model is None:
+            self._model = load(self.source, device=self.device)[0].requires_grad_(False)
+        return self._model
+
+    def top(self, number: int, tokens_L: Tensor) -> tuple[Tensor, Tensor]:
+        """The `top_k` largest log-probabilities (float32 nats) and their tokens, [L, K] each, of sequence `number`."""
+        path = self.folder / f"{number:06d}.safetensors"
+        if not path.is_file():
+            log_probs_LK, tokens_LK = top_log_probs(self.model, tokens_L.to(self.device), self.top_k)
+            writing = path.with_name(f"{path.name}.{os.getpid()}")  # processes share the folder
+            save_file({"log_probs": log_probs_LK.half().cpu(), "tokens": tokens_LK.int().cpu()}, writing)
+            writing.replace(path)
+        found = load_file(path, device=str(self.device))
+        return found["log_probs"].float(), found["tokens"].long()
+
+    @torch.no_grad()
+    def hidden(self, tokens_NL: Tensor) -> tuple[Tensor, ...]:
+        """Each layer's output, [N, L, D]; of the last one after the final norm, as transformers gives it."""
+        return self.model(input_ids=tokens_NL, use_cache=False, output_hidden_states=True).hidden_states[1:]
+
+
+@torch.no_grad()
+def top_log_probs(model: PreTrainedModel, tokens_L: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The largest log-probabilities of every next token, and which tokens those are, [L, K] each."""
+    logits_LV = model(input_ids=tokens_L[None], use_cache=False).logits[0]
+    parts = [part.float().log_softmax(-1).topk(top_k, dim=-1) for part in logits_LV.split(256)]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
