@@ -18,6 +18,7 @@ MAY_USE = {
     "export": BASE | {"models"},
     "runtime": BASE | {"models"},
     "evaluation": BASE | {"models", "calibration"},
+    "training": BASE | {"models", "calibration", "evaluation", "shapes"},
 }
 
 

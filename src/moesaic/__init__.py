@@ -15,16 +15,19 @@ from .evaluation.evaluate import evaluate
 from .evaluation.generate import complete
 from .evaluation.inspect import inspect
 from .export.native import export
+from .finetune import finetune
 from .models.loading import load
 from .models.working import register as _register_models
 from .runtime.experts import register as _register_experts
 from .shapes import plans
+from .training.config import FinetuneConfig
 
 _register_experts()
 _register_models()
 
 __all__ = [
     "ConvertConfig",
+    "FinetuneConfig",
     "InputError",
     "Plan",
     "WorkError",
@@ -33,6 +36,7 @@ __all__ = [
     "convert",
     "evaluate",
     "export",
+    "finetune",
     "inspect",
     "load",
     "plans",

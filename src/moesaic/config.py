@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from . import registry
 from .errors import InputError
@@ -199,3 +200,42 @@ class ConvertConfig(BaseModel):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def read_recipe(recipe: Path | None, section: str, kind: type[BaseModel]) -> dict[str, Any]:
+    """The settings in a YAML file, or in `section` of a saved `moesaic.yaml`; none without a file.
+
+    Raises:
+        InputError: no such file, no mapping in it, or an unknown setting (with the nearest name).
+    """
+    if recipe is None:
+        return {}
+    if not recipe.is_file():
+        raise InputError(f"no recipe '{recipe}'")
+    try:
+        content: Any = yaml.safe_load(recipe.read_text()) or {}
+        content = dict(content.get(section, content))
+    except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"'{recipe}' is not a YAML mapping of settings: {error}") from error
+    for name in content:
+        if name not in kind.model_fields:
+            hint = registry.nearest(str(name), kind.model_fields)
+            raise InputError(f"'{recipe}' has an unknown setting '{name}'.{hint}")
+    return content
+
+
+def build_config(kind: type[Config], settings: dict[str, Any]) -> Config:
+    """A configuration of these settings.
+
+    Raises:
+        InputError: a value that does not fit; the message has the option's name.
+    """
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "--" + str(first["loc"][0]).replace("_", "-")
+        raise InputError(f"{name} is {first['input']!r}: {first['msg'].lower()}") from error

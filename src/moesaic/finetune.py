@@ -71,46 +71,64 @@ def finetune(
         model, output, config or FinetuneConfig(), resume=resume, overwrite=overwrite,
         cache=Path(teacher_cache) if teacher_cache else None,
     )  # fmt: skip
-    student = run.load()
     device = run.accelerator.device
-    before, load_before = measure(student, run.held, device)
-    module = run.method.prepare(student)
-    trainer = Trainer(
-        module, student, run.method, run.config, run.train, run.held, run.teacher, run.accelerator, run.dtype
-    )
-    learned = parts.counts(trainer.named.items())
-    state = restore(run, trainer, before)
+    student = run.load()
+    before = measure(student, run.held, device)
+    trainer = make_trainer(run, student)
+    state = restore(run, trainer, before[0])
     state = trainer.fit(run.folder, state, clock, lambda row: tell(run, quiet(progress), row))
-    if state.best_step:
-        put_back(trainer.kept, run.folder.best(device))
-    trained = run.method.finish(run.accelerator.unwrap_model(trainer.module))
-    parts.same_dtype(trained, run.dtype)
-    after, load_after = measure(trained, run.held, device)
-    improved = bool(state.best_step) and after <= before
-    if not improved:
-        trained, after, load_after = run.load(), before, load_before
-    facts = {
-        "method": run.config.method,
-        "objective": run.config.objective,
-        "improved": improved,
-        "held_out_loss_before": before,
-        "held_out_loss": after,
-        "held_out_tokens": run.held.scored(),
-        "steps": state.step,
-        "best_step": state.best_step if improved else 0,
-        "tokens": sum(row["tokens"] for row in state.history),
-        "seconds": state.seconds,
-        "trainable_parameters": learned,
-        "load": {"before": load_before, "after": load_after},
-    }
+    trained, facts = settle(run, trainer, state, before)
     if run.accelerator.is_main_process:
         facts = write(run, trained, facts, state)
     run.accelerator.wait_for_everyone()
     return facts
 
 
-def measure(model: PreTrainedModel, samples: Samples, device: torch.device) -> tuple[float, dict[str, Any]]:
-    """(next-token loss in nats a token, how evenly the experts are used)."""
+Measured = tuple[float, dict[str, Any]]
+"""Next-token loss in nats a token, and how evenly the experts are used."""
+
+
+def settle(run: Run, trainer: Trainer, state: State, before: Measured) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """(the best of the training or, if that is no better, the model as it came; what is known of it)."""
+    device = run.accelerator.device
+    if state.best_step:
+        put_back(trainer.kept, run.folder.best(device))
+    learned = parts.counts(trainer.named.items())
+    trained = run.method.finish(run.accelerator.unwrap_model(trainer.module))
+    parts.same_dtype(trained, run.dtype)
+    after = measure(trained, run.held, device)
+    improved = bool(state.best_step) and after[0] <= before[0]
+    if not improved:
+        trained, after = run.load(), before
+    return trained, {
+        "method": run.config.method,
+        "objective": run.config.objective,
+        "improved": improved,
+        "held_out_loss_before": before[0],
+        "held_out_loss": after[0],
+        "held_out_tokens": run.held.scored(),
+        "steps": state.step,
+        "best_step": state.best_step if improved else 0,
+        "tokens": sum(row["tokens"] for row in state.history),
+        "seconds": state.seconds,
+        "trainable_parameters": learned,
+        "load": {"before": before[1], "after": after[1]},
+    }
+
+
+def make_trainer(run: Run, student: PreTrainedModel) -> Trainer:
+    """The training of a model that is loaded; adapters start as the seed says."""
+    device = run.accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(run.config.seed)
+        module = run.method.prepare(student)
+    return Trainer(
+        module, student, run.method, run.config, run.train, run.held, run.teacher, run.accelerator, run.dtype
+    )
+
+
+def measure(model: PreTrainedModel, samples: Samples, device: torch.device) -> Measured:
+    """Loss and load of a model on some samples."""
     total, loads = held_out_loss(model, moe_blocks(model), samples, device)
     return total.item() / samples.scored(), summary(loads, samples.tokens_NL.numel())
 
@@ -157,7 +175,8 @@ def write(run: Run, trained: PreTrainedModel, facts: dict[str, Any], state: Stat
         "versions": versions(),
         "machine": machine(),
     }
-    trained.to(run.source.checkpoint.dtype()).save_pretrained(made)
+    parts.same_dtype(trained, run.source.checkpoint.dtype())
+    trained.save_pretrained(made)
     run.tokenizer.save_pretrained(made)
     for name in COPIED:
         if (folder / name).is_file():

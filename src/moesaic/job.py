@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from pydantic import ValidationError
 from torch import Tensor
 
 from . import registry
 from .calibration.text import bundled, labelled_windows, read_documents, text_hash, token_windows
-from .config import ConvertConfig, Plan, disjoint_plan, parse_plan, specialists_plan
+from .config import ConvertConfig, Plan, build_config, disjoint_plan, parse_plan, read_recipe, specialists_plan
 from .errors import InputError
 from .models.checkpoint import Checkpoint
 from .models.converted import native_form
@@ -140,29 +138,12 @@ def make_config(recipe: Path | None, settings: dict[str, Any]) -> ConvertConfig:
     Raises:
         InputError: no such file, an unknown setting (with the nearest name) or a value that does not fit.
     """
-    content: Any = {}
-    if recipe is not None:
-        if not recipe.is_file():
-            raise InputError(f"no recipe '{recipe}'")
-        try:
-            content = yaml.safe_load(recipe.read_text()) or {}
-            content = dict(content.get("config", content))
-        except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"'{recipe}' is not a YAML mapping of settings: {error}") from error
-    known = ConvertConfig.model_fields
-    for name in content:
-        if name not in known:
-            raise InputError(f"'{recipe}' has an unknown setting '{name}'.{registry.nearest(str(name), known)}")
+    content = read_recipe(recipe, "config", ConvertConfig)
     if "plan" in settings:
         content.pop("active", None)
     if "active" in settings:
         content.pop("plan", None)
-    try:
-        return ConvertConfig(**(content | settings))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "--" + str(first["loc"][0]).replace("_", "-")
-        raise InputError(f"{name} is {first['input']!r}: {first['msg'].lower()}") from error
+    return build_config(ConvertConfig, content | settings)
 
 
 def describe(jobs: list[Job]) -> dict[str, Any]:

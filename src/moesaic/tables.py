@@ -59,6 +59,26 @@ def show_conversion(console: Console, m: dict[str, Any]) -> None:
         console.print(f"  moesaic {verb.format(m['output'])}", highlight=False)
 
 
+def show_training(console: Console, f: dict[str, Any]) -> None:
+    """Before and after, what learned, and how evenly the experts are used."""
+    grid = _grid(f"{f['output']}: {f['method']}, {f['objective']}, {f['steps']} steps", "", "before", "after")
+    before, after = f["load"]["before"], f["load"]["after"]
+    grid.add_row("held-out loss (nats a token)", f"{f['held_out_loss_before']:.4f}", f"{f['held_out_loss']:.4f}")
+    grid.add_row("perplexity (held-out text)", f"{f['perplexity_before']:.2f}", f"{f['perplexity']:.2f}")
+    ratios = [f"{f[name] / f['perplexity_dense']:.3f}" for name in ("perplexity_before", "perplexity")]
+    grid.add_row("ratio to dense", *ratios)
+    for name in ("experts_per_token", "coefficient_of_variation", "dead_experts"):
+        digits = 0 if isinstance(before[name], int) else 2
+        grid.add_row(name.replace("_", " "), f"{before[name]:.{digits}f}", f"{after[name]:.{digits}f}")
+    console.print(grid)
+    learned = ", ".join(f"{part} {count:,}" for part, count in f["trainable_parameters"].items())
+    console.print(f"learned: {learned}; {f['tokens']:,} tokens in {f['seconds']:.0f} s")
+    if not f["improved"]:
+        console.print("[yellow]held-out loss did not fall, so the model as it came was written[/]")
+    if f["format_reason"]:
+        console.print(f"written as {f['format']}: {f['format_reason']}")
+
+
 def show_plans(console: Console, found: dict[str, Any]) -> None:
     """A row for each shape, and how to make the first."""
     grid = _grid(
@@ -181,10 +201,10 @@ def show_frontier(console: Console, f: dict[str, Any], folder: str) -> None:
 
 
 @contextmanager
-def progress(console: Console, title: str, unit: str) -> Iterator[Callable[..., None]]:
+def progress(console: Console, title: str, unit: str, plural: str = "s") -> Iterator[Callable[..., None]]:
     """A bar on standard error; yields `tick(done, count, note)`."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit + "s"),
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit + plural),
         TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left  {task.fields[note]}"),
     )  # fmt: skip
     bar = Progress(*columns, console=console, speed_estimate_period=120)

@@ -31,6 +31,17 @@ without training: {{ "%.0f" | format(100 * m.ffn_active) }} % of each feed-forwa
 
 Perplexity: {{ m.perplexity_protocol.text }}, {{ m.perplexity_protocol.tokens }} tokens in windows of
 {{ m.perplexity_protocol.window }}, data sha256 `{{ m.perplexity_protocol.data_sha256[:16] }}`.
+{%- if m.finetune is defined and m.finetune.improved %}
+
+{%- set f = m.finetune %}
+
+Then trained (`{{ f.method }}`, objective `{{ f.objective }}`) on {{ "{:,}".format(f.tokens) }} tokens in
+{{ "%.0f" | format(f.seconds) }} s: perplexity {{ "%.3f" | format(f.perplexity_before) }} before,
+{{ "%.3f" | format(m.perplexity) }} after; loss on {{ "{:,}".format(f.held_out_tokens) }} held-out tokens
+{{ "%.4f" | format(f.held_out_loss_before) }} and {{ "%.4f" | format(f.held_out_loss) }} nats.
+
+![training](training.png)
+{%- endif %}
 {%- if m.collapsed %}
 
 **This model collapsed: it was kept only because of `--force`.**

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from transformers.integrations import use_experts_implementation
 
 from .families import GatedFFN
-from .gates import GATES, GateConfig
+from .gates import GATES, Gate, GateConfig
 
 
 class MoEConfig(GateConfig):
@@ -80,6 +80,13 @@ class MoE(nn.Module):
         self.gate = GATES[config.router](config) if config.num_experts else None
         self.experts = Experts(config, act_fn) if config.num_experts else None
         self.shared_experts = SharedExperts(config, act_fn) if config.shared_expert_intermediate_size else None
+
+    @property
+    def routed(self) -> tuple[Gate, Experts]:
+        """Gate and experts of a block that has them."""
+        assert self.gate is not None, "a block without routed experts has no gate"
+        assert self.experts is not None
+        return self.gate, self.experts
 
     @torch.no_grad()
     def fill(

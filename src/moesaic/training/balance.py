@@ -55,13 +55,14 @@ def summary(loads: Sequence[Tensor], tokens: int) -> dict[str, Any]:
 def move_bias(blocks: Sequence[MoE], loads: Sequence[Tensor], step: float) -> None:
     """`bias += step * sign(mean load - load)` (CMoE §3.4, DeepSeek-V3): selection only, no gradient."""
     for block, load_E in zip(blocks, loads, strict=True):
-        assert block.gate is not None
+        if block.gate is None:
+            continue
         bias_E = block.gate.e_score_correction_bias
         bias_E += step * (load_E.float().mean() - load_E.float()).sign().to(bias_E)
 
 
 def balance_loss(scores_TE: Tensor, index_TK: Tensor) -> Tensor:
-    """`E sum_e f_e P_e`, f the share of choices and P the mean softmax score of an expert; 1 when even (Switch, §2.2)."""
+    """`E sum_e f_e P_e`, f an expert's share of choices, P its mean softmax score; 1 when even (Switch, §2.2)."""
     count = scores_TE.shape[-1]
     share_E = load(index_TK, count).float()
     share_E = share_E / share_E.sum().clamp(min=1)

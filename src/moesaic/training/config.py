@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .. import registry
+from ..config import build_config, read_recipe
 
 
 class FinetuneConfig(BaseModel):
@@ -48,9 +50,9 @@ class FinetuneConfig(BaseModel):
     """Of `bias`: how far it moves in a step (CMoE's γ)."""
     balance_weight: float = Field(0.01, gt=0)
     """Of `loss`: its weight in nats a token (Switch's α)."""
-    held_out: int = Field(16, gt=0)
+    held_out: int = Field(12, gt=0)
     """Sequences of the data that are not trained on and decide which state is kept."""
-    evaluations: int = Field(8, gt=0)
+    evaluations: int = Field(6, gt=0)
     """How often the held-out loss is measured on the way."""
     patience: int = Field(3, gt=0)
     """Evaluations in a row without a new least held-out loss after which training stops."""
@@ -62,3 +64,21 @@ class FinetuneConfig(BaseModel):
     def _spec(cls, value: Any) -> Any:
         """Python may give a method's instance, e.g. `method=Lora(rank=16)`."""
         return value if isinstance(value, str) else registry.spec(value)
+
+
+def make_config(recipe: Path | None, settings: dict[str, Any]) -> FinetuneConfig:
+    """A configuration from a YAML recipe (or a saved `moesaic.yaml`) and settings that override it.
+
+    `rank` and `alpha` are short for options of the method.
+
+    Raises:
+        InputError: no such file, an unknown setting (with the nearest name) or a value that does not fit.
+    """
+    content = read_recipe(recipe, "finetune", FinetuneConfig) | settings
+    adapters = [f"{name}={content.pop(name)}" for name in ("rank", "alpha") if name in content]
+    if adapters:
+        method = content.get("method", FinetuneConfig().method)
+        content["method"] = method + ("," if ":" in method else ":") + ",".join(adapters)
+    config = build_config(FinetuneConfig, content)
+    registry.build("method", config.method)
+    return config

@@ -33,6 +33,8 @@ CLIP = 1.0
 BETAS = (0.9, 0.95)
 FLOOR = 0.1
 """Of the learning rate, at the end."""
+WEIGHTS = {"lm": (1.0, 0.0), "distill": (0.0, 1.0), "both": (0.5, 0.5)}
+"""Of the next token's loss and of the distance from the teacher, by objective."""
 SELECTION_BIAS = "e_score_correction_bias"
 
 Report = Callable[[dict[str, Any]], None]
@@ -133,7 +135,7 @@ class Trainer:
         scored = max(1, self.train.take(index_B).scored())
         tokens = len(index_B) * self.train.tokens_NL.shape[1]
         own = index_B[self.accelerator.process_index :: self.accelerator.num_processes]
-        self.module.train()
+        training_mode(self.module, self.blocks)
         loads = [self.zeros(block) for block in self.blocks]
         total = torch.zeros((), device=self.accelerator.device)
         parts = own.split(max(1, MICRO_TOKENS // self.train.tokens_NL.shape[1]))
@@ -152,11 +154,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loads = [self.accelerator.reduce(load_E) for load_E in loads]
         if self.config.balance == "bias":
-            routed = [(b, load_E) for b, load_E in zip(self.blocks, loads, strict=True) if b.gate is not None]
-            balance.move_bias(*map(list, zip(*routed, strict=True)), self.config.balance_step)
+            balance.move_bias(self.blocks, loads, self.config.balance_step)
         return {
             "loss": self.accelerator.reduce(total).item(),
-            "gradient_norm": float(norm),
+            "gradient_norm": norm.item() if isinstance(norm, Tensor) else 0.0,
             "learning_rate": rate,
             "tokens": tokens,
             "load": balance.summary(loads, tokens),
@@ -180,16 +181,15 @@ class Trainer:
     def loss(self, index_M: Tensor, loads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(the objective, the layers' own losses) of some sequences, sums over tokens; counts the experts' loads."""
         batch, device = self.train.take(index_M), self.accelerator.device
-        tokens_ML, scored_ML = batch.tokens_NL.to(device), batch.scored_NL[:, 1:].to(device)
+        tokens_ML = batch.tokens_NL.to(device)
         dense = self.dense_ffns()
         extra: list[Tensor] = []
 
         def watch(layer: int, block: MoE, x_TD: Tensor, index_TK: Tensor) -> None:
-            assert block.gate is not None and block.experts is not None
             loads[layer] += balance.load(index_TK, len(loads[layer]))
             if self.config.balance == "loss":
-                scores_TE = block.gate.scores(x_TD, block.experts)
-                even = balance.balance_loss(scores_TE, index_TK)
+                gate, experts = block.routed
+                even = balance.balance_loss(gate.scores(x_TD, experts), index_TK)
                 extra.append(self.config.balance_weight * len(x_TD) * even)
             own = self.method.layer_loss(block, x_TD, index_TK, dense[layer] if dense else None)
             if own is not None:
@@ -202,16 +202,16 @@ class Trainer:
                 theirs = self.teacher.hidden(tokens_ML)
                 apart = objective.layer_distance(output.hidden_states[1:], theirs)
                 extra.append(self.config.match * len(self.blocks) * apart)
-        logits_SV = output.logits[:, :-1][scored_ML].float()
-        loss = logits_SV.new_zeros(())
-        half = 0.5 if self.config.objective == "both" else 1.0
-        if self.config.objective in ("lm", "both"):
-            loss = loss + half * objective.next_token(logits_SV, tokens_ML[:, 1:][scored_ML])
-        if self.config.objective in ("distill", "both"):
+        top = None
+        if self.config.objective != "lm":
             assert self.teacher is not None
             tops = [self.teacher.top(number, row) for number, row in zip(index_M.tolist(), tokens_ML, strict=True)]
-            log_probs, tokens = (torch.stack(part)[:, :-1][scored_ML] for part in zip(*tops, strict=True))
-            loss = loss + half * objective.distance(logits_SV, log_probs, tokens)
+            top = tuple(torch.cat(part) for part in zip(*tops, strict=True))
+        lm, distill = WEIGHTS[self.config.objective]
+        scored_ML, target_ML = (part.roll(-1, dims=1) for part in (batch.scored_NL.to(device), tokens_ML))
+        scored_ML[:, -1] = False  # nothing follows a sequence's last token
+        flat = (output.logits.flatten(0, 1), target_ML.flatten(), scored_ML.flatten())
+        loss: Tensor = objective.Objective.apply(*flat, top, lm, distill)
         return loss, torch.stack(extra).sum() if extra else loss.new_zeros(())
 
     def dense_ffns(self) -> list[nn.Module]:
@@ -237,6 +237,14 @@ class Trainer:
         total = self.accelerator.reduce(total)
         loads = [self.accelerator.reduce(load_E) for load_E in loads]
         return total.item() / samples.scored(), balance.summary(loads, samples.tokens_NL.numel())
+
+
+def training_mode(module: nn.Module, blocks: list[MoE]) -> None:
+    """Gates in training mode, all else in use: no dropout, for the teacher says what the student should, exactly."""
+    module.eval()
+    for block in blocks:
+        if block.gate is not None:
+            block.gate.train()
 
 
 def schedule(progress: float, warmup: float) -> float:

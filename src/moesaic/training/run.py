@@ -104,7 +104,7 @@ def prepare(
 
 
 def make_accelerator(device: str) -> Accelerator:
-    """accelerate's view of this process: its device, and how many others there are.
+    """Accelerate's view of this process: its device, and how many others there are.
 
     Raises:
         InputError: no such device here.

@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..models.checkpoint import Checkpoint
 from ..models.loading import load, load_tokenizer
 from ..models.sources import resolve
+from .objective import CHUNK
 
 
 class Teacher:
@@ -69,5 +70,6 @@ class Teacher:
 def top_log_probs(model: PreTrainedModel, tokens_L: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The largest log-probabilities of every next token, and which tokens those are, [L, K] each."""
     logits_LV = model(input_ids=tokens_L[None], use_cache=False).logits[0]
-    parts = [part.float().log_softmax(-1).topk(top_k, dim=-1) for part in logits_LV.split(256)]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+    top_LK = logits_LV.topk(top_k, dim=-1)
+    total_L = torch.cat([part_CV.float().logsumexp(-1) for part_CV in logits_LV.split(CHUNK)])
+    return top_LK.values.float() - total_L[:, None], top_LK.indices

@@ -33,8 +33,8 @@ class D2DMoE(Method):
         return model
 
     def layer_loss(self, moe: MoE, x_TD: Tensor, index_TK: Tensor, dense: DenseFFN | None) -> Tensor | None:
-        assert moe.gate is not None and moe.experts is not None
+        gate, experts = moe.routed
         x_TD = x_TD.detach()
         with torch.no_grad():
-            norm_TE = moe.experts.output_norms(x_TD)
-        return (moe.gate.scores(x_TD, moe.experts) - norm_TE).square().mean(-1).sum()
+            norm_TE = experts.output_norms(x_TD)
+        return (gate.scores(x_TD, experts) - norm_TE).square().mean(-1).sum()

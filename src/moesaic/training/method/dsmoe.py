@@ -17,7 +17,7 @@ from .full import Full
 
 @dataclass(frozen=True, kw_only=True)
 class DSMoE(Full):
-    """`sum_i o_i G(sigmoid(x Y_i)) E / #open` with `G(z) = z if z > threshold else 0`, straight-through; loss `mean G`."""
+    """`sum_i o_i G(sigmoid(x Y_i)) E / #open`, `G(z) = z if z > threshold else 0`, straight-through; loss `mean G`."""
 
     learning_rate: ClassVar[float] = 2e-5
 
@@ -30,6 +30,6 @@ class DSMoE(Full):
         return super().prepare(model)
 
     def layer_loss(self, moe: MoE, x_TD: Tensor, index_TK: Tensor, dense: DenseFFN | None) -> Tensor | None:
-        assert moe.gate is not None and moe.experts is not None
-        z_TE = moe.gate.scores(x_TD, moe.experts)
+        gate, experts = moe.routed
+        z_TE = gate.scores(x_TD, experts)
         return self.sparsity * (z_TE * (z_TE > self.threshold)).mean(-1).sum()

@@ -23,17 +23,18 @@ class FactorLLM(Full):
     needs_dense: ClassVar[bool] = True
 
     def layer_loss(self, moe: MoE, x_TD: Tensor, index_TK: Tensor, dense: DenseFFN | None) -> Tensor | None:
-        assert moe.gate is not None and dense is not None
-        log_share_TE = moe.gate.scores(x_TD.detach(), moe.experts).log_softmax(-1)  # pyrefly: ignore[bad-argument-type]
-        label_TE = labels(moe, x_TD.detach(), dense(x_TD.detach()), index_TK.shape[1])
+        assert dense is not None
+        gate, experts = moe.routed
+        x_TD = x_TD.detach()
+        label_TE = labels(moe, x_TD, dense(x_TD), index_TK.shape[1])
+        log_share_TE = gate.scores(x_TD, experts).log_softmax(-1)
         return kl_div(log_share_TE, label_TE, reduction="sum")
 
 
 @torch.no_grad()
 def labels(moe: MoE, x_TD: Tensor, dense_TD: Tensor, active: int) -> Tensor:
     """The distribution over experts that the router should have, float32 [T, E]."""
-    experts = moe.experts
-    assert experts is not None
+    _, experts = moe.routed
     target_TD = dense_TD.float()
     if moe.shared_experts is not None:
         target_TD = target_TD - moe.shared_experts(x_TD).float()

@@ -19,7 +19,7 @@ class Lora(Method):
     learning_rate: ClassVar[float] = 2e-4
 
     rank: Annotated[int, Field(gt=0)] = 8
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Annotated[int, Field(gt=0)] = 32
 
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         from peft import LoraConfig, get_peft_model  # slow to import

@@ -10,8 +10,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from . import registry
-from .errors import InputError
+from .. import registry
+from ..errors import InputError
 
 PICTURES = (".png", ".svg", ".pdf")
 Number = TypeVar("Number", int, float)
@@ -30,6 +30,16 @@ Router = Annotated[str | None, typer.Option(help=f"one of: {', '.join(registry.n
 Recovery = Annotated[
     str | None, typer.Option(help=f"one of: {', '.join(registry.names('recovery'))} [default: closed-form]")
 ]
+Method = Annotated[str | None, typer.Option(help=f"what learns: {', '.join(registry.names('method'))} [default: lora]")]
+Objective = Annotated[str | None, typer.Option(help="lm, distill (from the dense model) or both [default: distill]")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=".txt, .jsonl (text, or prompt and response) or datasets name; repeat for more [default: bundled]"
+    ),
+]
+Balance = Annotated[str | None, typer.Option(help="of the experts' load: none, bias or loss [default: none]")]
+Force = Annotated[bool, typer.Option(help="replace OUT if it exists")]
 OutArgument = Annotated[Path, typer.Argument(help="folder to make", metavar="OUT")]
 Format = Annotated[
     str | None, typer.Option(help=f"auto (one that engines load, if any) or one of: {FORMS} [default: auto]")
@@ -72,9 +82,9 @@ def load_model(model: str, device: str, dtype: str, threads: int | None) -> tupl
     """(model, tokenizer) as the options ask for."""
     import torch
 
-    from .job import choose_device, choose_dtype
-    from .models.loading import load
-    from .models.sources import resolve
+    from ..job import choose_device, choose_dtype
+    from ..models.loading import load
+    from ..models.sources import resolve
 
     if threads:
         torch.set_num_threads(threads)

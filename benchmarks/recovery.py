@@ -1,0 +1,180 @@
+"""Light training on the same text for the same time: ours and CMoE's recipe, each from its own conversion.
+
+    python benchmarks/recovery.py demo --web c4.jsonl --data book.jsonl ... instruct.jsonl --text wiki.test.raw \\
+        --tasks pack_200.jsonl --plans S1A1E8 S2A2E8 --minutes 15 60 --out benchmarks/results/recovery-demo
+
+Minutes are the processor's (one thread unless `--threads` says otherwise). A fifth of the web text, its last documents,
+is neither calibrated nor trained on; perplexity is measured on it and on WikiText-2 (`gptq`, windows of 2,048).
+Resumable: a finished row is a file in `<out>/rows`, so that two processes may share the work (`--recipes ours` and
+`--recipes cmoe`); a training that was stopped goes on. `--minutes 0` rows, the conversions, are always there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+import moesaic
+from moesaic import ConvertConfig, FinetuneConfig
+from moesaic.calibration.text import Document, read_documents, text_hash
+from moesaic.evaluation.machine import machine, versions
+from moesaic.evaluation.perplexity import perplexity
+from moesaic.evaluation.tasks import evaluate_tasks, read_tasks
+from moesaic.training.config import make_config
+
+CMOE = Path(__file__).parent.parent / "recipes" / "cmoe.yaml"
+WINDOW, SAMPLES = 512, 2_000
+
+
+def conversion(recipe: str, plan: str, calibration: Path, tokens: int) -> ConvertConfig:
+    """How a recipe's model is made: ours specialists where they can (one active), CMoE's as published."""
+    method = {"cmoe": "cmoe", "ours": "specialists" if "A1E" in plan else "coactivation"}[recipe]
+    recovery = "none" if recipe == "cmoe" else "closed-form"
+    return ConvertConfig(
+        plan=plan, partition=method, recovery=recovery, calibration=(str(calibration),), tokens=tokens, device="cpu"
+    )
+
+
+def training(recipe: str, data: Sequence[str], minutes: float) -> FinetuneConfig:
+    """How it is trained: ours as `moesaic finetune` does by default, CMoE's by its recipe in sequences of 512."""
+    common = {"data": tuple(data), "minutes": minutes, "device": "cpu"}
+    if recipe == "cmoe":
+        return make_config(CMOE, common | {"window": WINDOW, "samples": SAMPLES})
+    return FinetuneConfig(**common)
+
+
+def split_web(source: Path, out: Path) -> tuple[Path, Path]:
+    """(text to train on, text held out): the first four fifths of the documents and the rest."""
+    documents = [document.text for document in read_documents([str(source)])]
+    first = len(documents) * 4 // 5
+    train, held = out / "web-train.jsonl", out / "web-heldout.txt"
+    train.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[:first]))
+    held.write_text("\n\n".join(documents[first:]))
+    return train, held
+
+
+def check_apart(data: Sequence[str], held: Path) -> list[Document]:
+    """The documents to train on, none of which is in the held-out text."""
+    documents, text = read_documents(data), held.read_text()
+    for document in documents:
+        if document.text[:500].strip() in text:
+            raise SystemExit(f"a document of {document.domain} is in the held-out web text; leave that file out")
+    return documents
+
+
+def measure(folder: str | Path, texts: dict[str, Path], a: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity on each text, and the mean of the tasks."""
+    model, tokenizer = moesaic.load(folder)
+    found: dict[str, Any] = {
+        name: perplexity(model, tokenizer, text=path, max_tokens=a.max_tokens) for name, path in texts.items()
+    }
+    if a.tasks:
+        taken: dict[str, int] = {}
+        items = []
+        for item in read_tasks(a.tasks):
+            taken[item.task] = taken.get(item.task, 0) + 1
+            items += [item] if taken[item.task] <= a.items else []
+        found["tasks"] = evaluate_tasks(model, tokenizer, items)
+    return found
+
+
+def row(path: Path, make: Callable[[], dict[str, Any]]) -> None:
+    """Make a row unless it is there."""
+    if not path.is_file():
+        print(f"{time.strftime('%H:%M')} {path.stem}", flush=True)
+        path.write_text(json.dumps(make(), indent=2) + "\n")
+
+
+def merge(out: Path, setting: dict[str, Any]) -> None:
+    """Write all rows so far, with ratios to dense, and draw them."""
+    rows = {path.stem: json.loads(path.read_text()) for path in sorted((out / "rows").glob("*.json"))}
+    dense = rows["dense"]
+    for found in rows.values():
+        found["ratio"] = {name: found[name]["perplexity"] / dense[name]["perplexity"] for name in ("wikitext2", "web")}
+    (out / "recovery.json").write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
+    figure = Figure(figsize=(9, 3.8))
+    for axes, name in zip(figure.subplots(1, 2), ("wikitext2", "web"), strict=True):
+        for plan, recipe in sorted({(r["plan"], r["recipe"]) for r in rows.values() if "plan" in r}):
+            line = sorted((r["minutes"], r["ratio"][name]) for r in rows.values()
+                          if (r.get("plan"), r.get("recipe")) == (plan, recipe))  # fmt: skip
+            axes.plot(*zip(*line, strict=True), "o-" if recipe == "ours" else "o--", label=f"{recipe}, {plan}")
+        axes.axhline(1, color="#1b1b1f", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="minutes of one core", ylabel="perplexity over dense", yscale="log", title=name)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(out / "recovery.png", dpi=130)
+
+
+def trained(
+    a: argparse.Namespace, recipe: str, plan: str, minutes: float, start: Path, data: list[str]
+) -> dict[str, Any]:
+    """Train a converted model and measure what comes of it."""
+    made = a.work / f"{plan}-{recipe}-{minutes:g}"
+    if not (made / "metrics.json").is_file():
+        moesaic.finetune(
+            start, made, training(recipe, data, minutes), teacher_cache=None, clock=time.process_time,
+            progress=lambda done, count, note: print(f"{time.strftime('%H:%M')} {done} % {note}", flush=True),
+        )  # fmt: skip
+    facts = json.loads((made / "metrics.json").read_text())["finetune"]
+    found = {"recipe": recipe, "plan": plan, "minutes": minutes, "finetune": facts} | measure(made, a.texts, a)
+    shutil.rmtree(made)
+    return found
+
+
+def main(a: argparse.Namespace) -> None:
+    """Every row that is asked for and not there."""
+    torch.set_num_threads(a.threads)
+    for folder in (a.out / "rows", a.work):
+        folder.mkdir(parents=True, exist_ok=True)
+    web, held = split_web(a.web, a.work)
+    data = [str(web), *map(str, a.data)]
+    documents = check_apart(data, held)
+    a.texts = {"wikitext2": a.text, "web": held}
+    rows = a.out / "rows"
+    row(rows / "dense.json", lambda: measure(a.model, a.texts, a))
+    for plan in a.plans:
+        for recipe in a.recipes:
+            start = a.work / f"{plan}-{recipe}"
+            if not start.is_dir():
+                moesaic.convert(a.model, start, conversion(recipe, plan, web, a.tokens), force=True)
+            name = {"recipe": recipe, "plan": plan, "minutes": 0}
+            row(rows / f"{plan}-{recipe}-0.json", lambda s=start, n=name: n | measure(s, a.texts, a))
+            for m in a.minutes:
+                row(
+                    rows / f"{plan}-{recipe}-{m:g}.json",
+                    lambda r=recipe, p=plan, m=m, s=start: trained(a, r, p, m, s, data),
+                )
+    files = {"web": a.web.name, "data": [path.name for path in a.data], "text": a.text.name}
+    setting = {"model": a.model, "files": files, "data_sha256": text_hash(documents), "threads": a.threads}
+    setting |= {"max_tokens": a.max_tokens, "items_per_task": a.items, "calibration_tokens": a.tokens}
+    merge(a.out, setting | {"machine": machine(), "versions": versions()})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--web", type=Path, required=True, help="web text, .jsonl")
+    parser.add_argument("--data", type=Path, nargs="*", default=[], help="more text to train on")
+    parser.add_argument("--text", type=Path, required=True, help="WikiText-2's raw test split")
+    parser.add_argument("--tasks", type=Path, help="zero-shot items")
+    parser.add_argument("--items", type=int, default=200, help="of each task")
+    parser.add_argument("--plans", nargs="+", default=["S1A1E8", "S2A2E8"])
+    parser.add_argument("--recipes", nargs="+", default=["ours", "cmoe"])
+    parser.add_argument("--minutes", type=float, nargs="+", default=[15, 60])
+    parser.add_argument("--tokens", type=int, default=32_768, help="of calibration")
+    parser.add_argument("--max-tokens", type=int, default=40_960, help="of each perplexity")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("recovery-work"), help="for models on the way")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recovery"))
+    main(parser.parse_args())

@@ -1,0 +1,5 @@
+"""`python -m moesaic.cli`."""
+
+from . import main
+
+main()

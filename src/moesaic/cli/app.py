@@ -1,0 +1,53 @@
+"""The application: what every verb has in common, and errors as one line and an exit code.
+
+Exit codes: 0 done, 1 the work failed (self-test, collapse), 2 bad input. With `--json` standard output holds exactly
+one JSON object; everything for people goes to standard error.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+import typer
+
+from ..errors import InputError, WorkError
+from .options import people
+
+app = typer.Typer(
+    help="Turn a dense language model into a Mixture-of-Experts, without training, and measure what that gives.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Run the command line; errors become one line and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except (InputError, WorkError, OSError) as error:  # OSError: a disk fills up, a file goes away under our hands
+        people.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        people.print("interrupted")
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+@app.callback()
+def _quiet() -> None:
+    """Keep libraries' progress bars and notices out of our output."""
+    import transformers
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("gguf").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=transformers.__name__)
