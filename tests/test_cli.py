@@ -182,3 +182,39 @@ def test_frontier_refuses_bad_input(run, tmp_path, arguments, says):
     assert (code, out) == (2, "")
     assert says in err
     assert not (tmp_path / "f").exists()
+
+
+TRAINING = ["--window", "64", "--samples", "24", "--batch", "4", "--steps", "4", "--device", "cpu"]
+
+
+def test_finetune_prints_one_object_and_a_table(run, converted, tmp_path):
+    code, out, err = run("finetune", converted, tmp_path / "one", *TRAINING, "--rank", "4", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["held_out_loss"] <= facts["held_out_loss_before"]
+    assert facts["method"] == "lora:rank=4"
+    code, out, err = run("finetune", converted, tmp_path / "two", *TRAINING, "--objective", "lm")
+    assert (code, out) == (0, "")
+    assert "held-out loss" in err
+    assert "learned: " in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("tiny",), "tiny"),
+        (("OUT", "--objective", "guess"), "--objective is 'guess'"),
+        (("OUT", "--method", "lorra"), "Did you mean 'lora'"),
+        (("OUT", "--window", "100000"), "--window 100000 is more than the model's longest"),
+        (("OUT", "--data", "missing.jsonl"), "no text file 'missing.jsonl'"),
+        (("OUT", "--teacher", "nosuch"), "no model 'nosuch'"),
+        (("OUT", "--minutes", "-1"), "--minutes is -1"),
+    ],
+)
+def test_finetune_refuses_bad_input(run, converted, tmp_path, arguments, says):
+    model = converted if arguments[0] == "OUT" else arguments[0]
+    code, out, err = run("finetune", model, tmp_path / "out", *arguments[1:])
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

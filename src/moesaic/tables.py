@@ -217,4 +217,5 @@ def progress(console: Console, title: str, unit: str, plural: str = "s") -> Iter
     try:
         yield tick
     finally:
-        bar.stop()
+        if bar.live.is_started:  # or it would print an empty line
+            bar.stop()

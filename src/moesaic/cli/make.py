@@ -97,7 +97,7 @@ def finetune(
     minutes: Annotated[float | None, typer.Option(help="stop after so many minutes")] = None,
     samples: Annotated[int | None, typer.Option(help="sequences to train on [default: 2000]", min=1)] = None,
     window: Annotated[int | None, typer.Option(help="tokens in a sequence [default: 512]", min=2)] = None,
-    batch: Annotated[int | None, typer.Option(help="sequences in a step [default: 8]", min=1)] = None,
+    batch: Annotated[int | None, typer.Option(help="sequences in a step [default: 2]", min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(help="[default: the method's]")] = None,
     rank: Annotated[int | None, typer.Option(help="of low-rank adapters [default: 8]", min=1)] = None,
     alpha: Annotated[int | None, typer.Option(help="of low-rank adapters [default: 32]", min=1)] = None,

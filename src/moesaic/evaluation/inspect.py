@@ -36,15 +36,15 @@ def inspect(folder: Path) -> dict[str, Any]:
     }
 
 
-def dense_origin(model: str) -> str:
-    """The dense model that a converted one came from.
+def dense_origin(model: str, option: str = "--against") -> str:
+    """The dense model that a converted one came from; `option` is how a user would name it.
 
     Raises:
         InputError: unknown, or a folder that only its maker knows.
     """
     origin = _saved(Path(model))["model"]
     if origin.endswith(("/", ".gguf")):
-        raise InputError(f"'{model}' was converted from the local '{origin}'; name it with --against")
+        raise InputError(f"'{model}' was converted from the local '{origin}'; name it with {option}")
     return origin
 
 

@@ -34,7 +34,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
     Indices from E on stand for no expert and cost nothing on CPUs.
     """
-    if not _plain(self) or hidden_states.is_cuda or torch.compiler.is_compiling():
+    mixed = torch.is_autocast_enabled(hidden_states.device.type)  # grouped products take one dtype only
+    if not _plain(self) or (hidden_states.is_cuda and not mixed) or torch.compiler.is_compiling():
         return _by_transformers(self, hidden_states, top_k_index, top_k_weights)
     if len(hidden_states) == 1:
         return _one_token(self, hidden_states, top_k_index, top_k_weights)

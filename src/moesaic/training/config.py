@@ -32,7 +32,7 @@ class FinetuneConfig(BaseModel):
     """Steps in all; None is what `minutes` allow, or else one pass over the samples."""
     minutes: float | None = Field(None, gt=0)
     """Minutes in all; a step that has begun is finished."""
-    batch: int = Field(8, gt=0)
+    batch: int = Field(2, gt=0)
     """Sequences in a step, over all processes."""
     learning_rate: float | None = Field(None, ge=0)
     """Of all but the routers; None is the method's own."""

@@ -69,6 +69,9 @@ class Trainer:
         self.blocks = moe_blocks(model)
         self.named = trainable(module)
         self.kept = self.named | {n: p for n, p in module.named_parameters() if n.endswith(SELECTION_BIAS)}
+        for name, parameter in self.kept.items():
+            if name.endswith(SELECTION_BIAS):
+                parameter.data = parameter.data.float()  # or small steps of balancing would be lost
         rate = method.learning_rate if config.learning_rate is None else config.learning_rate
         router = method.router_learning_rate if config.router_learning_rate is None else config.router_learning_rate
         groups: dict[float, list[nn.Parameter]] = {}

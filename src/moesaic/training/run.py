@@ -87,7 +87,7 @@ def prepare(
         "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
     }
     taught = config.objective != "lm" or config.match > 0 or method.needs_dense
-    name = (config.teacher or dense_origin(str(source.checkpoint.folder))) if taught else None
+    name = (config.teacher or dense_origin(str(source.checkpoint.folder), "--teacher")) if taught else None
     where = cache or output.absolute().with_name(output.name + ".training") / "teacher"
     text = hashlib.sha256(train.tokens_NL.numpy().tobytes()).hexdigest()[:12]
     teacher = None

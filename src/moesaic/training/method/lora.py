@@ -16,7 +16,7 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 class Lora(Method):
     """`W + alpha / rank B A` for attention, shared and each routed expert; routers learn whole."""
 
-    learning_rate: ClassVar[float] = 2e-4
+    learning_rate: ClassVar[float] = 5e-4
 
     rank: Annotated[int, Field(gt=0)] = 8
     alpha: Annotated[int, Field(gt=0)] = 32
