@@ -24,12 +24,16 @@ from .models.writer import MARK
 from .training import parts
 from .training.balance import summary
 from .training.config import FinetuneConfig
-from .training.loop import State, Trainer, held_out_loss
+from .training.held_out import held_out_loss
+from .training.loop import State, Trainer
 from .training.run import Run, prepare, quiet
+from .training.shards import put_back
 from .training.state import LOG
 from .training.text import Samples
 
 CURVE = "training.png"
+PROJECT = "moesaic"
+"""What trackers know a training by; TensorBoard's files are in a folder of that name."""
 
 
 def finetune(
@@ -60,7 +64,8 @@ def finetune(
 
     Returns:
         `output, format, improved, held_out_loss, held_out_loss_before, perplexity, perplexity_before, steps, tokens,
-        seconds, trainable_parameters{part: n}, load{before, after}, ...`.
+        seconds, trainable_parameters{part: n}, load{before, after}, ...`; of several processes only the main one
+        has `output`.
 
     Raises:
         InputError: something given cannot work; nothing costly was done.
@@ -76,7 +81,10 @@ def finetune(
     before = measure(student, run.held, device)
     trainer = make_trainer(run, student)
     state = restore(run, trainer, before[0])
+    run.accelerator.init_trackers(PROJECT)
     state = trainer.fit(run.folder, state, clock, lambda row: tell(run, quiet(progress), row))
+    for tracker in run.accelerator.trackers:
+        tracker.finish()
     trained, facts = settle(run, trainer, state, before)
     if run.accelerator.is_main_process:
         facts = write(run, trained, facts, state)
@@ -90,13 +98,15 @@ Measured = tuple[float, dict[str, Any]]
 
 def settle(run: Run, trainer: Trainer, state: State, before: Measured) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(the best of the training or, if that is no better, the model as it came; what is known of it)."""
-    device = run.accelerator.device
-    if state.best_step:
-        put_back(trainer.kept, run.folder.best(device))
     learned = parts.counts(trainer.named.items())
-    trained = run.method.finish(run.accelerator.unwrap_model(trainer.module))
-    parts.same_dtype(trained, run.dtype)
-    after = measure(trained, run.held, device)
+    trained, after = run.load(), before
+    if state.best_step:
+        module = run.method.prepare(trained)
+        best = run.folder.best()
+        put_back({name: p for name, p in module.named_parameters() if name in best}, best)
+        trained = run.method.finish(module)
+        parts.same_dtype(trained, run.dtype)
+        after = measure(trained, run.held, run.accelerator.device)
     improved = bool(state.best_step) and after[0] <= before[0]
     if not improved:
         trained, after = run.load(), before
@@ -111,6 +121,7 @@ def settle(run: Run, trainer: Trainer, state: State, before: Measured) -> tuple[
         "best_step": state.best_step if improved else 0,
         "tokens": sum(row["tokens"] for row in state.history),
         "seconds": state.seconds,
+        "processes": run.accelerator.num_processes,
         "trainable_parameters": learned,
         "load": {"before": before[1], "after": after[1]},
     }
@@ -135,22 +146,13 @@ def measure(model: PreTrainedModel, samples: Samples, device: torch.device) -> M
 
 def restore(run: Run, trainer: Trainer, before: float) -> State:
     """Where an unfinished training stopped, its weights and its optimizer put back; or the start."""
-    found = run.folder.load(run.accelerator.device)
+    found = run.folder.load()
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         run.folder.start_log(found["state"]["history"] if found else [])
     if not found:
         return State(held_out=before)
-    put_back(trainer.kept, found["tensors"])
-    trainer.optimizer.load_state_dict(found["optimizer"])
-    return State(**found["state"])
-
-
-@torch.no_grad()
-def put_back(named: dict[str, Any], tensors: dict[str, Any]) -> None:
-    """Copy stored values into parameters of the same names."""
-    for name, parameter in named.items():
-        parameter.copy_(tensors[name])
+    return trainer.restore(found)
 
 
 def tell(run: Run, report: Callable[..., None], row: dict[str, Any]) -> None:
@@ -158,7 +160,8 @@ def tell(run: Run, report: Callable[..., None], row: dict[str, Any]) -> None:
     run.accelerator.log({name: row[name] for name in ("loss", "held_out") if name in row}, step=row["step"])
     speed = row["tokens"] / max(1e-9, row["step_seconds"])
     note = f"step {row['step']}, loss {row['loss']:.3f}, held-out {row['held_out_last']:.3f}, {speed:.0f} tokens/s"
-    report(round(100 * row["progress"]), 100, note)
+    if run.accelerator.is_main_process:
+        report(round(100 * row["progress"]), 100, note)
 
 
 def write(run: Run, trained: PreTrainedModel, facts: dict[str, Any], state: State) -> dict[str, Any]:
@@ -193,6 +196,8 @@ def write(run: Run, trained: PreTrainedModel, facts: dict[str, Any], state: Stat
     metrics = known | {"finetune": facts, "perplexity": facts["perplexity"]}
     (made / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     export(made, run.output, form, overwrite=True)
+    if (run.folder.path / PROJECT).is_dir():
+        shutil.copytree(run.folder.path / PROJECT, run.output / "tensorboard", dirs_exist_ok=True)
     shutil.rmtree(run.folder.path)
     return facts
 

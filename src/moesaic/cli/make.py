@@ -105,6 +105,7 @@ def finetune(
     recipe: Annotated[Path | None, typer.Option(help="YAML with any of these settings; options override it")] = None,
     teacher_cache: Annotated[Path | None, typer.Option(help="keep the teacher's logits there, for other runs")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... [default: auto]")] = None,
+    shard: Annotated[bool | None, typer.Option(help="cut parameters over the processes (FSDP)")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random [default: 0]")] = None,
     resume: Annotated[bool, typer.Option(help="go on with an unfinished training")] = True,
     overwrite: options.Force = False,
@@ -117,12 +118,14 @@ def finetune(
     given = {
         "teacher": teacher, "data": tuple(data) if data else None, "method": method, "objective": objective,
         "steps": steps, "minutes": minutes, "samples": samples, "window": window, "batch": batch, "rank": rank,
-        "learning_rate": learning_rate, "alpha": alpha, "balance": balance, "device": device, "seed": seed,
+        "learning_rate": learning_rate, "alpha": alpha, "balance": balance, "device": device, "shard": shard,
+        "seed": seed,
     }  # fmt: skip
     config = make_config(recipe, {name: value for name, value in given.items() if value is not None})
     with tables.progress(people, "training", "per cent", "") as tick:
         facts = run(model, out, config, resume=resume, overwrite=overwrite, teacher_cache=teacher_cache, progress=tick)
-    emit(facts, as_json, lambda: tables.show_training(people, facts))
+    if "output" in facts:  # the others of several processes have nothing to say
+        emit(facts, as_json, lambda: tables.show_training(people, facts))
 
 
 @app.command()

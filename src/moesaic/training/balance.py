@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..models.moe import MoE
+from .shards import like
 
 Watch = Callable[[int, MoE, Tensor, Tensor], None]
 """Called with a layer's number, its block, the tokens that enter it [T, D] and the experts they chose [T, K]."""
@@ -58,7 +59,8 @@ def move_bias(blocks: Sequence[MoE], loads: Sequence[Tensor], step: float) -> No
         if block.gate is None:
             continue
         bias_E = block.gate.e_score_correction_bias
-        bias_E += step * (load_E.float().mean() - load_E.float()).sign().to(bias_E)
+        direction_E = (load_E.float().mean() - load_E.float()).sign().to(bias_E.dtype)
+        bias_E += like(bias_E, step * direction_E)
 
 
 def balance_loss(scores_TE: Tensor, index_TK: Tensor) -> Tensor:

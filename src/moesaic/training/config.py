@@ -56,6 +56,8 @@ class FinetuneConfig(BaseModel):
     """How often the held-out loss is measured on the way."""
     patience: int = Field(3, gt=0)
     """Evaluations in a row without a new least held-out loss after which training stops."""
+    shard: bool = False
+    """Whether processes hold a part of each parameter (FSDP) instead of all of them (DDP)."""
     device: str = "auto"
     seed: int = 0
 

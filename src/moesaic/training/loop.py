@@ -6,7 +6,7 @@ Shapes: N sequences, B of them in a step, L tokens in one, T = N L tokens, V voc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,21 +14,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from transformers import PreTrainedModel
 
-from ..models.families import ffn_name
+from ..models.families import decoder_layers, ffn_name
 from ..models.moe import MoE
 from ..models.working import moe_blocks
 from . import balance, objective
 from .config import FinetuneConfig
+from .held_out import MICRO_TOKENS, held_out_loss
 from .method import Method
 from .parts import check_gradients, part, trainable
+from .shards import gather, put_back, shard, whole
 from .state import RunFolder
 from .teacher import Teacher
 from .text import Samples
 
-MICRO_TOKENS = 2_048
-"""Tokens that run forward and back at once; their logits take 10 bytes times the vocabulary each."""
 CLIP = 1.0
 BETAS = (0.9, 0.95)
 FLOOR = 0.1
@@ -36,6 +41,9 @@ FLOOR = 0.1
 WEIGHTS = {"lm": (1.0, 0.0), "distill": (0.0, 1.0), "both": (0.5, 0.5)}
 """Of the next token's loss and of the distance from the teacher, by objective."""
 SELECTION_BIAS = "e_score_correction_bias"
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+"""Of the optimizer's state: not in shards."""
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -67,22 +75,25 @@ class Trainer:
         self.config, self.method, self.accelerator, self.dtype = config, method, accelerator, dtype
         self.train, self.held, self.teacher = train, held, teacher
         self.blocks = moe_blocks(model)
-        self.named = trainable(module)
-        self.kept = self.named | {n: p for n, p in module.named_parameters() if n.endswith(SELECTION_BIAS)}
-        for name, parameter in self.kept.items():
-            if name.endswith(SELECTION_BIAS):
-                parameter.data = parameter.data.float()  # or small steps of balancing would be lost
+        for name, parameter in module.named_parameters():
+            if config.shard or name.endswith(SELECTION_BIAS):
+                # a shard has one dtype; and in bfloat16 small steps of balancing would be lost
+                parameter.data = parameter.data.float()
+        if config.shard:
+            shard(module, decoder_layers(model), accelerator)
         rate = method.learning_rate if config.learning_rate is None else config.learning_rate
         router = method.router_learning_rate if config.router_learning_rate is None else config.router_learning_rate
         groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in self.named.items():
+        for name, parameter in trainable(module).items():
             groups.setdefault(router if part(name) == "router" else rate, []).append(parameter)
         optimizer = torch.optim.AdamW(
             [{"params": parameters, "lr": lr, "initial_lr": lr} for lr, parameters in groups.items()],
             betas=BETAS, weight_decay=0.0,
         )  # fmt: skip
-        self.raw = module
-        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        self.module = module if config.shard else accelerator.prepare(module)
+        self.optimizer = accelerator.prepare(optimizer)
+        self.named = trainable(module)
+        self.kept = self.named | {n: p for n, p in module.named_parameters() if n.endswith(SELECTION_BIAS)}
 
     def fit(self, folder: RunFolder, state: State, clock: Callable[[], float], report: Report) -> State:
         """Train until the steps or minutes are over or the held-out loss has stopped falling; `folder` has the best."""
@@ -123,11 +134,23 @@ class Trainer:
             state.held_out, state.best_step, state.stale = held_out, state.step, 0
         else:
             state.stale += 1
+        kept, optimizer = gather(self.kept), get_optimizer_state_dict(self.module, self.inner, options=WHOLE)
         if self.accelerator.is_main_process:
             if state.stale == 0:
-                folder.keep_best(self.kept)
-            folder.save(state, self.kept, self.optimizer.state_dict())
+                folder.keep_best(kept)
+            folder.save(state, kept, optimizer)
         self.accelerator.wait_for_everyone()
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The optimizer in accelerate's wrapping."""
+        return self.optimizer.optimizer
+
+    def restore(self, found: dict[str, Any]) -> State:
+        """Put back what `RunFolder.load` found: weights, optimizer; returns where the training was."""
+        put_back(self.kept, found["tensors"])
+        set_optimizer_state_dict(self.module, self.inner, found["optimizer"], options=WHOLE)
+        return State(**found["state"])
 
     def step(self, state: State, progress: float) -> dict[str, Any]:
         """One step on `batch` sequences; returns what is logged of it."""
@@ -160,7 +183,7 @@ class Trainer:
             balance.move_bias(self.blocks, loads, self.config.balance_step)
         return {
             "loss": self.accelerator.reduce(total).item(),
-            "gradient_norm": norm.item() if isinstance(norm, Tensor) else 0.0,
+            "gradient_norm": whole(norm).item() if isinstance(norm, Tensor) else 0.0,
             "learning_rate": rate,
             "tokens": tokens,
             "load": balance.summary(loads, tokens),
@@ -256,32 +279,3 @@ def schedule(progress: float, warmup: float) -> float:
         return max(0.02, progress / warmup)
     falling = (progress - warmup) / max(1e-9, 1 - warmup)
     return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, falling)))
-
-
-@torch.no_grad()
-def held_out_loss(
-    module: nn.Module, blocks: list[MoE], samples: Samples, device: torch.device
-) -> tuple[Tensor, list[Tensor]]:
-    """(sum of next-token losses in nats, float64; each layer's load [E]) of a model in eval mode."""
-    module.eval()
-    counts = [0 if block.gate is None else block.gate.e_score_correction_bias.numel() for block in blocks]
-    loads = [torch.zeros(count, dtype=torch.int64, device=device) for count in counts]
-
-    def watch(layer: int, block: MoE, x_TD: Tensor, index_TK: Tensor) -> None:
-        loads[layer] += balance.load(index_TK, counts[layer])
-
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    with balance.watched(blocks, watch):
-        for tokens_ML, scored_ML in micro_batches(samples):
-            tokens_ML, scored_ML = tokens_ML.to(device), scored_ML[:, 1:].to(device)
-            logits_SV = module(input_ids=tokens_ML, use_cache=False).logits[:, :-1][scored_ML]
-            target_S = tokens_ML[:, 1:][scored_ML]
-            for logits, target in zip(logits_SV.split(256), target_S.split(256), strict=True):
-                total += objective.next_token(logits.float(), target).double()
-    return total, loads
-
-
-def micro_batches(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens, which count) of a few sequences at a time."""
-    size = max(1, MICRO_TOKENS // samples.tokens_NL.shape[1])
-    yield from zip(samples.tokens_NL.split(size), samples.scored_NL.split(size), strict=True)

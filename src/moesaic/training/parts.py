@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import WorkError
+from .shards import whole
 
 PARTS = (("embeddings", "embed_tokens"), ("embeddings", "lm_head"), ("shared", ".shared_experts."),
          ("routed", ".experts."), ("router", ".gate."), ("norms", "norm"))  # fmt: skip
@@ -34,7 +35,7 @@ def counts(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:
 
 def check_gradients(named: dict[str, nn.Parameter]) -> None:
     """Raises WorkError if a part that should learn got no gradient in the first step."""
-    alive = {part(name) for name, p in named.items() if p.grad is not None and bool(p.grad.any())}
+    alive = {part(name) for name, p in named.items() if p.grad is not None and bool(whole(p.grad).any())}
     frozen = sorted({part(name) for name in named} - alive)
     if frozen:
         raise WorkError(

@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from ..models.sources import resolve
 from ..models.writer import check_output
 from ..shapes import empty
 from .config import FinetuneConfig
-from .loop import MICRO_TOKENS
+from .held_out import MICRO_TOKENS
 from .method import Method
 from .parts import trainable
 from .state import RunFolder
 from .teacher import Teacher
 from .text import Samples, make_samples
 
+TRACKERS = ("tensorboard", "trackio")
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -80,7 +82,8 @@ def prepare(
     documents = read_documents(config.data)
     tokenizer = load_tokenizer(source.checkpoint.folder)
     train, held = make_samples(documents, tokenizer, config.samples, config.window, config.held_out, config.seed)
-    accelerator = make_accelerator(config.device)
+    working = output.absolute().with_name(output.name + ".training")
+    accelerator = make_accelerator(config.device, working)
     fingerprint = {
         "model": source.checkpoint.fingerprint(),
         "text": text_hash(documents),
@@ -88,7 +91,7 @@ def prepare(
     }
     taught = config.objective != "lm" or config.match > 0 or method.needs_dense
     name = (config.teacher or dense_origin(str(source.checkpoint.folder), "--teacher")) if taught else None
-    where = cache or output.absolute().with_name(output.name + ".training") / "teacher"
+    where = cache or working / "teacher"
     text = hashlib.sha256(train.tokens_NL.numpy().tobytes()).hexdigest()[:12]
     teacher = None
     if name:
@@ -103,8 +106,8 @@ def prepare(
     return Run(source, output, config, method, tokenizer, train, held, teacher, accelerator, folder)
 
 
-def make_accelerator(device: str) -> Accelerator:
-    """Accelerate's view of this process: its device, and how many others there are.
+def make_accelerator(device: str, folder: Path) -> Accelerator:
+    """Accelerate's view of this process: its device, how many others there are, the trackers that are installed.
 
     Raises:
         InputError: no such device here.
@@ -117,7 +120,8 @@ def make_accelerator(device: str) -> Accelerator:
         raise InputError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     # a step reaches some experts only
     some = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(cpu=device == "cpu", kwargs_handlers=[some])
+    trackers: list[Any] = [name for name in TRACKERS if find_spec(name)]
+    return Accelerator(cpu=device == "cpu", log_with=trackers or None, project_dir=str(folder), kwargs_handlers=[some])
 
 
 def check_memory(

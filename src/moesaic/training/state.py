@@ -51,24 +51,23 @@ class RunFolder:
     def keep_best(self, named: Mapping[str, Tensor]) -> None:
         """Store the weights of the least held-out loss."""
         writing = self.path / f"{BEST}.writing"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, writing)
+        save_file({name: tensor.contiguous() for name, tensor in named.items()}, writing)
         writing.replace(self.path / BEST)
 
-    def best(self, device: torch.device) -> dict[str, Tensor]:
+    def best(self) -> dict[str, Tensor]:
         """The weights that `keep_best` stored."""
-        return load_file(self.path / BEST, device=str(device))
+        return load_file(self.path / BEST)
 
-    def save(self, state: State, named: Mapping[str, Tensor], optimizer: dict[str, Any]) -> None:
+    def save(self, state: State, named: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
         """Store where the training is."""
         writing = self.path / f"{STATE}.writing"
-        tensors = {name: tensor.detach() for name, tensor in named.items()}
-        torch.save({"state": asdict(state), "tensors": tensors, "optimizer": optimizer}, writing)
+        torch.save({"state": asdict(state), "tensors": named, "optimizer": optimizer}, writing)
         writing.replace(self.path / STATE)
 
-    def load(self, device: torch.device) -> dict[str, Any] | None:
+    def load(self) -> dict[str, Any] | None:
         """What `save` stored: `state`, `tensors`, `optimizer`; None before the first time."""
         path = self.path / STATE
-        return torch.load(path, map_location=device, weights_only=True) if path.is_file() else None
+        return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
 
     def start_log(self, rows: list[dict[str, Any]]) -> None:
         """Write `metrics.jsonl` with the steps that are done."""

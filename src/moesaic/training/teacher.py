@@ -57,7 +57,7 @@ class Teacher:
             writing = path.with_name(f"{path.name}.{os.getpid()}")  # processes share the folder
             save_file({"log_probs": log_probs_LK.half().cpu(), "tokens": tokens_LK.int().cpu()}, writing)
             writing.replace(path)
-        found = load_file(path, device=str(self.device))
+        found = {name: tensor.to(self.device) for name, tensor in load_file(path).items()}
         return found["log_probs"].float(), found["tokens"].long()
 
     @torch.no_grad()
