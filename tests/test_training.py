@@ -354,7 +354,9 @@ def test_cmoe_and_its_recipe(tmp_path):
     recipe = make_config(moesaic_root() / "recipes" / "cmoe.yaml", {})
     assert (recipe.objective, recipe.balance, recipe.learning_rate) == ("lm", "bias", 5.65e-5)
     short = {name: getattr(SHORT, name) for name in ("window", "samples", "batch", "held_out", "steps")}
-    facts = moesaic.finetune(tmp_path / "cmoe", tmp_path / "out", recipe.model_copy(update=short))
+    facts = moesaic.finetune(
+        tmp_path / "cmoe", tmp_path / "out", recipe.model_copy(update=short | {"learning_rate": 1e-3})
+    )
     assert facts["improved"]
     assert facts["trainable_parameters"]["router"] == 3 * 4
     bias = [t for name, t in tensors(tmp_path / "out").items() if name.endswith("e_score_correction_bias")]

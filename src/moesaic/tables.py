@@ -69,7 +69,8 @@ def show_training(console: Console, f: dict[str, Any]) -> None:
     grid.add_row("ratio to dense", *ratios)
     for name in ("experts_per_token", "coefficient_of_variation", "dead_experts"):
         digits = 0 if isinstance(before[name], int) else 2
-        grid.add_row(name.replace("_", " "), f"{before[name]:.{digits}f}", f"{after[name]:.{digits}f}")
+        label = "load's " * (name == "coefficient_of_variation") + name.replace("_", " ")
+        grid.add_row(label, f"{before[name]:.{digits}f}", f"{after[name]:.{digits}f}")
     console.print(grid)
     learned = ", ".join(f"{part} {count:,}" for part, count in f["trainable_parameters"].items())
     console.print(f"learned: {learned}; {f['tokens']:,} tokens in {f['seconds']:.0f} s")

@@ -90,7 +90,12 @@ def write_training(history: list[dict[str, Any]], facts: dict[str, Any], path: P
     figure = Figure(figsize=(7, 4.6))
     upper, lower = figure.subplots(2, 1, sharex=True)
     minutes = [row["seconds"] / 60 for row in history]
-    upper.plot(minutes, [row["loss"] for row in history], color=SOFT, linewidth=1)
+    losses = np.array([row["loss"] for row in history])
+    span = max(1, len(losses) // 10)
+    upper.plot(minutes, losses, color=SOFT, linewidth=0.6)
+    mean = np.convolve(losses, np.ones(span) / span, "valid")
+    upper.plot(minutes[span - 1 :], mean, color=ACCENT, label=f"mean of {span} steps")
+    upper.legend(frameon=False)
     upper.set(ylabel=f"{facts['objective']} loss\n(nats a token)", title=f"Training, {facts['method']}")
     found = [(row["seconds"] / 60, row["held_out"]) for row in history if "held_out" in row]
     lower.plot(*zip((0.0, facts["held_out_loss_before"]), *found, strict=True), "o-", color=ACCENT, markersize=4)
