@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,8 +56,8 @@ def split_web(source: Path, out: Path) -> tuple[Path, Path]:
     documents = [document.text for document in read_documents([str(source)])]
     first = len(documents) * 4 // 5
     train, held = out / "web-train.jsonl", out / "web-heldout.txt"
-    train.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[:first]))
-    held.write_text("\n\n".join(documents[first:]))
+    write(train, "".join(json.dumps({"text": text}) + "\n" for text in documents[:first]))
+    write(held, "\n\n".join(documents[first:]))
     return train, held
 
 
@@ -90,7 +90,14 @@ def row(path: Path, make: Callable[[], dict[str, Any]]) -> None:
     """Make a row unless it is there."""
     if not path.is_file():
         print(f"{time.strftime('%H:%M')} {path.stem}", flush=True)
-        path.write_text(json.dumps(make(), indent=2) + "\n")
+        write(path, json.dumps(make(), indent=2) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file that is whole or absent: another process may be reading it."""
+    writing = path.with_name(f".{path.name}.{os.getpid()}")
+    writing.write_text(text)
+    writing.replace(path)
 
 
 def merge(out: Path, setting: dict[str, Any]) -> None:
@@ -127,9 +134,7 @@ def trained(
             progress=lambda done, count, note: print(f"{time.strftime('%H:%M')} {done} % {note}", flush=True),
         )  # fmt: skip
     facts = json.loads((made / "metrics.json").read_text())["finetune"]
-    found = {"recipe": recipe, "plan": plan, "minutes": minutes, "finetune": facts} | measure(made, a.texts, a)
-    shutil.rmtree(made)
-    return found
+    return {"recipe": recipe, "plan": plan, "minutes": minutes, "finetune": facts} | measure(made, a.texts, a)
 
 
 def main(a: argparse.Namespace) -> None:

@@ -18,16 +18,17 @@ from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.converted import Converted
 from moesaic.models.loading import load_tokenizer
 from moesaic.models.working import moe_blocks
+from moesaic.runtime.experts import _by_transformers
 from moesaic.training.balance import balance_loss, load, move_bias, summary, watched
 from moesaic.training.config import make_config
 from moesaic.training.loop import schedule, training_mode
 from moesaic.training.method.factorllm import labels
-from moesaic.training.objective import Objective, distance, next_token
+from moesaic.training.objective import Objective, distance, layer_distance, next_token
 from moesaic.training.parts import check_gradients, counts, same_dtype, trainable
 from moesaic.training.text import make_samples
 
 SHORT = FinetuneConfig(window=64, samples=64, batch=4, held_out=8, steps=8, evaluations=4, device="cpu", teacher="tiny")
-HALF = {"lora": 1e-3, "rmoe": 1e-3}
+RATES = {"lora": 1e-3, "rmoe": 1e-3, "full": 2e-4, "factorllm": 2e-4}
 
 
 @pytest.fixture(scope="session")
@@ -180,6 +181,26 @@ def test_weights_are_one_in_training_and_carry_a_gradient(converted):
     assert torch.equal(index, gate.eval()(x, experts)[0])
 
 
+def test_experts_of_transformers_take_what_stands_for_no_expert(converted):
+    _, experts = moe_blocks(working(converted))[0].routed
+    g = torch.Generator().manual_seed(0)
+    for tokens in (3, 100):  # few go through batched products, many through grouped ones
+        x = torch.randn(tokens, experts.gate_up_proj.shape[2], generator=g)
+        index = torch.randint(experts.num_experts + 1, (tokens, 2), generator=g)
+        weights = torch.rand(tokens, 2, generator=g)
+        with torch.no_grad():
+            naive = type(experts).forward.__wrapped__(experts, x, index, weights)
+            assert torch.allclose(_by_transformers(experts, x, index, weights), naive, atol=1e-4)
+
+
+def test_layer_distance_is_relative():
+    ours, theirs = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    assert layer_distance((ours,), (ours,)) == 0
+    expected = ((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).sum()
+    assert torch.allclose(layer_distance((ours,), (theirs,)), expected)
+    assert torch.allclose(layer_distance((ours, ours), (theirs, ours)), expected / 2)
+
+
 @pytest.mark.parametrize("method", ["dsmoe", "d2dmoe", "rmoe"])
 def test_other_gates_say_the_same_in_training_as_in_use(converted, method):
     student = working(converted)
@@ -220,15 +241,16 @@ def test_factorllm_labels_are_the_experts_nearest_to_their_share(converted):
 def test_every_method_trains_what_it_claims_and_writes_a_model_that_loads(converted, method, tmp_path):
     out = tmp_path / "out"
     facts = moesaic.finetune(
-        converted, out, SHORT.model_copy(update={"method": method, "learning_rate": HALF.get(method)})
+        converted, out, SHORT.model_copy(update={"method": method, "learning_rate": RATES.get(method)})
     )
     assert facts["held_out_loss"] <= facts["held_out_loss_before"]
     assert facts["trainable_parameters"]["router"] > 0
     model, _ = moesaic.load(out, dtype=torch.float32)
     logits = model(input_ids=torch.arange(32)[None]).logits
     assert logits.isfinite().all()
-    if method in ("lora", "full", "router", "factorllm"):
+    if method in ("lora", "full", "factorllm"):
         assert facts["improved"]
+    if method in ("lora", "full", "factorllm", "router"):
         assert facts["format"] == "glm4_moe"
         assert json.loads((out / "metrics.json").read_text())["check"]["median_difference"] < 0.01
     elif facts["improved"]:
@@ -313,6 +335,28 @@ def test_a_harmful_training_returns_the_start(converted, tmp_path):
     assert same(tensors(converted), tensors(tmp_path / "out"))
 
 
+def test_what_rounding_spoils_is_not_written(converted, tmp_path, monkeypatch):
+    def spoil(model, dtype):
+        same_dtype(model, dtype)
+        model.get_parameter("lm_head.weight").data.zero_()
+
+    module = sys.modules["moesaic.finetune"]  # the package has the function by that name
+    monkeypatch.setattr(module.parts, "same_dtype", spoil)
+    monkeypatch.setattr(module, "write", lambda run, trained, facts, state: facts)
+    config = SHORT.model_copy(update={"learning_rate": 1e-3})
+    facts = moesaic.finetune(converted, tmp_path / "out", config)
+    assert not facts["improved"]
+    assert facts["held_out_loss"] == facts["held_out_loss_before"]
+
+
+def test_a_float16_start_comes_back_bit_by_bit(tmp_path):
+    update = {"active": 0.25, "partition": "specialists", "dtype": "float16"}
+    moesaic.convert("tiny", tmp_path / "start", QUICK.model_copy(update=update))
+    config = SHORT.model_copy(update={"method": "full", "learning_rate": 1.0, "steps": 2})
+    assert not moesaic.finetune(tmp_path / "start", tmp_path / "out", config)["improved"]
+    assert same(tensors(tmp_path / "start"), tensors(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_resumed_equals_uninterrupted(converted, tmp_path, method):
     config = SHORT.model_copy(update={"method": method, "balance": "bias", "learning_rate": 1e-3})
@@ -324,7 +368,7 @@ def test_resumed_equals_uninterrupted(converted, tmp_path, method):
 
     with pytest.raises(KeyboardInterrupt):
         moesaic.finetune(converted, tmp_path / "parts", config, progress=stop)
-    with pytest.raises(InputError, match="another configuration"):
+    with pytest.raises(InputError, match="another text, configuration"):
         moesaic.finetune(converted, tmp_path / "parts", config.model_copy(update={"seed": 1}))
     facts = moesaic.finetune(converted, tmp_path / "parts", config)
     assert facts["steps"] == 8
@@ -395,9 +439,15 @@ def test_two_processes_equal_one(tmp_path, method, ways):
     assert (one - two).norm() < 0.02 * (one - dense).norm()
 
 
+def short_text(tmp_path):
+    path = tmp_path.parent / f"{tmp_path.name}-short.txt"
+    path.write_text("A few words only.")
+    return path
+
+
 def test_bad_input_is_refused_before_any_work(converted, tmp_path, folders):
-    def fails(match, model=converted, **update):
-        with pytest.raises(InputError, match=match):
+    def fails(says, model=converted, **update):
+        with pytest.raises(InputError, match=says):
             moesaic.finetune(model, tmp_path / "out", SHORT.model_copy(update=update))
         assert not list(tmp_path.iterdir())
 
@@ -407,7 +457,13 @@ def test_bad_input_is_refused_before_any_work(converted, tmp_path, folders):
     (other / "config.json").write_text(json.dumps(fields | {"vocab_size": 512}))
     fails("did not make", model=folders("llama"))
     fails(r"another vocabulary \(512 logits", teacher=str(other))
+    other_shape = json.dumps(fields | {"num_hidden_layers": 2})
+    (other / "config.json").write_text(other_shape)
+    fails("has num_hidden_layers 2, the model 4", teacher=str(other), match=1.0)
     fails("more than the model's longest", window=100_000)
+    fails("has no effect on --method dsmoe", method="dsmoe", balance="bias")
+    fails("needs several processes", shard=True)
+    fails("no file of the text holds three windows", data=(str(short_text(tmp_path)),))
     fails("unknown method 'lorra'. Did you mean 'lora'", method="lorra")
     fails("no text file", data=("missing.txt",))
     fails("cannot be used here", device="cuda:7")

@@ -15,7 +15,8 @@ import yaml
 from transformers import PreTrainedModel
 
 from .calibration.text import bundled, token_windows
-from .errors import InputError
+from .config import ConvertConfig
+from .errors import InputError, WorkError
 from .evaluation.machine import machine, peak_rss_bytes, versions
 from .export.native import COPIED, export
 from .models.converted import native_form
@@ -76,16 +77,22 @@ def finetune(
         model, output, config or FinetuneConfig(), resume=resume, overwrite=overwrite,
         cache=Path(teacher_cache) if teacher_cache else None,
     )  # fmt: skip
-    device = run.accelerator.device
     student = run.load()
-    before = measure(student, run.held, device)
+    before = measure(student, run)
     trainer = make_trainer(run, student)
+    learned = parts.counts(trainer.named.items())
     state = restore(run, trainer, before[0])
     run.accelerator.init_trackers(PROJECT)
-    state = trainer.fit(run.folder, state, clock, lambda row: tell(run, quiet(progress), row))
+    try:
+        state = trainer.fit(run.folder, state, clock, lambda row: tell(run, quiet(progress), row))
+    except torch.OutOfMemoryError as error:
+        raise WorkError(
+            f"out of memory in step {state.step + 1}: {error}; use a smaller --window or --batch"
+        ) from error
     for tracker in run.accelerator.trackers:
         tracker.finish()
-    trained, facts = settle(run, trainer, state, before)
+    del student, trainer  # the model that is written needs the room
+    trained, facts = settle(run, state, before, learned)
     if run.accelerator.is_main_process:
         facts = write(run, trained, facts, state)
     run.accelerator.wait_for_everyone()
@@ -96,20 +103,19 @@ Measured = tuple[float, dict[str, Any]]
 """Next-token loss in nats a token, and how evenly the experts are used."""
 
 
-def settle(run: Run, trainer: Trainer, state: State, before: Measured) -> tuple[PreTrainedModel, dict[str, Any]]:
+def settle(run: Run, state: State, before: Measured, learned: dict[str, int]) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(the best of the training or, if that is no better, the model as it came; what is known of it)."""
-    learned = parts.counts(trainer.named.items())
-    trained, after = run.load(), before
+    run.accelerator.free_memory()
+    if run.teacher:
+        run.teacher.forget()
+    trained = after = None
     if state.best_step:
-        module = run.method.prepare(trained)
-        best = run.folder.best()
-        put_back({name: p for name, p in module.named_parameters() if name in best}, best)
-        trained = run.method.finish(module)
-        parts.same_dtype(trained, run.dtype)
-        after = measure(trained, run.held, run.accelerator.device)
-    improved = bool(state.best_step) and after[0] <= before[0]
-    if not improved:
-        trained, after = run.load(), before
+        trained = best_model(run)
+        after = measure(trained, run)
+    improved = after is not None and after[0] <= before[0]
+    if trained is None or not improved:
+        trained, after = None, before
+        trained = run.load()
     return trained, {
         "method": run.config.method,
         "objective": run.config.objective,
@@ -127,6 +133,17 @@ def settle(run: Run, trainer: Trainer, state: State, before: Measured) -> tuple[
     }
 
 
+def best_model(run: Run) -> PreTrainedModel:
+    """The model of least held-out loss, adapters merged, in the dtype that it is written in."""
+    module = run.method.prepare(run.load())
+    best = run.folder.best()
+    put_back({name: p for name, p in module.named_parameters() if name in best}, best)
+    trained = run.method.finish(module)
+    for dtype in (run.source.checkpoint.dtype(), run.dtype):  # rounded as on disk
+        parts.same_dtype(trained, dtype)
+    return trained
+
+
 def make_trainer(run: Run, student: PreTrainedModel) -> Trainer:
     """The training of a model that is loaded; adapters start as the seed says."""
     device = run.accelerator.device
@@ -138,9 +155,10 @@ def make_trainer(run: Run, student: PreTrainedModel) -> Trainer:
     )
 
 
-def measure(model: PreTrainedModel, samples: Samples, device: torch.device) -> Measured:
-    """Loss and load of a model on some samples."""
-    total, loads = held_out_loss(model, moe_blocks(model), samples, device)
+def measure(model: PreTrainedModel, run: Run, samples: Samples | None = None) -> Measured:
+    """Loss and load of a model on what is held out, or on other samples."""
+    samples = samples or run.held
+    total, loads = held_out_loss(model, moe_blocks(model), samples, run.accelerator.device)
     return total.item() / samples.scored(), summary(loads, samples.tokens_NL.numel())
 
 
@@ -151,7 +169,7 @@ def restore(run: Run, trainer: Trainer, before: float) -> State:
     if run.accelerator.is_main_process:
         run.folder.start_log(found["state"]["history"] if found else [])
     if not found:
-        return State(held_out=before)
+        return State(held_out=trainer.agreed(before))
     return trainer.restore(found)
 
 
@@ -193,13 +211,24 @@ def write(run: Run, trained: PreTrainedModel, facts: dict[str, Any], state: Stat
     shutil.copyfile(run.folder.path / LOG, made / LOG)
     form, facts["format_reason"] = written_form(run, trained)
     facts["format"] = form
-    metrics = known | {"finetune": facts, "perplexity": facts["perplexity"]}
+    metrics = known | {"finetune": facts, "perplexity": facts["perplexity"]} | active(run, known, facts)
+    metrics["collapsed"] = not facts["perplexity"] / known["perplexity_dense"] <= ConvertConfig().collapse_ratio
     (made / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     export(made, run.output, form, overwrite=True)
     if (run.folder.path / PROJECT).is_dir():
         shutil.copytree(run.folder.path / PROJECT, run.output / "tensorboard", dirs_exist_ok=True)
     shutil.rmtree(run.folder.path)
     return facts
+
+
+def active(run: Run, known: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """What one token runs of a model whose method lets the number of experts vary, on average over held-out text."""
+    if not (run.method.varies and facts["improved"]):
+        return {}
+    c, count = run.source.config, facts["load"]["after"]["experts_per_token"]
+    neurons = c.shared_expert_intermediate_size + count * c.moe_intermediate_size
+    more = 3 * c.num_hidden_layers * c.hidden_size * c.moe_intermediate_size * (count - c.num_experts_per_tok)
+    return {"ffn_active": neurons / c.intermediate_size, "active_parameters": known["active_parameters"] + round(more)}
 
 
 def written_form(run: Run, trained: PreTrainedModel) -> tuple[str, str]:
@@ -216,4 +245,4 @@ def perplexity(run: Run, model: PreTrainedModel, protocol: dict[str, Any]) -> fl
     """Of the trained model on the bundled held-out text, as the conversion measured it."""
     tokens_NL = token_windows(bundled("heldout"), run.tokenizer, protocol["tokens"], protocol["window"])
     samples = Samples(tokens_NL, torch.ones_like(tokens_NL, dtype=torch.bool))
-    return math.exp(min(700.0, measure(model, samples, run.accelerator.device)[0]))
+    return math.exp(min(700.0, measure(model, run, samples)[0]))

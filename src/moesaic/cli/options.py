@@ -82,7 +82,7 @@ def load_model(model: str, device: str, dtype: str, threads: int | None) -> tupl
     """(model, tokenizer) as the options ask for."""
     import torch
 
-    from ..job import choose_device, choose_dtype
+    from ..models.devices import choose_device, choose_dtype
     from ..models.loading import load
     from ..models.sources import resolve
 

@@ -61,8 +61,12 @@ class Gate(nn.Module):
 
     def forward(self, hidden_TD: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
         """(expert indices [T, K] int64, weights [T, K] in the input's dtype)."""
+        return self.select(self.exact_scores(hidden_TD, experts), hidden_TD.dtype)
+
+    def exact_scores(self, hidden_TD: Tensor, experts: Experts) -> Tensor:
+        """`scores` in float32 under autocast too."""
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            return self.select(self.scores(hidden_TD, experts), hidden_TD.dtype)
+            return self.scores(hidden_TD, experts)
 
     def follow(self, previous: Gate | None) -> None:
         """Told the gate of the layer before, once the model is built; only a recurrent gate cares."""

@@ -43,6 +43,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def _by_transformers(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    if _plain(self):  # theirs take indices from E on only where experts are split over devices
+        top_k_weights = top_k_weights.where(top_k_index < self.num_experts, 0)
+        top_k_index = top_k_index.clamp(max=self.num_experts - 1)
     rows = (self.gate_up_proj.shape[-1], self.down_proj.shape[-1])
     aligned = all(size * hidden_states.element_size() % GROUPED_MM_ALIGNMENT_BYTES == 0 for size in rows)
     few = top_k_index.numel() <= FEW_PAIRS

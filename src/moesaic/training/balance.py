@@ -41,6 +41,7 @@ def load(index_TK: Tensor, num_experts: int) -> Tensor:
 
 def summary(loads: Sequence[Tensor], tokens: int) -> dict[str, Any]:
     """Of all layers' loads [E]: `coefficient_of_variation` (mean), `dead_experts` (in all), `experts_per_token`."""
+    loads = [load_E for load_E in loads if len(load_E)]  # blocks without routed experts have none
     if not loads:
         return {"coefficient_of_variation": 0.0, "dead_experts": 0, "experts_per_token": 0.0}
     shares = torch.stack([load_E.double() for load_E in loads])

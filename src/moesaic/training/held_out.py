@@ -30,14 +30,14 @@ def held_out_loss(
     def watch(layer: int, block: MoE, x_TD: Tensor, index_TK: Tensor) -> None:
         loads[layer] += balance.load(index_TK, counts[layer])
 
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64)  # on the CPU: not every device has float64
     with balance.watched(blocks, watch):
         for tokens_ML, scored_ML in micro_batches(samples):
             tokens_ML, scored_ML = tokens_ML.to(device), scored_ML[:, 1:].to(device)
             logits_SV = module(input_ids=tokens_ML, use_cache=False).logits[:, :-1][scored_ML]
             target_S = tokens_ML[:, 1:][scored_ML]
             for logits, target in zip(logits_SV.split(256), target_S.split(256), strict=True):
-                total += objective.next_token(logits.float(), target).double()
+                total += objective.next_token(logits.float(), target).cpu().double()
     return total, loads
 
 

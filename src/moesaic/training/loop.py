@@ -56,6 +56,8 @@ class State:
     seconds: float = 0.0
     held_out: float = math.inf
     """Least held-out loss so far, nats a token; at first that of the model as it came."""
+    latest: float = math.inf
+    """Least held-out loss of this training, which may be above the start's."""
     best_step: int = 0
     """The step after which it was reached; 0: none was better than the start."""
     stale: int = 0
@@ -113,7 +115,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 folder.log(row)
             report(row | {"progress": min(1.0, self.progress(state)), "held_out_last": latest})
-            if not math.isfinite(row["loss"]):
+            if not math.isfinite(row["loss"] + row["layer_loss"]):
                 break
         return state
 
@@ -130,13 +132,14 @@ class Trainer:
 
     def remember(self, folder: RunFolder, state: State, held_out: float) -> None:
         """Keep the state on disk, and the weights if they are the best so far."""
-        if held_out < state.held_out:
-            state.held_out, state.best_step, state.stale = held_out, state.step, 0
-        else:
-            state.stale += 1
+        state.stale = 0 if held_out < state.latest else state.stale + 1
+        state.latest = min(state.latest, held_out)
+        best = held_out < state.held_out
+        if best:
+            state.held_out, state.best_step = held_out, state.step
         kept, optimizer = gather(self.kept), get_optimizer_state_dict(self.module, self.inner, options=WHOLE)
         if self.accelerator.is_main_process:
-            if state.stale == 0:
+            if best:
                 folder.keep_best(kept)
             folder.save(state, kept, optimizer)
         self.accelerator.wait_for_everyone()
@@ -163,7 +166,7 @@ class Trainer:
         own = index_B[self.accelerator.process_index :: self.accelerator.num_processes]
         training_mode(self.module, self.blocks)
         loads = [self.zeros(block) for block in self.blocks]
-        total = torch.zeros((), device=self.accelerator.device)
+        total = torch.zeros(2, device=self.accelerator.device)
         parts = own.split(max(1, MICRO_TOKENS // self.train.tokens_NL.shape[1]))
         for number, index_M in enumerate(parts):
             last = number == len(parts) - 1
@@ -172,17 +175,19 @@ class Trainer:
                 loss, extra = loss / scored, extra / (tokens * max(1, len(self.blocks)))
                 # processes' gradients are averaged, and ours are sums
                 self.accelerator.backward((loss + extra) * self.accelerator.num_processes)
-                total += loss.detach()
+                total += torch.stack([loss.detach(), extra.detach()])
         if state.step == 0:
             check_gradients(self.named)
         norm = self.accelerator.clip_grad_norm_(list(self.named.values()), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         loads = [self.accelerator.reduce(load_E) for load_E in loads]
+        loss, extra = self.accelerator.reduce(total).tolist()
         if self.config.balance == "bias":
             balance.move_bias(self.blocks, loads, self.config.balance_step)
         return {
-            "loss": self.accelerator.reduce(total).item(),
+            "loss": loss,
+            "layer_loss": extra,
             "gradient_norm": whole(norm).item() if isinstance(norm, Tensor) else 0.0,
             "learning_rate": rate,
             "tokens": tokens,
@@ -215,7 +220,7 @@ class Trainer:
             loads[layer] += balance.load(index_TK, len(loads[layer]))
             if self.config.balance == "loss":
                 gate, experts = block.routed
-                even = balance.balance_loss(gate.scores(x_TD, experts), index_TK)
+                even = balance.balance_loss(gate.exact_scores(x_TD, experts), index_TK)
                 extra.append(self.config.balance_weight * len(x_TD) * even)
             own = self.method.layer_loss(block, x_TD, index_TK, dense[layer] if dense else None)
             if own is not None:
@@ -260,7 +265,8 @@ class Trainer:
         own = samples.take(torch.arange(process, len(samples), count))
         with self.autocast():
             total, loads = held_out_loss(self.module, self.blocks, own, self.accelerator.device)
-        total = self.accelerator.reduce(total)
+        if count > 1:
+            total = self.accelerator.reduce(total.to(self.accelerator.device))
         loads = [self.accelerator.reduce(load_E) for load_E in loads]
         return total.item() / samples.scored(), balance.summary(loads, samples.tokens_NL.numel())
 

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from psutil import virtual_memory
 from transformers import PreTrainedModel
 
 from .. import registry
-from ..calibration.text import read_documents, text_hash
+from ..calibration.text import read_documents
 from ..errors import InputError
 from ..evaluation.inspect import dense_origin
 from ..models.converted import Converted
+from ..models.devices import choose_device
 from ..models.loading import load_tokenizer
 from ..models.sources import resolve
-from ..models.writer import check_output
+from ..models.writer import MARK, check_output
 from ..shapes import empty
 from .config import FinetuneConfig
 from .held_out import MICRO_TOKENS
@@ -32,8 +36,8 @@ from .state import RunFolder
 from .teacher import Teacher
 from .text import Samples, make_samples
 
+PATIENCE = timedelta(hours=4)
 TRACKERS = ("tensorboard", "trackio")
-HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,9 @@ class Run:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the model runs: bfloat16 for half precision on disk, whose own steps need no scaling then."""
+        """In which the model runs: bfloat16 as it is on disk; float16, whose gradients may overflow, as float32."""
         own = self.source.checkpoint.dtype()
-        return torch.bfloat16 if own in HALF else own
+        return own if own == torch.bfloat16 else torch.float32
 
     def load(self) -> PreTrainedModel:
         """The converted model as it came."""
@@ -73,55 +77,70 @@ def prepare(
     """
     check_output(output, overwrite)
     method: Method = registry.build("method", config.method)
+    if not method.uses_objective:
+        config = config.model_copy(update={"objective": "lm"})  # so that no teacher runs for nothing
     source = Converted(resolve(str(model)))
-    if not source.config.num_experts and config.method.partition(":")[0] not in ("lora", "full"):
-        raise InputError(f"'{model}' has no routed experts, so --method {config.method} has nothing to train")
-    longest = source.config.max_position_embeddings
-    if config.window > longest:
-        raise InputError(f"--window {config.window} is more than the model's longest, {longest} tokens")
+    working = output.absolute().with_name(output.name + ".training")
+    accelerator = make_accelerator(choose_device(config.device), working)
+    check_request(source, method, config, accelerator.num_processes)
     documents = read_documents(config.data)
     tokenizer = load_tokenizer(source.checkpoint.folder)
     train, held = make_samples(documents, tokenizer, config.samples, config.window, config.held_out, config.seed)
-    working = output.absolute().with_name(output.name + ".training")
-    accelerator = make_accelerator(config.device, working)
-    fingerprint = {
-        "model": source.checkpoint.fingerprint(),
-        "text": text_hash(documents),
-        "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
-    }
+    held = held.take(torch.arange(len(held) // accelerator.num_processes * accelerator.num_processes))
     taught = config.objective != "lm" or config.match > 0 or method.needs_dense
     name = (config.teacher or dense_origin(str(source.checkpoint.folder), "--teacher")) if taught else None
-    where = cache or working / "teacher"
-    text = hashlib.sha256(train.tokens_NL.numpy().tobytes()).hexdigest()[:12]
-    teacher = None
-    if name:
-        teacher = Teacher(name, source.config, tokenizer, where, config.top_k, accelerator.device)
-        kept = f"{teacher.checkpoint.fingerprint()[:12]}-{text}-{teacher.top_k}"
-        teacher.folder = where / kept
+    teacher = Teacher(name, source.config, tokenizer, config.top_k, accelerator.device) if name else None
+    if teacher and (config.match > 0 or method.needs_dense):
+        teacher.check_layers(source.config)
     check_memory(source, method, teacher, config, accelerator.device)
+    fingerprint = {
+        "model": source.checkpoint.fingerprint(),
+        "teacher": teacher.checkpoint.fingerprint() if teacher else "none",
+        "text": f"{train.fingerprint()} {held.fingerprint()}",
+        "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
+    }
     folder = RunFolder(output, fingerprint, resume, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     if teacher:
-        teacher.folder.mkdir(parents=True, exist_ok=True)
+        teacher.keep_in(cache or working / "teacher", train)
     return Run(source, output, config, method, tokenizer, train, held, teacher, accelerator, folder)
 
 
-def make_accelerator(device: str, folder: Path) -> Accelerator:
-    """Accelerate's view of this process: its device, how many others there are, the trackers that are installed.
+def check_request(source: Converted, method: Method, config: FinetuneConfig, processes: int) -> None:
+    """Raises InputError for what cannot work whatever the text is."""
+    folder = source.checkpoint.folder
+    for name in (MARK, "metrics.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"'{folder}' has no {name}; copy it from the folder that 'moesaic convert' made")
+    longest = source.config.max_position_embeddings
+    if config.window > longest:
+        raise InputError(f"--window {config.window} is more than the model's longest, {longest} tokens")
+    for name in ("batch", "held_out"):
+        size = getattr(config, name)
+        if size % processes and (name == "batch" or size < processes):
+            raise InputError(f"{name} {size} cannot be shared by {processes} processes; give a multiple of {processes}")
+    if config.shard and processes == 1:
+        raise InputError("--shard needs several processes: torchrun --nproc_per_node N -m moesaic.cli finetune ...")
+    if method.varies and config.balance != "none":
+        raise InputError(f"--balance {config.balance} has no effect on --method {config.method}, which chooses by a "
+                         "threshold; drop it")  # fmt: skip
+    alone = not method.uses_objective or (config.shard and not method.shards)
+    if processes > 1 and alone:
+        raise InputError(f"--method {config.method} trains in one process, or without --shard; found {processes}")
 
-    Raises:
-        InputError: no such device here.
-    """
-    try:
-        if device not in ("auto", "cpu"):
-            torch.empty(0, device=device)
-            torch.get_device_module(device.partition(":")[0]).set_device(torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-    # a step reaches some experts only
-    some = DistributedDataParallelKwargs(find_unused_parameters=True)
+
+def make_accelerator(device: torch.device, folder: Path) -> Accelerator:
+    """Accelerate's view of this process: its device, how many others there are, the trackers that are installed."""
+    if "WORLD_SIZE" not in os.environ:  # or the device of an earlier training in this process would stay
+        AcceleratorState._reset_state(reset_partial_state=True)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    # a step reaches some experts only; and one process writes while the others wait
+    some = (DistributedDataParallelKwargs(find_unused_parameters=True), InitProcessGroupKwargs(timeout=PATIENCE))
     trackers: list[Any] = [name for name in TRACKERS if find_spec(name)]
-    return Accelerator(cpu=device == "cpu", log_with=trackers or None, project_dir=str(folder), kwargs_handlers=[some])
+    return Accelerator(
+        cpu=device.type == "cpu", log_with=trackers or None, project_dir=str(folder), kwargs_handlers=list(some)
+    )
 
 
 def check_memory(
@@ -130,10 +149,13 @@ def check_memory(
     """Raises InputError unless the training's estimate fits in the device's free memory.
 
     Weights of model and teacher as on disk; 16 bytes for each parameter that learns (itself, gradient and Adam's two
-    moments in float32); activations and logits of a micro-batch.
+    moments in float32); activations and logits of a micro-batch; with adapters the routed experts' sum `W + B A`.
     """
     on_meta = empty(copy.deepcopy(source.config))  # methods change the configuration
     learning = sum(p.numel() for p in trainable(method.prepare(on_meta)).values())
+    if not learning:
+        raise InputError(f"--method {config.method} has nothing to train in this model, whose router is "
+                         f"{source.config.router} with {source.config.num_experts} routed experts")  # fmt: skip
     c = source.config
     tokens = min(max(MICRO_TOKENS, config.window), config.batch * config.window)
     width = c.shared_expert_intermediate_size + c.num_experts_per_tok * c.moe_intermediate_size
@@ -142,6 +164,8 @@ def check_memory(
     logits = tokens * c.vocab_size * (8 + itemsize)
     needed = source.checkpoint.size() + (teacher.checkpoint.size() if teacher else 0) + 16 * learning
     needed += activations + logits
+    if method.copies_experts:
+        needed += 3 * c.num_hidden_layers * c.num_experts * c.moe_intermediate_size * c.hidden_size * itemsize
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else virtual_memory().available
     if needed > free:
         raise InputError(

@@ -11,17 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..errors import InputError
-
 
 def shard(module: nn.Module, layers: Iterable[nn.Module], accelerator: Accelerator) -> None:
-    """Cut a model's parameters over the processes: each layer is whole only while it runs (FSDP2).
-
-    Raises:
-        InputError: there is one process only.
-    """
-    if accelerator.num_processes == 1:
-        raise InputError("--shard needs several processes: torchrun --nproc_per_node N -m moesaic.cli finetune ...")
+    """Cut a model's parameters over the processes: each layer is whole only while it runs (FSDP2)."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for part in (*layers, module):
         fully_shard(part, mesh=mesh)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from .loop import State
@@ -33,26 +33,39 @@ class RunFolder:
         if not main:
             return
         mark = self.path / FINGERPRINT
-        if self.path.exists() and not mark.is_file():
+        if self.path.exists() and not mark.is_file() and any(self.path.iterdir()):
             raise InputError(f"'{self.path}' is in the way and was not made by moesaic; move it or choose another OUT")
         if self.path.exists() and not resume:
             shutil.rmtree(self.path)
-        if mark.is_file():
-            known = json.loads(mark.read_text())
-            changed = [key for key in fingerprint if known.get(key) != fingerprint[key]]
-            if changed:
-                raise InputError(
-                    f"'{self.path}' holds an unfinished training with another {', '.join(changed)}; repeat that "
-                    "command to finish it, or pass --no-resume to start anew"
-                )
-        self.path.mkdir(parents=True, exist_ok=True)
-        mark.write_text(json.dumps(fingerprint))
+        if not mark.is_file():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._store(FINGERPRINT, lambda path: path.write_text(json.dumps(fingerprint)))
+        known = json.loads(mark.read_text())
+        changed = [key for key in fingerprint if known.get(key) != fingerprint[key]]
+        if changed:
+            raise InputError(
+                f"'{self.path}' holds an unfinished training with another {', '.join(changed)}; repeat that command to "
+                "finish it, or pass --no-resume to start anew"
+            )
+
+    def _store(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file that is whole or absent."""
+        writing = self.path / f".{name}.writing"
+        try:
+            write(writing)
+        except Exception as error:  # safetensors and torch have their own types for a full disk
+            writing.unlink(missing_ok=True)
+            free = shutil.disk_usage(self.path).free
+            raise StorageError(
+                f"cannot write '{self.path / name}' ({error}); {free / 1e9:.2f} GB are free. What is done is kept: "
+                "make room and run the same command again"
+            ) from error
+        writing.replace(self.path / name)
 
     def keep_best(self, named: Mapping[str, Tensor]) -> None:
         """Store the weights of the least held-out loss."""
-        writing = self.path / f"{BEST}.writing"
-        save_file({name: tensor.contiguous() for name, tensor in named.items()}, writing)
-        writing.replace(self.path / BEST)
+        tensors = {name: tensor.contiguous() for name, tensor in named.items()}
+        self._store(BEST, lambda path: save_file(tensors, path))
 
     def best(self) -> dict[str, Tensor]:
         """The weights that `keep_best` stored."""
@@ -60,9 +73,8 @@ class RunFolder:
 
     def save(self, state: State, named: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
         """Store where the training is."""
-        writing = self.path / f"{STATE}.writing"
-        torch.save({"state": asdict(state), "tensors": named, "optimizer": optimizer}, writing)
-        writing.replace(self.path / STATE)
+        content = {"state": asdict(state), "tensors": named, "optimizer": optimizer}
+        self._store(STATE, lambda path: torch.save(content, path))
 
     def load(self) -> dict[str, Any] | None:
         """What `save` stored: `state`, `tensors`, `optimizer`; None before the first time."""

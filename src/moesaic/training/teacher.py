@@ -19,6 +19,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.loading import load, load_tokenizer
 from ..models.sources import resolve
 from .objective import CHUNK
+from .text import Samples
 
 
 class Teacher:
@@ -28,8 +29,8 @@ class Teacher:
         InputError: no such model, or one with another vocabulary.
     """
 
-    def __init__(self, name: str, student: Any, tokenizer: Any, folder: Path, top_k: int, device: torch.device) -> None:
-        self.source, self.folder, self.device = resolve(name), folder, device
+    def __init__(self, name: str, student: Any, tokenizer: Any, top_k: int, device: torch.device) -> None:
+        self.name, self.source, self.device = name, resolve(name), device
         self.top_k = min(top_k, student.vocab_size)
         self.checkpoint = Checkpoint(self.source)
         size = self.checkpoint.config.get("vocab_size")
@@ -40,7 +41,28 @@ class Teacher:
                 f"({student.vocab_size}, {len(tokenizer)}); give the dense model that it was converted from, or "
                 "--objective lm"
             )
+        self.folder = Path()
         self._model: PreTrainedModel | None = None
+
+    def check_layers(self, student: Any) -> None:
+        """Raises InputError unless each layer has its like in the student."""
+        for field in ("num_hidden_layers", "hidden_size"):
+            own, wanted = self.checkpoint.config.get(field), getattr(student, field)
+            if own != wanted:
+                raise InputError(
+                    f"the teacher '{self.name}' has {field} {own}, the model {wanted}, so their layers cannot be "
+                    "compared; give the dense model that it was converted from"
+                )
+
+    def keep_in(self, folder: Path, samples: Samples) -> None:
+        """Keep log-probabilities there, apart from those of other teachers and of other sequences."""
+        kept = f"{self.checkpoint.fingerprint()[:12]}-{samples.fingerprint()[:12]}-{self.top_k}"
+        self.folder = folder / kept
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def forget(self) -> None:
+        """Free the model's memory; it is loaded again if it is asked for."""
+        self._model = None
 
     @property
     def model(self) -> PreTrainedModel:

@@ -5,9 +5,9 @@ Shapes: N sequences, L tokens in one.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ class Samples:
         """Some of the sequences."""
         return Samples(self.tokens_NL[index_N], self.scored_NL[index_N])
 
+    def fingerprint(self) -> str:
+        """SHA-256 of all tokens and of which count."""
+        parts = (self.tokens_NL.numpy().tobytes(), self.scored_NL.numpy().tobytes())
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
     def scored(self) -> int:
         """Tokens that are predicted and count."""
         return int(self.scored_NL[:, 1:].sum())
@@ -41,41 +46,45 @@ def make_samples(
 ) -> tuple[Samples, Samples]:
     """(to train on, held out): packed documents in windows, domains in equal shares, in a random order of the seed.
 
-    At most `samples` and `held_out` windows; held-out ones are spread evenly over what there is, and no window holds
-    text of another.
+    At most `samples` and `held_out` windows; those held out are the end of each domain, with a window between that is
+    not used, so that they are other documents where a domain has several.
 
     Raises:
-        InputError: the text holds fewer than two windows, or nothing that counts in the loss.
+        InputError: no domain holds three windows, or nothing counts in the loss.
     """
     domains: dict[str, list[Document]] = {}
     for document in documents:
         domains.setdefault(document.domain, []).append(document)
     start = bos(tokenizer)
-    cut = [windows(texts, tokenizer, start, window, samples + held_out) for texts in domains.values()]
-    share = shares(list(map(len, cut)), samples + held_out)
-    even = [[w[i * len(w) // n] for i in range(n)] for w, n in zip(cut, share, strict=True) if n]
-    turns = [window for turn in zip_longest(*even) for window in turn if window is not None]
-    if len(turns) < 2:
+    cut = [windows(texts, tokenizer, start, window) for texts in domains.values()]
+    spare = shares([len(w) // 3 for w in cut], held_out)
+    if not sum(spare):
         raise InputError(
-            f"the text holds {len(turns)} windows of {window} tokens; two are needed, one of them held out: give more "
-            "text or a shorter --window"
+            f"no file of the text holds three windows of {window} tokens, one of them to be held out: give more text "
+            "or a shorter --window"
         )
-    tokens_NL, scored_NL = (torch.tensor(part) for part in zip(*turns, strict=True))
-    found = Samples(tokens_NL, scored_NL.bool())
-    spare = torch.linspace(0, len(found) - 1, min(held_out, len(found) // 2)).long()
-    rest = torch.ones(len(found), dtype=torch.bool)
-    rest[spare] = False
-    order_N = torch.randperm(int(rest.sum()), generator=torch.Generator().manual_seed(seed))
-    train, held = found.take(rest.nonzero()[:, 0][order_N]), found.take(spare)
+    rest = [w[: len(w) - n - 1] if n else w for w, n in zip(cut, spare, strict=True)]
+    share = shares(list(map(len, rest)), samples)
+    even = [[w[i * len(w) // n] for i in range(n)] for w, n in zip(rest, share, strict=True) if n]
+    train = _samples([window for windows in even for window in windows])
+    held = _samples([window for w, n in zip(cut, spare, strict=True) for window in w[len(w) - n :]])
+    train = train.take(torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)))
     if not train.scored() or not held.scored():
         raise InputError("no token of the text counts in the loss: prompts have no responses; give responses too")
     return train, held
 
 
-def windows(
-    documents: Sequence[Document], tokenizer: Any, start: list[int], window: int, most: int
-) -> list[tuple[list[int], list[bool]]]:
-    """At most `most` windows of `start` and packed documents: (tokens, whether each counts).
+Window = tuple[list[int], list[bool]]
+"""Tokens, and whether each counts."""
+
+
+def _samples(windows: list[Window]) -> Samples:
+    tokens, scored = zip(*windows, strict=True)
+    return Samples(torch.tensor(tokens), torch.tensor(scored))
+
+
+def windows(documents: Sequence[Document], tokenizer: Any, start: list[int], window: int) -> list[Window]:
+    """Windows of `start` and packed documents.
 
     A response ends with the end-of-text token, which counts too; other documents are joined by blank lines.
     """
@@ -89,8 +98,6 @@ def windows(
         counts.extend([scored] * len(found))
 
     for document in documents:
-        if len(ids) >= most * body:
-            break
         prompt = document.prompt_characters
         if prompt:
             add(document.text[:prompt], False)
@@ -102,4 +109,4 @@ def windows(
     return [
         (start + ids[i : i + body], [False] * len(start) + counts[i : i + body])
         for i in range(0, len(ids) // body * body, body)
-    ][:most]
+    ]

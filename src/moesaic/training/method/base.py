@@ -29,6 +29,15 @@ class Method(ABC):
     needs_dense: ClassVar[bool] = False
     """Whether `layer_loss` looks at the teacher's FFNs."""
 
+    copies_experts: ClassVar[bool] = False
+    """Whether a second copy of the routed experts is in memory while a step runs."""
+    varies: ClassVar[bool] = False
+    """Whether the number of experts varies by token."""
+    uses_objective: ClassVar[bool] = True
+    """Whether the objective's gradient reaches what learns; where only `layer_loss` does, DDP would not see it."""
+    shards: ClassVar[bool] = True
+    """Whether parameters can be cut over processes."""
+
     @abstractmethod
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         """Set `requires_grad`, replace gates, add adapters; returns what is trained, with the model in it."""
@@ -59,20 +68,19 @@ def replace_gates(model: PreTrainedModel, kind: str, **fields: Any) -> None:
     """
     config: Any = model.config
     config.update({"router": kind, **fields})
-    generator = torch.Generator().manual_seed(0)
     for block in moe_blocks(model):
         if block.gate is not None:
             with torch.device(block.gate.e_score_correction_bias.device):
-                block.gate = _successor(block.gate, GATES[kind](config), generator)
+                block.gate = _successor(block.gate, GATES[kind](config))
     link_gates(model)
 
 
 @torch.no_grad()
-def _successor(old: Gate, new: Gate, generator: torch.Generator) -> Gate:
+def _successor(old: Gate, new: Gate) -> Gate:
     kept = dict(old.named_parameters())
     for name, parameter in new.named_parameters():
         if name in kept and kept[name].shape == parameter.shape:
             parameter.copy_(kept[name])
         elif name != "recurrent" and parameter.ndim == 2:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") / parameter.shape[1] ** 0.5)
+            parameter.copy_(torch.randn(parameter.shape, device="cpu") / parameter.shape[1] ** 0.5)
     return new

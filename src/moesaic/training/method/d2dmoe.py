@@ -20,6 +20,8 @@ class D2DMoE(Method):
     """
 
     router_learning_rate: ClassVar[float] = 1e-3
+    varies: ClassVar[bool] = True
+    uses_objective: ClassVar[bool] = False
 
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
     """The paper's τ: fewer experts run as it rises; 0 runs all."""
@@ -37,4 +39,4 @@ class D2DMoE(Method):
         x_TD = x_TD.detach()
         with torch.no_grad():
             norm_TE = experts.output_norms(x_TD)
-        return (gate.scores(x_TD, experts) - norm_TE).square().mean(-1).sum()
+        return (gate.exact_scores(x_TD, experts) - norm_TE).square().mean(-1).sum()

@@ -20,6 +20,7 @@ class DSMoE(Full):
     """`sum_i o_i G(sigmoid(x Y_i)) E / #open`, `G(z) = z if z > threshold else 0`, straight-through; loss `mean G`."""
 
     learning_rate: ClassVar[float] = 2e-5
+    varies: ClassVar[bool] = True
 
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     sparsity: Annotated[float, Field(ge=0)] = 1.0
@@ -31,5 +32,5 @@ class DSMoE(Full):
 
     def layer_loss(self, moe: MoE, x_TD: Tensor, index_TK: Tensor, dense: DenseFFN | None) -> Tensor | None:
         gate, experts = moe.routed
-        z_TE = gate.scores(x_TD, experts)
+        z_TE = gate.exact_scores(x_TD, experts)
         return self.sparsity * (z_TE * (z_TE > self.threshold)).mean(-1).sum()

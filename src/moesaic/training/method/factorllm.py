@@ -27,7 +27,7 @@ class FactorLLM(Full):
         gate, experts = moe.routed
         x_TD = x_TD.detach()
         label_TE = labels(moe, x_TD, dense(x_TD), index_TK.shape[1])
-        log_share_TE = gate.scores(x_TD, experts).log_softmax(-1)
+        log_share_TE = gate.exact_scores(x_TD, experts).log_softmax(-1)
         return kl_div(log_share_TE, label_TE, reduction="sum")
 
 

@@ -17,6 +17,7 @@ class Lora(Method):
     """`W + alpha / rank B A` for attention, shared and each routed expert; routers learn whole."""
 
     learning_rate: ClassVar[float] = 5e-4
+    copies_experts: ClassVar[bool] = True
 
     rank: Annotated[int, Field(gt=0)] = 8
     alpha: Annotated[int, Field(gt=0)] = 32

@@ -1,7 +1,7 @@
 """RMoE (arXiv 2408.06793): routers that remember what the layers before chose, by one GRU across layers."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import nn
@@ -14,6 +14,8 @@ from .lora import Lora
 @dataclass(frozen=True, kw_only=True)
 class RMoE(Lora):
     """`scores = x W.T + h_l R.T`, `h_l = GRU(x P.T, h_(l-1))`, beside low-rank adapters on all projections."""
+
+    shards: ClassVar[bool] = False  # the first layer's GRU would be cut again before the others have run
 
     width: Annotated[int, Field(gt=0)] = 128
     """Of the GRU (the paper's p)."""
