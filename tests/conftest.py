@@ -109,6 +109,6 @@ def block_for(sample, plan, gate="linear", bias=False):
     config = SimpleNamespace(
         hidden_size=sample.input_TD.shape[1], num_experts=plan.num_experts, num_experts_per_tok=plan.active,
         moe_intermediate_size=plan.width, shared_expert_intermediate_size=plan.shared_width, shared_expert_bias=bias,
-        router=gate, _experts_implementation="eager",
+        router=gate, router_hidden_size=16, router_threshold=0.5, _experts_implementation="eager",
     )  # fmt: skip
     return MoE(config, sample.ffn.act_fn).to(sample.input_TD.dtype).requires_grad_(False)

@@ -34,6 +34,9 @@ class Gate(nn.Module):
     learns: ClassVar[tuple[str, ...]] = ("weight",)
     """The parameters that training may change."""
 
+    varies: ClassVar[bool] = False
+    """Whether the number of chosen experts varies by token; what is left of the indices is E, with weight 0."""
+
     def __init__(self, config: GateConfig) -> None:
         super().__init__()
         self.num_experts_per_tok = config.num_experts_per_tok
@@ -134,6 +137,8 @@ class SigmoidGate(LinearGate):
     In training all experts run, with the weight of those that should not 0 and the gradient of z (straight-through).
     """
 
+    varies: ClassVar[bool] = True
+
     def __init__(self, config: GateConfig) -> None:
         super().__init__(config)
         self.threshold = config.router_threshold
@@ -157,6 +162,7 @@ class NormGate(Gate):
     """`|relu(x W1.T) W2.T|` predicts experts' output norms; those run that reach `threshold` x the largest (D2DMoE)."""
 
     learns: ClassVar[tuple[str, ...]] = ("hidden_proj", "weight")
+    varies: ClassVar[bool] = True
 
     def __init__(self, config: GateConfig) -> None:
         super().__init__(config)

@@ -6,6 +6,7 @@ Shapes: T tokens, D hidden size, E routed experts, I neurons of one, K active ex
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from transformers.integrations import use_experts_implementation
 
 from .families import GatedFFN
 from .gates import GATES, Gate, GateConfig
+
+SKIPPING = ("eager", "moesaic", "moesaic_triton")
+"""Experts implementations that know an index of E as no expert; the others would run into it."""
 
 
 class MoEConfig(GateConfig):
@@ -126,7 +130,11 @@ class MoE(nn.Module):
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         parts = []
         if self.experts is not None and self.gate is not None:
-            parts.append(self.experts(hidden_TD, *self.gate(hidden_TD, self.experts)))
+            index_TK, weights_TK = self.gate(hidden_TD, self.experts)
+            config: Any = self.experts.config
+            if self.gate.varies and config._experts_implementation not in SKIPPING:
+                index_TK = index_TK.clamp(max=self.experts.num_experts - 1)  # of weight 0
+            parts.append(self.experts(hidden_TD, index_TK, weights_TK))
         if self.shared_experts is not None:
             parts.append(self.shared_experts(hidden_TD))
         return sum(parts[1:], parts[0]).view_as(hidden_states)
