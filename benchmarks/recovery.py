@@ -133,7 +133,7 @@ def trained(
             start, made, training(recipe, data, minutes), teacher_cache=None, clock=time.process_time,
             progress=lambda done, count, note: print(f"{time.strftime('%H:%M')} {done} % {note}", flush=True),
         )  # fmt: skip
-    facts = json.loads((made / "metrics.json").read_text())["finetune"]
+    facts = json.loads((made / "metrics.json").read_text())["finetune"] | {"output": made.name}
     return {"recipe": recipe, "plan": plan, "minutes": minutes, "finetune": facts} | measure(made, a.texts, a)
 
 

@@ -27,7 +27,7 @@ from .training.balance import summary
 from .training.config import FinetuneConfig
 from .training.held_out import held_out_loss
 from .training.loop import State, Trainer
-from .training.run import Run, prepare, quiet
+from .training.run import Run, prepare
 from .training.shards import put_back
 from .training.state import LOG
 from .training.text import Samples
@@ -81,54 +81,66 @@ def finetune(
     before = measure(student, run)
     trainer = make_trainer(run, student)
     learned = parts.counts(trainer.named.items())
-    state = restore(run, trainer, before[0])
-    run.accelerator.init_trackers(PROJECT)
-    try:
-        state = trainer.fit(run.folder, state, clock, lambda row: tell(run, quiet(progress), row))
-    except torch.OutOfMemoryError as error:
-        raise WorkError(
-            f"out of memory in step {state.step + 1}: {error}; use a smaller --window or --batch"
-        ) from error
-    for tracker in run.accelerator.trackers:
-        tracker.finish()
+    state = train(run, trainer, restore(run, trainer, before[0]), clock, progress)
     del student, trainer  # the model that is written needs the room
-    trained, facts = settle(run, state, before, learned)
+    trained, after, improved = settle(run, state, before)
+    facts = summarise(run, state, before, after) | {"improved": improved, "trainable_parameters": learned}
     if run.accelerator.is_main_process:
         facts = write(run, trained, facts, state)
     run.accelerator.wait_for_everyone()
     return facts
 
 
+def train(
+    run: Run, trainer: Trainer, state: State, clock: Callable[[], float], progress: Callable[..., None] | None
+) -> State:
+    """Train to the end, telling people and trackers of every step.
+
+    Raises:
+        WorkError: the device's memory did not suffice.
+    """
+    run.accelerator.init_trackers(PROJECT)
+    report = progress or (lambda done, count, note="": None)
+    try:
+        state = trainer.fit(state, clock, lambda row: tell(run, report, row))
+    except torch.OutOfMemoryError as error:
+        raise WorkError(f"out of memory: {error}; use a smaller --window or --batch") from error
+    for tracker in run.accelerator.trackers:
+        tracker.finish()
+    return state
+
+
 Measured = tuple[float, dict[str, Any]]
 """Next-token loss in nats a token, and how evenly the experts are used."""
 
 
-def settle(run: Run, state: State, before: Measured, learned: dict[str, int]) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """(the best of the training or, if that is no better, the model as it came; what is known of it)."""
+def settle(run: Run, state: State, before: Measured) -> tuple[PreTrainedModel, Measured, bool]:
+    """(the best of the training or, if that is no better, the model as it came; its loss; whether it is better)."""
     run.accelerator.free_memory()
     if run.teacher:
         run.teacher.forget()
-    trained = after = None
     if state.best_step:
         trained = best_model(run)
         after = measure(trained, run)
-    improved = after is not None and after[0] <= before[0]
-    if trained is None or not improved:
-        trained, after = None, before
-        trained = run.load()
-    return trained, {
+        if after[0] <= before[0]:
+            return trained, after, True
+        del trained
+    return run.load(), before, False
+
+
+def summarise(run: Run, state: State, before: Measured, after: Measured) -> dict[str, Any]:
+    """What a training did."""
+    return {
         "method": run.config.method,
         "objective": run.config.objective,
-        "improved": improved,
         "held_out_loss_before": before[0],
         "held_out_loss": after[0],
         "held_out_tokens": run.held.scored(),
         "steps": state.step,
-        "best_step": state.best_step if improved else 0,
+        "best_step": state.best_step,
         "tokens": sum(row["tokens"] for row in state.history),
         "seconds": state.seconds,
         "processes": run.accelerator.num_processes,
-        "trainable_parameters": learned,
         "load": {"before": before[1], "after": after[1]},
     }
 
@@ -150,9 +162,7 @@ def make_trainer(run: Run, student: PreTrainedModel) -> Trainer:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(run.config.seed)
         module = run.method.prepare(student)
-    return Trainer(
-        module, student, run.method, run.config, run.train, run.held, run.teacher, run.accelerator, run.dtype
-    )
+    return Trainer(run, student, module)
 
 
 def measure(model: PreTrainedModel, run: Run, samples: Samples | None = None) -> Measured:

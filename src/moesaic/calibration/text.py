@@ -34,6 +34,10 @@ class Document:
     """How many of them a prompt has, which training gives and does not ask for."""
 
 
+Window = tuple[list[int], list[bool]]
+"""Tokens, and whether each counts in a loss."""
+
+
 def bundled(name: str) -> list[Document]:
     """The bundled `calibration` (1 MB) or `heldout` (0.16 MB) text of six domains; no document is in both."""
     lines = (files("moesaic") / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -127,6 +131,14 @@ def bos(tokenizer: Any) -> list[int]:
     return [ids[0]] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else []
 
 
+def by_domain(documents: Sequence[Document]) -> list[list[Document]]:
+    """Each domain's documents, domains in the order in which they first appear."""
+    domains: dict[str, list[Document]] = {}
+    for document in documents:
+        domains.setdefault(document.domain, []).append(document)
+    return list(domains.values())
+
+
 def token_windows(documents: Sequence[Document], tokenizer: Any, tokens: int | None, window: int) -> Tensor:
     """`labelled_windows` without their domains."""
     return labelled_windows(documents, tokenizer, tokens, window)[0]
@@ -149,11 +161,8 @@ def labelled_windows(
     if tokens is not None and tokens < window:
         raise InputError(f"{tokens} tokens are less than one window of {window}; raise --tokens or lower --window")
     start = bos(tokenizer)
-    domains: dict[str, list[str]] = {}
-    for document in documents:
-        domains.setdefault(document.domain, []).append(document.text)
     wanted = sys.maxsize if tokens is None else tokens // window
-    cut = [_windows(texts, tokenizer, start, window - len(start), wanted) for texts in domains.values()]
+    cut = [packed_windows(texts, tokenizer, start, window - len(start), wanted) for texts in by_domain(documents)]
     if tokens is None:
         cut = [windows for windows in cut if windows]
         wanted = max(1, min(map(len, cut), default=0) * len(cut))
@@ -166,7 +175,7 @@ def labelled_windows(
         )
     even = [[w[i * len(w) // n] for i in range(n)] for w, n in zip(cut, share, strict=True)]
     turns = [(d, window) for turn in zip_longest(*even) for d, window in enumerate(turn) if window is not None]
-    return torch.tensor([window for _, window in turns]), torch.tensor([d for d, _ in turns])
+    return torch.tensor([ids for _, (ids, _) in turns]), torch.tensor([d for d, _ in turns])
 
 
 def shares(available: list[int], wanted: int) -> list[int]:
@@ -179,14 +188,29 @@ def shares(available: list[int], wanted: int) -> list[int]:
     return share
 
 
-def _windows(texts: list[str], tokenizer: Any, start: list[int], body: int, wanted: int) -> list[list[int]]:
-    """Windows of `start` + `body` tokens from texts joined by blank lines.
+def packed_windows(
+    documents: Sequence[Document], tokenizer: Any, start: list[int], body: int, wanted: int
+) -> list[Window]:
+    """Windows of `start` + `body` tokens from documents one after the other.
 
-    Of much text only evenly spaced documents are tokenised, several times what is wanted.
+    A response ends with the end-of-text token, which counts too; other documents end with a blank line. Of much text
+    only evenly spaced documents are tokenised, several times what is wanted.
     """
-    enough = min(sum(map(len, texts)), SPARE * wanted * body * CHARACTERS_PER_TOKEN)
-    step = max(1, sum(map(len, texts)) // max(1, enough))
+    characters = sum(len(document.text) for document in documents)
+    step = max(1, characters // max(1, min(characters, SPARE * wanted * body * CHARACTERS_PER_TOKEN)))
     ids: list[int] = []
-    for text in texts[::step]:
-        ids += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
-    return [start + ids[i : i + body] for i in range(0, len(ids) // body * body, body)]
+    counts: list[bool] = []
+
+    def add(text: str, scored: bool, end: Sequence[int] = ()) -> None:
+        found = [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
+        ids.extend(found)
+        counts.extend([scored] * len(found))
+
+    for document in documents[::step]:
+        if prompt := document.prompt_characters:
+            add(document.text[:prompt], False)
+            add(document.text[prompt:], True, [tokenizer.eos_token_id])
+        else:
+            add(document.text + "\n\n", True)
+    cut = range(0, len(ids) // body * body, body)
+    return [(start + ids[i : i + body], [False] * len(start) + counts[i : i + body]) for i in cut]

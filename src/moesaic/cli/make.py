@@ -52,7 +52,7 @@ def convert(
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16, float32 [default: auto]")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random [default: 0]")] = None,
     resume: Annotated[bool, typer.Option(help="go on with an unfinished conversion")] = True,
-    overwrite: Annotated[bool, typer.Option(help="replace OUT if it exists")] = False,
+    overwrite: options.Overwrite = False,
     force: Annotated[bool, typer.Option(help="accept a collapsed result")] = False,
     dry_run: Annotated[bool, typer.Option(help="check everything, print the plan, stop")] = False,
     as_json: options.Json = False,
@@ -108,7 +108,7 @@ def finetune(
     shard: Annotated[bool | None, typer.Option(help="cut parameters over the processes (FSDP)")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random [default: 0]")] = None,
     resume: Annotated[bool, typer.Option(help="go on with an unfinished training")] = True,
-    overwrite: options.Force = False,
+    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
     """Train a converted model a little, taught by the dense one; never worse than it came."""
@@ -135,7 +135,7 @@ def export(
     to: options.Target = "auto",
     outtype: options.Outtype = None,
     resume: Annotated[bool, typer.Option(help="go on with an unfinished export")] = True,
-    overwrite: Annotated[bool, typer.Option(help="replace OUT if it exists")] = False,
+    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
     """Write a converted model as an architecture that stock engines load, and check that it says the same."""

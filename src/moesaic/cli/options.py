@@ -39,7 +39,7 @@ Data = Annotated[
     ),
 ]
 Balance = Annotated[str | None, typer.Option(help="of the experts' load: none, bias or loss [default: none]")]
-Force = Annotated[bool, typer.Option(help="replace OUT if it exists")]
+Overwrite = Annotated[bool, typer.Option(help="replace OUT if it exists")]
 OutArgument = Annotated[Path, typer.Argument(help="folder to make", metavar="OUT")]
 Format = Annotated[
     str | None, typer.Option(help=f"auto (one that engines load, if any) or one of: {FORMS} [default: auto]")

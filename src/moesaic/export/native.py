@@ -18,12 +18,11 @@ from ..models.loading import load_tokenizer
 from ..models.native import NativeForm
 from ..models.sources import resolve
 from ..models.working import MODEL_TYPE
-from ..models.writer import MARK, OUTER, ResumableOutput, check_output, check_space
+from ..models.writer import MARK, OUTER, ResumableOutput, check_facts, check_output, check_space
 from .card import write_card
 from .check import check
 from .gguf import write_gguf
 
-NEEDED = (MARK, "metrics.json")
 PLOTS = ("layer_error.png", "activation_rates.png", "expert_load.png", "training.png")
 COPIED = (MARK, "generation_config.json", "metrics.jsonl", *PLOTS)
 
@@ -74,9 +73,7 @@ def export(
     if reason:
         raise InputError(f"no engine's architecture holds this model: {reason}")
     check_output(output, overwrite)
-    for name in NEEDED:
-        if not (folder / name).is_file():
-            raise InputError(f"'{folder}' has no {name}; copy it from the folder that 'moesaic convert' made")
+    check_facts(folder)
     load_tokenizer(folder)
     copied = form.copied_parameters(source.config)[0] * source.checkpoint.dtype().itemsize
     check_space(output, source.checkpoint.size() + copied)

@@ -68,6 +68,8 @@ class Gate(nn.Module):
 
     def exact_scores(self, hidden_TD: Tensor, experts: Experts) -> Tensor:
         """`scores` in float32 under autocast too."""
+        if not torch.is_autocast_enabled(hidden_TD.device.type):  # entering it takes as long as a small product
+            return self.scores(hidden_TD, experts)
         with torch.autocast(hidden_TD.device.type, enabled=False):
             return self.scores(hidden_TD, experts)
 

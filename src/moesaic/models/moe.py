@@ -81,6 +81,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: MoEConfig, act_fn: nn.Module) -> None:
         super().__init__()
+        self.config: Any = config
         self.gate = GATES[config.router](config) if config.num_experts else None
         self.experts = Experts(config, act_fn) if config.num_experts else None
         self.shared_experts = SharedExperts(config, act_fn) if config.shared_expert_intermediate_size else None
@@ -131,8 +132,7 @@ class MoE(nn.Module):
         parts = []
         if self.experts is not None and self.gate is not None:
             index_TK, weights_TK = self.gate(hidden_TD, self.experts)
-            config: Any = self.experts.config
-            if self.gate.varies and config._experts_implementation not in SKIPPING:
+            if self.gate.varies and self.config._experts_implementation not in SKIPPING:
                 index_TK = index_TK.clamp(max=self.experts.num_experts - 1)  # of weight 0
             parts.append(self.experts(hidden_TD, index_TK, weights_TK))
         if self.shared_experts is not None:

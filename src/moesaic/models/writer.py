@@ -20,6 +20,7 @@ from .checkpoint import INDEX
 STATE = "state.json"
 MARK = "moesaic.yaml"
 """The file by which a finished conversion is known."""
+FACTS = (MARK, "metrics.json")
 OUTER = "model-outer.safetensors"
 HEADROOM_BYTES = 64 << 20
 
@@ -49,6 +50,32 @@ def check_space(output: Path, needed: int) -> None:
             f"the disk of '{output}' has {free / 1e9:.2f} GB free, the conversion needs {needed / 1e9:.2f} GB; free "
             "some or choose another folder"
         )
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file that then takes its name: it is whole or absent.
+
+    Raises:
+        StorageError: it cannot be written, as when the disk is full; what was there before stays.
+    """
+    partial = path.with_name(f"{path.name}.writing")
+    try:
+        write(partial)
+    except Exception as error:  # safetensors and torch have types of their own for a full disk
+        partial.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise StorageError(
+            f"cannot write '{partial}' ({error}); {free / 1e9:.2f} GB are free. What is finished is kept: make room "
+            "and run the same command again"
+        ) from error
+    partial.replace(path)
+
+
+def check_facts(folder: Path) -> None:
+    """Raises InputError if a converted model's folder lacks what `convert` wrote beside the weights."""
+    for name in FACTS:
+        if not (folder / name).is_file():
+            raise InputError(f"'{folder}' has no {name}; copy it from the folder that 'moesaic convert' made")
 
 
 def partial_folder(output: Path) -> Path:
@@ -131,23 +158,12 @@ class ResumableOutput:
 
     def write(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write a safetensors file, in place only when whole."""
-        partial = self.folder / f"{name}.writing"
-        try:
-            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt"})
-        except Exception as error:
-            partial.unlink(missing_ok=True)
-            free = shutil.disk_usage(self.folder).free
-            raise StorageError(
-                f"cannot write '{partial}' ({error}); {free / 1e9:.2f} GB are free. Finished layers are kept: make "
-                "room and run the same command again"
-            ) from error
-        partial.replace(self.folder / name)
+        whole = {k: v.cpu().contiguous() for k, v in tensors.items()}
+        write_whole(self.folder / name, lambda path: save_file(whole, path, metadata={"format": "pt"}))
 
     def _commit(self) -> None:
-        partial = self.folder / f"{STATE}.writing"
-        state = {"fingerprint": self.fingerprint, "layers": self.layers, "trials": self.trials}
-        partial.write_text(json.dumps(state))
-        partial.replace(self.folder / STATE)
+        state = json.dumps({"fingerprint": self.fingerprint, "layers": self.layers, "trials": self.trials})
+        write_whole(self.folder / STATE, lambda path: path.write_text(state))
 
     def finish(self, check: Callable[[Path], object] | None = None) -> None:
         """Index the shards, let `check` see the folder, give it its name, and drop what only resuming needs."""

@@ -39,6 +39,12 @@ def load(index_TK: Tensor, num_experts: int) -> Tensor:
     return torch.bincount(index_TK.flatten(), minlength=num_experts + 1)[:num_experts]
 
 
+def no_loads(blocks: Sequence[MoE], device: torch.device) -> list[Tensor]:
+    """Each block's load before any token came, [E]; [0] for blocks without routed experts."""
+    counts = [block.gate.e_score_correction_bias.numel() if block.gate is not None else 0 for block in blocks]
+    return [torch.zeros(count, dtype=torch.int64, device=device) for count in counts]
+
+
 def summary(loads: Sequence[Tensor], tokens: int) -> dict[str, Any]:
     """Of all layers' loads [E]: `coefficient_of_variation` (mean), `dead_experts` (in all), `experts_per_token`."""
     loads = [load_E for load_E in loads if len(load_E)]  # blocks without routed experts have none

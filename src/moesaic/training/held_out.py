@@ -24,11 +24,10 @@ def held_out_loss(
 ) -> tuple[Tensor, list[Tensor]]:
     """(sum of next-token losses in nats, float64; each layer's load [E]) of a model in eval mode."""
     module.eval()
-    counts = [0 if block.gate is None else block.gate.e_score_correction_bias.numel() for block in blocks]
-    loads = [torch.zeros(count, dtype=torch.int64, device=device) for count in counts]
+    loads = balance.no_loads(blocks, device)
 
     def watch(layer: int, block: MoE, x_TD: Tensor, index_TK: Tensor) -> None:
-        loads[layer] += balance.load(index_TK, counts[layer])
+        loads[layer] += balance.load(index_TK, len(loads[layer]))
 
     total = torch.zeros((), dtype=torch.float64)  # on the CPU: not every device has float64
     with balance.watched(blocks, watch):

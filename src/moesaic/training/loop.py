@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,13 +24,10 @@ from ..models.families import decoder_layers, ffn_name
 from ..models.moe import MoE
 from ..models.working import moe_blocks
 from . import balance, objective
-from .config import FinetuneConfig
 from .held_out import MICRO_TOKENS, held_out_loss
-from .method import Method
 from .parts import check_gradients, part, trainable
+from .run import Run
 from .shards import gather, put_back, shard, whole
-from .state import RunFolder
-from .teacher import Teacher
 from .text import Samples
 
 CLIP = 1.0
@@ -56,12 +52,12 @@ class State:
     seconds: float = 0.0
     held_out: float = math.inf
     """Least held-out loss so far, nats a token; at first that of the model as it came."""
-    latest: float = math.inf
-    """Least held-out loss of this training, which may be above the start's."""
     best_step: int = 0
     """The step after which it was reached; 0: none was better than the start."""
+    least: float = math.inf
+    """Least held-out loss of the training itself, which may be above the start's."""
     stale: int = 0
-    """Evaluations since."""
+    """Evaluations since that one."""
     evaluated: int = 0
     """How many of the evaluations are done."""
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -70,12 +66,10 @@ class State:
 class Trainer:
     """One training: what it trains, on what, and how it goes on."""
 
-    def __init__(
-        self, module: nn.Module, model: PreTrainedModel, method: Method, config: FinetuneConfig, train: Samples,
-        held: Samples, teacher: Teacher | None, accelerator: Accelerator, dtype: torch.dtype,
-    ) -> None:  # fmt: skip
-        self.config, self.method, self.accelerator, self.dtype = config, method, accelerator, dtype
-        self.train, self.held, self.teacher = train, held, teacher
+    def __init__(self, run: Run, model: PreTrainedModel, module: nn.Module) -> None:
+        config, method, accelerator = run.config, run.method, run.accelerator
+        self.config, self.method, self.accelerator, self.dtype = config, method, accelerator, run.dtype
+        self.folder, self.train, self.held, self.teacher = run.folder, run.train, run.held, run.teacher
         self.blocks = moe_blocks(model)
         for name, parameter in module.named_parameters():
             if config.shard or name.endswith(SELECTION_BIAS):
@@ -97,8 +91,8 @@ class Trainer:
         self.named = trainable(module)
         self.kept = self.named | {n: p for n, p in module.named_parameters() if n.endswith(SELECTION_BIAS)}
 
-    def fit(self, folder: RunFolder, state: State, clock: Callable[[], float], report: Report) -> State:
-        """Train until the steps or minutes are over or the held-out loss has stopped falling; `folder` has the best."""
+    def fit(self, state: State, clock: Callable[[], float], report: Report) -> State:
+        """Train until the steps or minutes are over or the held-out loss has stopped falling; the best is stored."""
         start, latest = clock() - state.seconds, state.held_out
         while (progress := self.progress(state)) < 1 and state.stale < self.config.patience:
             row = self.step(state, progress)
@@ -111,9 +105,9 @@ class Trainer:
                 row["held_out"], row["load"] = self.evaluate(self.held)
                 state.seconds = self.agreed(clock() - start)
                 latest = row["held_out"]
-                self.remember(folder, state, latest)
+                self.remember(state, latest)
             if self.accelerator.is_main_process:
-                folder.log(row)
+                self.folder.log(row)
             report(row | {"progress": min(1.0, self.progress(state)), "held_out_last": latest})
             if not math.isfinite(row["loss"] + row["layer_loss"]):
                 break
@@ -130,18 +124,18 @@ class Trainer:
             steps = math.ceil(len(self.train) / self.config.batch)
         return max(state.step / steps if steps else 0.0, state.seconds / (60 * minutes) if minutes else 0.0)
 
-    def remember(self, folder: RunFolder, state: State, held_out: float) -> None:
+    def remember(self, state: State, held_out: float) -> None:
         """Keep the state on disk, and the weights if they are the best so far."""
-        state.stale = 0 if held_out < state.latest else state.stale + 1
-        state.latest = min(state.latest, held_out)
+        state.stale = 0 if held_out < state.least else state.stale + 1
+        state.least = min(state.least, held_out)
         best = held_out < state.held_out
         if best:
             state.held_out, state.best_step = held_out, state.step
         kept, optimizer = gather(self.kept), get_optimizer_state_dict(self.module, self.inner, options=WHOLE)
         if self.accelerator.is_main_process:
             if best:
-                folder.keep_best(kept)
-            folder.save(state, kept, optimizer)
+                self.folder.keep_best(kept)
+            self.folder.save(state, kept, optimizer)
         self.accelerator.wait_for_everyone()
 
     @property
@@ -165,7 +159,7 @@ class Trainer:
         tokens = len(index_B) * self.train.tokens_NL.shape[1]
         own = index_B[self.accelerator.process_index :: self.accelerator.num_processes]
         training_mode(self.module, self.blocks)
-        loads = [self.zeros(block) for block in self.blocks]
+        loads = balance.no_loads(self.blocks, self.accelerator.device)
         total = torch.zeros(2, device=self.accelerator.device)
         parts = own.split(max(1, MICRO_TOKENS // self.train.tokens_NL.shape[1]))
         for number, index_M in enumerate(parts):
@@ -193,11 +187,6 @@ class Trainer:
             "tokens": tokens,
             "load": balance.summary(loads, tokens),
         }
-
-    def zeros(self, block: MoE) -> Tensor:
-        """An empty count of a block's experts."""
-        count = block.gate.e_score_correction_bias.numel() if block.gate is not None else 0
-        return torch.zeros(count, dtype=torch.int64, device=self.accelerator.device)
 
     def sequences(self, step: int) -> Tensor:
         """The numbers of a step's sequences: every pass over the samples has its own order, which the seed gives."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
@@ -26,7 +25,7 @@ from ..models.converted import Converted
 from ..models.devices import choose_device
 from ..models.loading import load_tokenizer
 from ..models.sources import resolve
-from ..models.writer import MARK, check_output
+from ..models.writer import check_facts, check_output
 from ..shapes import empty
 from .config import FinetuneConfig
 from .held_out import MICRO_TOKENS
@@ -86,7 +85,10 @@ def prepare(
     documents = read_documents(config.data)
     tokenizer = load_tokenizer(source.checkpoint.folder)
     train, held = make_samples(documents, tokenizer, config.samples, config.window, config.held_out, config.seed)
-    held = held.take(torch.arange(len(held) // accelerator.num_processes * accelerator.num_processes))
+    even = len(held) // accelerator.num_processes * accelerator.num_processes
+    if not even:
+        raise InputError(f"{len(held)} held-out sequences cannot be shared by {accelerator.num_processes} processes")
+    held = held.take(torch.arange(even))
     taught = config.objective != "lm" or config.match > 0 or method.needs_dense
     name = (config.teacher or dense_origin(str(source.checkpoint.folder), "--teacher")) if taught else None
     teacher = Teacher(name, source.config, tokenizer, config.top_k, accelerator.device) if name else None
@@ -108,17 +110,12 @@ def prepare(
 
 def check_request(source: Converted, method: Method, config: FinetuneConfig, processes: int) -> None:
     """Raises InputError for what cannot work whatever the text is."""
-    folder = source.checkpoint.folder
-    for name in (MARK, "metrics.json"):
-        if not (folder / name).is_file():
-            raise InputError(f"'{folder}' has no {name}; copy it from the folder that 'moesaic convert' made")
+    check_facts(source.checkpoint.folder)
     longest = source.config.max_position_embeddings
     if config.window > longest:
         raise InputError(f"--window {config.window} is more than the model's longest, {longest} tokens")
-    for name in ("batch", "held_out"):
-        size = getattr(config, name)
-        if size % processes and (name == "batch" or size < processes):
-            raise InputError(f"{name} {size} cannot be shared by {processes} processes; give a multiple of {processes}")
+    if config.batch % processes:
+        raise InputError(f"--batch {config.batch} cannot be shared by {processes} processes; give a multiple of it")
     if config.shard and processes == 1:
         raise InputError("--shard needs several processes: torchrun --nproc_per_node N -m moesaic.cli finetune ...")
     if method.varies and config.balance != "none":
@@ -172,8 +169,3 @@ def check_memory(
             f"training would need about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; use --method "
             "lora or router, or a smaller --window or --batch"
         )
-
-
-def quiet(report: Callable[..., None] | None) -> Callable[..., None]:
-    """A progress callback, or one that does nothing."""
-    return report or (lambda done, count, note="": None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import InputError, StorageError
+from ..errors import InputError
+from ..models.writer import write_whole
 
 if TYPE_CHECKING:
     from .loop import State
@@ -39,7 +40,7 @@ class RunFolder:
             shutil.rmtree(self.path)
         if not mark.is_file():
             self.path.mkdir(parents=True, exist_ok=True)
-            self._store(FINGERPRINT, lambda path: path.write_text(json.dumps(fingerprint)))
+            write_whole(mark, lambda path: path.write_text(json.dumps(fingerprint)))
         known = json.loads(mark.read_text())
         changed = [key for key in fingerprint if known.get(key) != fingerprint[key]]
         if changed:
@@ -48,24 +49,10 @@ class RunFolder:
                 "finish it, or pass --no-resume to start anew"
             )
 
-    def _store(self, name: str, write: Callable[[Path], object]) -> None:
-        """Write a file that is whole or absent."""
-        writing = self.path / f".{name}.writing"
-        try:
-            write(writing)
-        except Exception as error:  # safetensors and torch have their own types for a full disk
-            writing.unlink(missing_ok=True)
-            free = shutil.disk_usage(self.path).free
-            raise StorageError(
-                f"cannot write '{self.path / name}' ({error}); {free / 1e9:.2f} GB are free. What is done is kept: "
-                "make room and run the same command again"
-            ) from error
-        writing.replace(self.path / name)
-
     def keep_best(self, named: Mapping[str, Tensor]) -> None:
         """Store the weights of the least held-out loss."""
         tensors = {name: tensor.contiguous() for name, tensor in named.items()}
-        self._store(BEST, lambda path: save_file(tensors, path))
+        write_whole(self.path / BEST, lambda path: save_file(tensors, path))
 
     def best(self) -> dict[str, Tensor]:
         """The weights that `keep_best` stored."""
@@ -74,7 +61,7 @@ class RunFolder:
     def save(self, state: State, named: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
         """Store where the training is."""
         content = {"state": asdict(state), "tensors": named, "optimizer": optimizer}
-        self._store(STATE, lambda path: torch.save(content, path))
+        write_whole(self.path / STATE, lambda path: torch.save(content, path))
 
     def load(self) -> dict[str, Any] | None:
         """What `save` stored: `state`, `tensors`, `optimizer`; None before the first time."""

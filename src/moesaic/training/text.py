@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.text import Document, bos, shares
+from ..calibration.text import Document, Window, bos, by_domain, packed_windows, shares
 from ..errors import InputError
 
 
@@ -52,11 +52,8 @@ def make_samples(
     Raises:
         InputError: no domain holds three windows, or nothing counts in the loss.
     """
-    domains: dict[str, list[Document]] = {}
-    for document in documents:
-        domains.setdefault(document.domain, []).append(document)
-    start = bos(tokenizer)
-    cut = [windows(texts, tokenizer, start, window) for texts in domains.values()]
+    start, wanted = bos(tokenizer), samples + held_out + 1
+    cut = [packed_windows(texts, tokenizer, start, window - len(start), wanted) for texts in by_domain(documents)]
     spare = shares([len(w) // 3 for w in cut], held_out)
     if not sum(spare):
         raise InputError(
@@ -74,39 +71,6 @@ def make_samples(
     return train, held
 
 
-Window = tuple[list[int], list[bool]]
-"""Tokens, and whether each counts."""
-
-
 def _samples(windows: list[Window]) -> Samples:
     tokens, scored = zip(*windows, strict=True)
     return Samples(torch.tensor(tokens), torch.tensor(scored))
-
-
-def windows(documents: Sequence[Document], tokenizer: Any, start: list[int], window: int) -> list[Window]:
-    """Windows of `start` and packed documents.
-
-    A response ends with the end-of-text token, which counts too; other documents are joined by blank lines.
-    """
-    ids: list[int] = []
-    counts: list[bool] = []
-    body = window - len(start)
-
-    def add(text: str, scored: bool) -> None:
-        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids.extend(found)
-        counts.extend([scored] * len(found))
-
-    for document in documents:
-        prompt = document.prompt_characters
-        if prompt:
-            add(document.text[:prompt], False)
-            add(document.text[prompt:], True)
-            ids.append(tokenizer.eos_token_id)
-            counts.append(True)
-        else:
-            add(document.text + "\n\n", True)
-    return [
-        (start + ids[i : i + body], [False] * len(start) + counts[i : i + body])
-        for i in range(0, len(ids) // body * body, body)
-    ]
