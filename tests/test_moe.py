@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 from transformers.activations import ACT2FN
 
-from conftest import QUICK, block_for, random_sample
-from moesaic import Plan, registry
+import moesaic
+from conftest import QUICK, SMALL, block_for, random_sample
+from moesaic import InputError, Plan, registry
 from moesaic.calibration.layers import calibrate, drift
 from moesaic.evaluation.benchmark import active_block_weights
 from moesaic.job import prepare
+from moesaic.models.builtin import tiny_folder
 from moesaic.models.gates import GATES
 
 ROUTED = [n for n in registry.names("partition") if not registry.method("partition", n).static]
@@ -208,3 +211,21 @@ def test_the_block_compiles_without_graph_breaks(gate, implementation):
     torch._dynamo.reset()
     compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(sample.input_TD), moe(sample.input_TD))
+
+
+def test_models_of_other_makers_run_our_experts_unless_asked_otherwise(tmp_path):
+    torch.manual_seed(0)
+    sizes = {name: SMALL[name] for name in SMALL if name != "initializer_range"}
+    config = Qwen3MoeConfig(**sizes, moe_intermediate_size=24, num_experts=6, num_experts_per_tok=2, head_dim=16)
+    stock = AutoModelForCausalLM.from_config(config).eval()
+    stock.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_folder()).save_pretrained(tmp_path)
+    tokens = torch.arange(40)[None]
+    for name in (None, "eager", "grouped_mm", "moesaic_triton"):
+        model, _ = moesaic.load(tmp_path, experts=name)
+        assert model.config._experts_implementation == (name or "moesaic")
+        torch.testing.assert_close(model(input_ids=tokens).logits, stock(input_ids=tokens).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match=r"moesaik is not one of eager, .*moesaic"):
+        moesaic.load(tmp_path, experts="moesaik")
+    with pytest.raises(InputError, match="'llama' is dense"):
+        moesaic.load("tiny", experts="eager")

@@ -26,6 +26,7 @@ def generate(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     threads: options.Threads = None,
+    experts: options.Experts = None,
     as_json: options.Json = False,
 ) -> None:
     """Continue a prompt with a dense or converted model."""
@@ -34,7 +35,7 @@ def generate(
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if not prompt:
         raise InputError("the prompt is empty; give some text")
-    loaded, tokenizer = options.load_model(model, device, dtype, threads)
+    loaded, tokenizer = options.load_model(model, device, dtype, threads, experts)
     with people.status("generating"):
         text = complete(
             loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat, seed=seed
@@ -54,6 +55,7 @@ def evaluate(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     threads: options.Threads = None,
+    experts: options.Experts = None,
     as_json: options.Json = False,
 ) -> None:
     """Perplexity under a named protocol, and zero-shot accuracy."""
@@ -61,7 +63,7 @@ def evaluate(
     from ..evaluation.evaluate import evaluate as run
 
     check_request(text, protocol, window, max_tokens, tasks, harness)
-    loaded, tokenizer = options.load_model(model, device, dtype, threads)
+    loaded, tokenizer = options.load_model(model, device, dtype, threads, experts)
     with tables.progress(people, "evaluating", "step") as tick:
         result = run(
             loaded, tokenizer, text=text, protocol=protocol, window=window, max_tokens=max_tokens, tasks=tasks,
@@ -81,6 +83,7 @@ def benchmark(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     threads: options.Threads = None,
+    experts: options.Experts = None,
     plot: options.Plot = None,
     as_json: options.Json = False,
 ) -> None:
@@ -91,7 +94,7 @@ def benchmark(
     options.check_plot(plot)
     sizes = options.numbers(batch, "--batch")
     against = against or dense_origin(model)
-    loaded, tokenizer = options.load_model(model, device, dtype, threads)
+    loaded, tokenizer = options.load_model(model, device, dtype, threads, experts)
     tokens_BL = prompt_tokens(tokenizer, prompt, max(sizes))
     dense, _ = options.load_model(against, device, str(loaded.dtype).removeprefix("torch."), threads)
     with tables.progress(people, "measuring", "measurement") as tick:

@@ -54,6 +54,10 @@ Plot = Annotated[Path | None, typer.Option(help="draw the FFN block under the ma
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object; all else goes to standard error")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32")]
+Experts = Annotated[
+    str | None,
+    typer.Option(help="how experts run: eager, batched_mm, grouped_mm, moesaic, moesaic_triton [default: moesaic]"),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cores)", min=1)]
 
 
@@ -78,7 +82,7 @@ def check_plot(path: Path | None) -> None:
         raise InputError(f"--plot {path} is no file ending in {', '.join(PICTURES)} in a folder that exists")
 
 
-def load_model(model: str, device: str, dtype: str, threads: int | None) -> tuple[Any, Any]:
+def load_model(model: str, device: str, dtype: str, threads: int | None, experts: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) as the options ask for."""
     import torch
 
@@ -90,7 +94,7 @@ def load_model(model: str, device: str, dtype: str, threads: int | None) -> tupl
         torch.set_num_threads(threads)
     folder = resolve(model, people)
     with people.status(f"loading {model}"):
-        return load(folder, dtype=choose_dtype(dtype, folder), device=choose_device(device))
+        return load(folder, dtype=choose_dtype(dtype, folder), device=choose_device(device), experts=experts)
 
 
 def emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:

@@ -7,23 +7,37 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
 
 from ..errors import InputError
 from .checkpoint import Checkpoint
 from .converted import Converted, is_native
 from .sources import resolve
+from .working import DEFAULT_EXPERTS
 
 
 def load(
-    model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "auto"
+    model: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "auto",
+    experts: str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """(model in eval mode, tokenizer) of a folder, hub id, .gguf file or built-in name, dense or converted.
 
     A native form that `moesaic export` wrote is read back into the working form, bit by bit what it was written from.
 
+    Args:
+        model: what to load; Mixture-of-Experts models of other makers too.
+        dtype: None is the checkpoint's.
+        device: `auto` is the GPU when there is one.
+        experts: the implementation of the experts' products, a name that transformers' `set_experts_implementation`
+            takes; None is `moesaic` for every model that has experts.
+
     Raises:
-        InputError: no such model, or a folder that is damaged.
+        InputError: no such model, a folder that is damaged, or experts that cannot run that way.
     """
+    check_experts(experts)
     folder = resolve(str(model))
     checkpoint = Checkpoint(folder)
     if device == "auto":
@@ -36,7 +50,27 @@ def load(
             loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or checkpoint.dtype())
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"transformers cannot load '{folder}': {str(error).splitlines()[0]}") from error
+    choose_experts(loaded, experts)
     return loaded.to(device).eval(), load_tokenizer(folder)
+
+
+def check_experts(name: str | None) -> None:
+    """Raises InputError unless there is an experts implementation of that name."""
+    known = ["eager", *sorted(ExpertsInterface().keys())]
+    if name is not None and name not in known:
+        raise InputError(f"--experts {name} is not one of {', '.join(known)}")
+
+
+def choose_experts(model: PreTrainedModel, name: str | None) -> None:
+    """Have a model's experts run by that implementation; None is ours, if the model has experts.
+
+    Raises:
+        InputError: a model without experts.
+    """
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(name or DEFAULT_EXPERTS)
+    elif name is not None:
+        raise InputError(f"--experts {name} has no use: '{model.config.model_type}' is dense; leave it out")
 
 
 def load_tokenizer(folder: Path) -> Any:
