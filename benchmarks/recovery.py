@@ -5,8 +5,9 @@
 
 Minutes are the processor's (one thread unless `--threads` says otherwise). A fifth of the web text, its last documents,
 is neither calibrated nor trained on; perplexity is measured on it and on WikiText-2 (`gptq`, windows of 2,048).
-Resumable: a finished row is a file in `<out>/rows`, so that two processes may share the work (`--recipes ours` and
-`--recipes cmoe`); a training that was stopped goes on. `--minutes 0` rows, the conversions, are always there.
+Recipes: `cmoe` (CMoE's own, from its own conversion) and ours by objective, `lm`, `distill`, `both`, all from one of ours.
+Resumable: a finished row is a file in `<out>/rows`, so that processes may share the work by recipe; a training that was
+stopped goes on. Rows at 0 minutes, the conversions, are always there.
 """
 
 from __future__ import annotations
@@ -34,21 +35,26 @@ CMOE = Path(__file__).parent.parent / "recipes" / "cmoe.yaml"
 WINDOW, SAMPLES = 512, 2_000
 
 
-def conversion(recipe: str, plan: str, calibration: Path, tokens: int) -> ConvertConfig:
-    """How a recipe's model is made: ours specialists where they can (one active), CMoE's as published."""
-    method = {"cmoe": "cmoe", "ours": "specialists" if "A1E" in plan else "coactivation"}[recipe]
-    recovery = "none" if recipe == "cmoe" else "closed-form"
+def converter(recipe: str) -> str:
+    """Whose conversion a recipe starts from."""
+    return "cmoe" if recipe == "cmoe" else "ours"
+
+
+def conversion(maker: str, plan: str, calibration: Path, tokens: int) -> ConvertConfig:
+    """How a model is made: ours specialists where they can (one active), CMoE's as published."""
+    method = {"cmoe": "cmoe", "ours": "specialists" if "A1E" in plan else "coactivation"}[maker]
+    recovery = "none" if maker == "cmoe" else "closed-form"
     return ConvertConfig(
         plan=plan, partition=method, recovery=recovery, calibration=(str(calibration),), tokens=tokens, device="cpu"
     )
 
 
 def training(recipe: str, data: Sequence[str], minutes: float) -> FinetuneConfig:
-    """How it is trained: ours as `moesaic finetune` does by default, CMoE's by its recipe in sequences of 512."""
+    """How it is trained: ours as `moesaic finetune` does, CMoE's by its recipe in sequences of 512."""
     common = {"data": tuple(data), "minutes": minutes, "device": "cpu"}
     if recipe == "cmoe":
         return make_config(CMOE, common | {"window": WINDOW, "samples": SAMPLES})
-    return FinetuneConfig(**common)
+    return FinetuneConfig(**common, objective=recipe)
 
 
 def split_web(source: Path, out: Path) -> tuple[Path, Path]:
@@ -109,10 +115,11 @@ def merge(out: Path, setting: dict[str, Any]) -> None:
     (out / "recovery.json").write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
     figure = Figure(figsize=(9, 3.8))
     for axes, name in zip(figure.subplots(1, 2), ("wikitext2", "web"), strict=True):
-        for plan, recipe in sorted({(r["plan"], r["recipe"]) for r in rows.values() if "plan" in r}):
-            line = sorted((r["minutes"], r["ratio"][name]) for r in rows.values()
-                          if (r.get("plan"), r.get("recipe")) == (plan, recipe))  # fmt: skip
-            axes.plot(*zip(*line, strict=True), "o-" if recipe == "ours" else "o--", label=f"{recipe}, {plan}")
+        for plan, recipe in sorted({(r["plan"], r["recipe"]) for r in rows.values() if r.get("minutes")}):
+            ends = [(0, rows[f"{plan}-{converter(recipe)}-0"])]
+            ends += [(r["minutes"], r) for r in rows.values() if (r.get("plan"), r.get("recipe")) == (plan, recipe)]
+            line = sorted((minutes, r["ratio"][name]) for minutes, r in ends)
+            axes.plot(*zip(*line, strict=True), "o--" if recipe == "cmoe" else "o-", label=f"{recipe}, {plan}")
         axes.axhline(1, color="#1b1b1f", linewidth=0.8, linestyle=":")
         axes.set(xlabel="minutes of one core", ylabel="perplexity over dense", yscale="log", title=name)
         axes.yaxis.set_major_formatter("{x:g}")
@@ -150,11 +157,12 @@ def main(a: argparse.Namespace) -> None:
     row(rows / "dense.json", lambda: measure(a.model, a.texts, a))
     for plan in a.plans:
         for recipe in a.recipes:
-            start = a.work / f"{plan}-{recipe}"
+            maker = converter(recipe)
+            start = a.work / f"{plan}-{maker}"
             if not start.is_dir():
-                moesaic.convert(a.model, start, conversion(recipe, plan, web, a.tokens), force=True)
-            name = {"recipe": recipe, "plan": plan, "minutes": 0}
-            row(rows / f"{plan}-{recipe}-0.json", lambda s=start, n=name: n | measure(s, a.texts, a))
+                moesaic.convert(a.model, start, conversion(maker, plan, web, a.tokens), force=True)
+            name = {"conversion": maker, "plan": plan, "minutes": 0}
+            row(rows / f"{plan}-{maker}-0.json", lambda s=start, n=name: n | measure(s, a.texts, a))
             for m in a.minutes:
                 row(
                     rows / f"{plan}-{recipe}-{m:g}.json",
@@ -175,7 +183,7 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", type=Path, help="zero-shot items")
     parser.add_argument("--items", type=int, default=200, help="of each task")
     parser.add_argument("--plans", nargs="+", default=["S1A1E8", "S2A2E8"])
-    parser.add_argument("--recipes", nargs="+", default=["ours", "cmoe"])
+    parser.add_argument("--recipes", nargs="+", default=["both", "cmoe"], choices=["lm", "distill", "both", "cmoe"])
     parser.add_argument("--minutes", type=float, nargs="+", default=[15, 60])
     parser.add_argument("--tokens", type=int, default=32_768, help="of calibration")
     parser.add_argument("--max-tokens", type=int, default=40_960, help="of each perplexity")
