@@ -6,8 +6,8 @@
 Minutes are the processor's (one thread unless `--threads` says otherwise). A fifth of the web text, its last documents,
 is neither calibrated nor trained on; perplexity is measured on it and on WikiText-2 (`gptq`, windows of 2,048).
 Recipes: `cmoe` (CMoE's own, from its own conversion) and ours by objective, `lm`, `distill`, `both`, all from one of
-ours. Resumable: a finished row is a file in `<out>/rows`, so that processes may share the work by recipe; a training that
-was stopped goes on. Rows at 0 minutes, the conversions, are always there.
+ours. Resumable: a finished row is a file in `<out>/rows`, so that processes may share the work by recipe; a training
+that was stopped goes on. Rows at 0 minutes, the conversions, are always there.
 """
 
 from __future__ import annotations
