@@ -31,7 +31,9 @@ Recovery = Annotated[
     str | None, typer.Option(help=f"one of: {', '.join(registry.names('recovery'))} [default: closed-form]")
 ]
 Method = Annotated[str | None, typer.Option(help=f"what learns: {', '.join(registry.names('method'))} [default: lora]")]
-Objective = Annotated[str | None, typer.Option(help="lm, distill (from the dense model) or both [default: distill]")]
+Objective = Annotated[
+    str | None, typer.Option(help="lm (next token), distill (the dense model) or both [default: both]")
+]
 Data = Annotated[
     list[str] | None,
     typer.Option(

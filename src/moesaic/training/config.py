@@ -18,7 +18,7 @@ class FinetuneConfig(BaseModel):
 
     method: str = "lora"
     """What learns: `lora`, `full`, `router`, or a published method; with options, `lora:rank=16`."""
-    objective: Literal["lm", "distill", "both"] = "distill"
+    objective: Literal["lm", "distill", "both"] = "both"
     """Next-token loss, the distance from the teacher's distribution, or the mean of both."""
     teacher: str | None = None
     """The dense model; None is the one that the model was converted from."""
