@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 import moesaic
 from moesaic import ConvertConfig, FinetuneConfig
@@ -33,6 +34,7 @@ from moesaic.training.config import make_config
 
 CMOE = Path(__file__).parent.parent / "recipes" / "cmoe.yaml"
 WINDOW, SAMPLES = 512, 2_000
+TITLES = {"wikitext2": "WikiText-2, test split", "web": "web text kept apart (C4)"}
 
 
 def converter(recipe: str) -> str:
@@ -111,19 +113,21 @@ def merge(out: Path, setting: dict[str, Any]) -> None:
     rows = {path.stem: json.loads(path.read_text()) for path in sorted((out / "rows").glob("*.json"))}
     dense = rows["dense"]
     for found in rows.values():
-        found["ratio"] = {name: found[name]["perplexity"] / dense[name]["perplexity"] for name in ("wikitext2", "web")}
+        found["ratio"] = {name: found[name]["perplexity"] / dense[name]["perplexity"] for name in TITLES}
     (out / "recovery.json").write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
     figure = Figure(figsize=(9, 3.8))
-    for axes, name in zip(figure.subplots(1, 2), ("wikitext2", "web"), strict=True):
+    for axes, name in zip(figure.subplots(1, 2), TITLES, strict=True):
         for plan, recipe in sorted({(r["plan"], r["recipe"]) for r in rows.values() if r.get("minutes")}):
             ends = [(0, rows[f"{plan}-{converter(recipe)}-0"])]
             ends += [(r["minutes"], r) for r in rows.values() if (r.get("plan"), r.get("recipe")) == (plan, recipe)]
             line = sorted((minutes, r["ratio"][name]) for minutes, r in ends)
-            axes.plot(*zip(*line, strict=True), "o--" if recipe == "cmoe" else "o-", label=f"{recipe}, {plan}")
+            label = "CMoE's recipe" if recipe == "cmoe" else f"ours, {recipe}"
+            axes.plot(*zip(*line, strict=True), "o--" if recipe == "cmoe" else "o-", label=f"{label}, {plan}")
         axes.axhline(1, color="#1b1b1f", linewidth=0.8, linestyle=":")
-        axes.set(xlabel="minutes of one core", ylabel="perplexity over dense", yscale="log", title=name)
+        axes.set(xlabel="minutes of one core", ylabel="perplexity over dense", yscale="log", title=TITLES[name])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)
     figure.tight_layout()
