@@ -125,7 +125,14 @@ def test_generate_evaluate_benchmark_inspect(run, converted):
     few = ("--prompt", "16", "--new", "2", "--rounds", "1")
     code, out, _ = run("benchmark", converted, *few, "--plot", plot, "--json")
     assert code == 0
+    assert json.loads(out)["experts"] == "moesaic"
     assert plot.stat().st_size > 10_000
+    code, out, _ = run("benchmark", converted, *few, "--experts", "eager", "--json")
+    assert code == 0
+    assert json.loads(out)["experts"] == "eager"
+    code, _, err = run("generate", "owner/not-downloaded", "The first", "--experts", "eagre")
+    assert code == 2
+    assert "--experts eagre is not one of eager" in err
     code, _, err = run("benchmark", converted, *few, "--plot", converted / "missing" / "roofline.png")
     assert code == 2
     assert "in a folder that exists" in err

@@ -17,6 +17,7 @@ from moesaic.evaluation.benchmark import active_block_weights
 from moesaic.job import prepare
 from moesaic.models.builtin import tiny_folder
 from moesaic.models.gates import GATES
+from moesaic.models.loading import choose_experts
 
 ROUTED = [n for n in registry.names("partition") if not registry.method("partition", n).static]
 DISJOINT = [n for n in ROUTED if not registry.method("partition", n).overlapping]
@@ -225,6 +226,9 @@ def test_models_of_other_makers_run_our_experts_unless_asked_otherwise(tmp_path)
         model, _ = moesaic.load(tmp_path, experts=name)
         assert model.config._experts_implementation == (name or "moesaic")
         torch.testing.assert_close(model(input_ids=tokens).logits, stock(input_ids=tokens).logits, rtol=1e-4, atol=1e-5)
+    stock.config.quantization_config = {"quant_method": "fp8"}
+    choose_experts(stock, None)
+    assert stock.config._experts_implementation != "moesaic"
     with pytest.raises(InputError, match=r"moesaik is not one of eager, .*moesaic"):
         moesaic.load(tmp_path, experts="moesaik")
     with pytest.raises(InputError, match="'llama' is dense"):

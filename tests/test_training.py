@@ -260,14 +260,14 @@ def test_every_method_trains_what_it_claims_and_writes_a_model_that_loads(conver
 def test_every_family_trains_and_keeps_its_form(family, folders, tmp_path):
     start, out = tmp_path / "start", tmp_path / "out"
     form = moesaic.convert(folders(family), start, QUICK)["format"]
-    config = SHORT.model_copy(update={"objective": "both", "teacher": str(folders(family)), "learning_rate": 5e-3})
+    config = SHORT.model_copy(update={"teacher": str(folders(family)), "learning_rate": 5e-3})
     facts = moesaic.finetune(start, out, config)
     assert facts["improved"], facts
     assert all(facts["trainable_parameters"][part] > 0 for part in ("attention", "shared", "routed", "router"))
     assert facts["format"] == form
-    ours, stock = tensors(start), tensors(out)
-    assert ours.keys() == stock.keys()
-    changed = [name for name in ours if not torch.equal(ours[name], stock[name])]
+    before, after = tensors(start), tensors(out)
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert all(".layers." in name and "norm" not in name for name in changed)
     assert any("self_attn" in name for name in changed)
     assert any("expert" in name for name in changed)

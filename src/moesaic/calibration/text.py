@@ -200,6 +200,7 @@ def packed_windows(
     step = max(1, characters // max(1, min(characters, SPARE * wanted * body * CHARACTERS_PER_TOKEN)))
     ids: list[int] = []
     counts: list[bool] = []
+    end_of_text = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def add(text: str, scored: bool, end: Sequence[int] = ()) -> None:
         found = [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
@@ -209,7 +210,7 @@ def packed_windows(
     for document in documents[::step]:
         if prompt := document.prompt_characters:
             add(document.text[:prompt], False)
-            add(document.text[prompt:], True, [tokenizer.eos_token_id])
+            add(document.text[prompt:], True, end_of_text)
         else:
             add(document.text + "\n\n", True)
     cut = range(0, len(ids) // body * body, body)

@@ -89,14 +89,16 @@ def load_model(model: str, device: str, dtype: str, threads: int | None, experts
     import torch
 
     from ..models.devices import choose_device, choose_dtype
-    from ..models.loading import load
+    from ..models.loading import check_experts, load
     from ..models.sources import resolve
 
     if threads:
         torch.set_num_threads(threads)
-    folder = resolve(model, people)
+    check_experts(experts)
+    where = choose_device(device)
+    folder = resolve(model, people)  # may take long, so after the checks
     with people.status(f"loading {model}"):
-        return load(folder, dtype=choose_dtype(dtype, folder), device=choose_device(device), experts=experts)
+        return load(folder, dtype=choose_dtype(dtype, folder), device=where, experts=experts)
 
 
 def emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:

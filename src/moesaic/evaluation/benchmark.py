@@ -75,6 +75,7 @@ def benchmark(
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "experts": model.config._experts_implementation,
         "peak_rss_bytes": peak_rss_bytes(),
         "protocol": f"{rounds} alternating rounds after a warm-up, medians; prompt {len(tokens_L)}, {new} new tokens",
         "versions": versions(),

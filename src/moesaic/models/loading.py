@@ -12,6 +12,7 @@ from transformers.integrations.moe import ExpertsInterface
 from ..errors import InputError
 from .checkpoint import Checkpoint
 from .converted import Converted, is_native
+from .devices import choose_device
 from .sources import resolve
 from .working import DEFAULT_EXPERTS
 
@@ -32,16 +33,15 @@ def load(
         dtype: None is the checkpoint's.
         device: `auto` is the GPU when there is one.
         experts: the implementation of the experts' products, a name that transformers' `set_experts_implementation`
-            takes; None is `moesaic` for every model that has experts.
+            takes; None is `moesaic` for every model that has experts, unless they are quantised.
 
     Raises:
         InputError: no such model, a folder that is damaged, or experts that cannot run that way.
     """
     check_experts(experts)
+    device = choose_device(str(device))
     folder = resolve(str(model))
     checkpoint = Checkpoint(folder)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded: Any
     try:
         if is_native(checkpoint):
@@ -62,14 +62,18 @@ def check_experts(name: str | None) -> None:
 
 
 def choose_experts(model: PreTrainedModel, name: str | None) -> None:
-    """Have a model's experts run by that implementation; None is ours, if the model has experts.
+    """Have a model's experts run by that implementation; None is ours, where there are experts that it can run.
 
     Raises:
         InputError: a model without experts.
     """
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation(name or DEFAULT_EXPERTS)
-    elif name is not None:
+    has_experts = model._can_set_experts_implementation()
+    if name is None:
+        if has_experts and not hasattr(model.config, "quantization_config"):  # those have products of their own
+            model.set_experts_implementation(DEFAULT_EXPERTS)
+    elif has_experts:
+        model.set_experts_implementation(name)
+    else:
         raise InputError(f"--experts {name} has no use: '{model.config.model_type}' is dense; leave it out")
 
 
