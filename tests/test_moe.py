@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 import moesaic
 from conftest import QUICK, SMALL, block_for, random_sample
 from moesaic import InputError, Plan, registry
-from moesaic.calibration.layers import calibrate, drift
+from moesaic.calibration.layers import AttentionTape, calibrate, drift
 from moesaic.evaluation.benchmark import active_block_weights
 from moesaic.job import prepare
 from moesaic.models.builtin import tiny_folder
@@ -47,6 +47,27 @@ def test_tokens_count_relative_to_their_output():
     relative = sample.weight_T * norm.clamp(min=norm.median() / 20)
     torch.testing.assert_close(relative, relative[0].expand_as(relative))
     torch.testing.assert_close(sample.weight_T.mean(), torch.tensor(1.0))
+
+
+@torch.no_grad()
+def test_attention_runs_once_and_is_played_again_in_every_family(folders, family):
+    job = prepare(folders(family), QUICK)
+    job.stream.load_outer()
+    hidden = job.stream.embed(job.tokens_NL)
+    runs = []
+    with job.stream.layer(0) as layer:
+        layer.self_attn.o_proj.register_forward_hook(lambda *_: runs.append(1))
+        tape = AttentionTape(layer)
+        with tape.recording():
+            once = job.stream.run(0, layer, hidden)
+        batches = len(runs)
+        assert batches == len(tape.outputs) > 0
+        with tape.playing():
+            assert torch.equal(job.stream.run(0, layer, hidden), once)
+        assert len(runs) == batches
+        assert not tape.outputs
+        assert torch.equal(job.stream.run(0, layer, hidden), once)
+        assert len(runs) == 2 * batches
 
 
 def test_drift_tells_the_stream_and_its_sinks():

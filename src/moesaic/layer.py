@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration.layers import Tap, calibrate, drift, expert_load, relative_error, replaced_ffn
+from .calibration.layers import AttentionTape, Tap, calibrate, drift, expert_load, relative_error, replaced_ffn
 from .calibration.sample import CHUNK_TOKENS, LayerSample
 from .errors import WorkError
 from .evaluation.machine import peak_rss_bytes
@@ -60,7 +60,9 @@ def convert_layer(
     with job.stream.layer(index) as layer:
         laps("load")
         unchanged = {name: job.stream.run(index, layer, states[name]) for name in states.keys() & {"dense"}}
-        sample = calibrate(job.stream, index, layer, states["calibration"], job.domain_N)
+        attention = AttentionTape(layer)
+        with attention.recording():
+            sample = calibrate(job.stream, index, layer, states["calibration"], job.domain_N)
         laps("calibrate")
         partition = job.partitioner.split(sample, job.plan, generator).to(job.stream.device)
         laps("partition")
@@ -73,7 +75,7 @@ def convert_layer(
         job.recovery.recover(moe, sample, partition)
         laps("recover")
         tap = Tap(moe)
-        with replaced_ffn(layer, tap):
+        with replaced_ffn(layer, tap), attention.playing():
             calibration_NLD = job.stream.run(index, layer, states["calibration"])
         error = relative_error(sample, torch.cat(tap.outputs))
         with replaced_ffn(layer, moe):

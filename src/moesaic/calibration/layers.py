@@ -5,6 +5,7 @@ Shapes: N sequences, L tokens in one, T = N L tokens, D hidden size, E routed ex
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,6 +49,36 @@ class Tap(nn.Module):
         self.inputs.append(hidden_states.flatten(0, -2))
         self.outputs.append(output.flatten(0, -2))
         return output
+
+
+class AttentionTape:
+    """Outputs of a layer's attention, recorded in one pass and played in the next in place of computing them again.
+
+    Both passes give the layer the same batches. What mixes tokens under another name than `self_attn` just runs twice.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.modules = [child for name, child in layer.named_children() if name == "self_attn"]
+        self.outputs: deque[Tensor] = deque()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        hooks = [m.register_forward_hook(lambda _m, _i, output: self.outputs.append(output[0])) for m in self.modules]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        for module in self.modules:
+            module.forward = lambda *_, **__: (self.outputs.popleft(), None)
+        try:
+            yield
+        finally:
+            for module in self.modules:
+                del module.forward
 
 
 def calibrate(stream: LayerStream, index: int, layer: nn.Module, hidden_NLD: Tensor, domain_N: Tensor) -> LayerSample:
