@@ -88,16 +88,37 @@ def test_bad_requests(tiny, options, says):
 
 
 @torch.no_grad()
-def test_choices_are_scored_by_their_likelihood(tiny):
-    model, tokenizer = tiny
-    pairs = (("The house is", " a very old building"), ("The house", " is"))
-    for (context, continuation), (score, greedy) in zip(pairs, score_pairs(model, tokenizer, pairs), strict=True):
-        whole = tokenizer(context + continuation)["input_ids"]
-        start = len(tokenizer(context)["input_ids"])
-        logits = model(torch.tensor([whole])).logits[0]
-        naive = sum(log_softmax(logits[i - 1], -1)[whole[i]].item() for i in range(start, len(whole)))
+def naive_score(model, tokenizer, context, continuation):
+    """One pair, whole and without a cache."""
+    whole, start = tokenizer(context + continuation)["input_ids"], len(tokenizer(context)["input_ids"])
+    logits = model(torch.tensor([whole]), use_cache=False).logits[0]
+    score = sum(log_softmax(logits[i - 1], -1)[whole[i]].item() for i in range(start, len(whole)))
+    return score, all(logits[i - 1].argmax() == whole[i] for i in range(start, len(whole)))
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        (("The house is", " a very old building"), ("The house", " is")),  # what they share ends within a context
+        (("The old house is", " a ruin"), ("The old house is", " a very old building")),
+        (("The house is", " old"), ("A house is", " old")),
+        (("The house is", " old"),),
+        (("", "old"), ("", "older")),
+    ],
+)
+def test_choices_are_scored_by_their_likelihood(tiny, pairs):
+    for pair, (score, greedy) in zip(pairs, score_pairs(*tiny, pairs), strict=True):
+        naive, naive_greedy = naive_score(*tiny, *pair)
         assert score == pytest.approx(naive, abs=1e-3)
-        assert greedy == all(logits[i - 1].argmax() == whole[i] for i in range(start, len(whole)))
+        assert greedy == naive_greedy
+
+
+def test_padding_changes_no_score_in_any_family(folders, family):
+    loaded = moesaic.load(folders(family), dtype=torch.float32)
+    context = "The old house by the river is a very old building and nobody knows who lived in it"
+    pairs = (("The", " house"), (context, " at the time of the king"), (context, " before"))
+    scores = [score for score, _ in score_pairs(*loaded, pairs)]
+    assert scores == pytest.approx([naive_score(*loaded, *pair)[0] for pair in pairs], abs=1e-3)
 
 
 def test_task_files_of_all_forms(tiny, tmp_path):

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..calibration.text import read_text
 from ..errors import InputError
 
-BATCH_TOKENS = 2_048
+BATCH_TOKENS, BATCH_ITEMS = 2_048, 32
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,14 @@ def evaluate_tasks(
 ) -> dict[str, dict[str, float]]:
     """Per task `acc`, `acc_norm` (likelihood over the choice's characters), `stderr` of acc and `n`; and the mean."""
     right: dict[str, list[tuple[float, float]]] = {}
-    for done, item in enumerate(items):
-        scores = score_pairs(model, tokenizer, item.pairs)
-        if item.gold is None:
-            hit = norm = float(scores[0][1])
-        else:
-            likelihood = [score for score, _ in scores]
-            hit = float(max(range(len(scores)), key=likelihood.__getitem__) == item.gold)
-            characters = [len(text.strip()) for _, text in item.pairs]
-            by_length = [score / max(1, n) for score, n in zip(likelihood, characters, strict=True)]
-            norm = float(max(range(len(scores)), key=by_length.__getitem__) == item.gold)
-        right.setdefault(item.task, []).append((hit, norm))
-        if progress:
-            progress(done + 1, len(items))
+    # a task's continuations are about equally long, and items of about one length need little padding
+    ordered = sorted(items, key=lambda item: (item.task, max(map(len, map("".join, item.pairs)))))
+    for task, of_task in groupby(ordered, key=lambda item: item.task):
+        while group := list(islice(of_task, BATCH_ITEMS)):
+            scores = iter(score_pairs(model, tokenizer, [pair for item in group for pair in item.pairs]))
+            right.setdefault(task, []).extend(_hits(item, [next(scores) for _ in item.pairs]) for item in group)
+            if progress:
+                progress(sum(map(len, right.values())), len(items))
     results = {task: _summary(hits) for task, hits in sorted(right.items())}
     count = len(results)
     results["mean"] = {
@@ -95,6 +90,16 @@ def evaluate_tasks(
     return results
 
 
+def _hits(item: Item, scores: Sequence[tuple[float, bool]]) -> tuple[float, float]:
+    """(acc, acc_norm) of one item, 0 or 1 each."""
+    if item.gold is None:
+        return float(scores[0][1]), float(scores[0][1])
+    likelihood = [score for score, _ in scores]
+    by_length = [score / max(1, len(text.strip())) for score, (_, text) in zip(likelihood, item.pairs, strict=True)]
+    first, second = (float(max(range(len(by)), key=by.__getitem__) == item.gold) for by in (likelihood, by_length))
+    return first, second
+
+
 def _summary(hits: list[tuple[float, float]]) -> dict[str, float]:
     n = len(hits)
     acc, norm = (sum(column) / n for column in zip(*hits, strict=True))
@@ -102,29 +107,37 @@ def _summary(hits: list[tuple[float, float]]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def score_pairs(model: PreTrainedModel, tokenizer: Any, pairs: tuple[tuple[str, str], ...]) -> list[tuple[float, bool]]:
+def score_pairs(model: PreTrainedModel, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
     """(log-likelihood of the continuation in nats, whether it is the greedy text) of each (context, continuation)."""
     encoded = [_encode(tokenizer, *pair, model.config.max_position_embeddings) for pair in pairs]
-    longest = max(len(ids) for ids, _ in encoded)
-    size = max(1, BATCH_TOKENS // longest)
+    size = max(1, BATCH_TOKENS // max(len(ids) for ids, _ in encoded))
     return [score for i in range(0, len(encoded), size) for score in _score_batch(model, encoded[i : i + size])]
 
 
 def _score_batch(model: PreTrainedModel, encoded: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
     longest = max(len(ids) for ids, _ in encoded)
-    tokens = torch.zeros(len(encoded), longest, dtype=torch.int64)
-    for row, (ids, _) in zip(tokens, encoded, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    # causal attention never looks at padding on the right, so it needs no mask
-    keep = longest - min(start for _, start in encoded) + 1
-    logits = model(input_ids=tokens.to(model.device), use_cache=False, logits_to_keep=keep).logits.float().cpu()
-    offset = longest - logits.shape[1]
+    tokens_BL = torch.zeros(len(encoded), longest, dtype=torch.int64)
+    mask_BL = torch.zeros_like(tokens_BL)
+    # padding on the left, so that continuations end together and few logits are kept
+    for tokens_L, mask_L, (ids, _) in zip(tokens_BL, mask_BL, encoded, strict=True):
+        tokens_L[longest - len(ids) :] = torch.tensor(ids)
+        mask_L[longest - len(ids) :] = 1
+    keep = max(len(ids) - start for ids, start in encoded) + 1
+    output = model(
+        input_ids=tokens_BL.to(model.device),
+        attention_mask=mask_BL.to(model.device),
+        use_cache=False,
+        logits_to_keep=keep,
+    )
     scores = []
-    for row, (ids, start) in enumerate(encoded):
-        predicted: Tensor = logits[row, start - 1 - offset : len(ids) - 1 - offset]
-        target = torch.tensor(ids[start:])
+    for logits_KV, (ids, start) in zip(output.logits, encoded, strict=True):
+        predicted_CV = logits_KV[-(len(ids) - start) - 1 : -1].float().cpu()
+        target_C = torch.tensor(ids[start:])
         scores.append(
-            (-cross_entropy(predicted, target, reduction="sum").item(), bool((predicted.argmax(-1) == target).all()))
+            (
+                -cross_entropy(predicted_CV, target_C, reduction="sum").item(),
+                bool((predicted_CV.argmax(-1) == target_C).all()),
+            )
         )
     return scores
 
