@@ -115,22 +115,24 @@ def merge(out: Path, setting: dict[str, Any]) -> None:
     for found in rows.values():
         found["ratio"] = {name: found[name]["perplexity"] / dense[name]["perplexity"] for name in TITLES}
     (out / "recovery.json").write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
-    figure = Figure(figsize=(9, 3.8))
+    lines = sorted({(r["plan"], r["recipe"]) for r in rows.values() if r.get("minutes")})
+    colours = {recipe: f"C{i}" for i, recipe in enumerate(sorted({recipe for _, recipe in lines}))}
+    styles = dict(zip(sorted({plan for plan, _ in lines}), ("o-", "s--", "^:"), strict=False))
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), TITLES, strict=True):
-        for plan, recipe in sorted({(r["plan"], r["recipe"]) for r in rows.values() if r.get("minutes")}):
+        for plan, recipe in lines:
             ends = [(0, rows[f"{plan}-{converter(recipe)}-0"])]
             ends += [(r["minutes"], r) for r in rows.values() if (r.get("plan"), r.get("recipe")) == (plan, recipe)]
             line = sorted((minutes, r["ratio"][name]) for minutes, r in ends)
             label = "CMoE's recipe" if recipe == "cmoe" else f"ours, {recipe}"
-            axes.plot(*zip(*line, strict=True), "o--" if recipe == "cmoe" else "o-", label=f"{label}, {plan}")
+            axes.plot(*zip(*line, strict=True), styles[plan], color=colours[recipe], label=f"{plan}, {label}")
         axes.axhline(1, color="#1b1b1f", linewidth=0.8, linestyle=":")
         axes.set(xlabel="minutes of one core", ylabel="perplexity over dense", yscale="log", title=TITLES[name])
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False)
-    figure.tight_layout()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(out / "recovery.png", dpi=130)
 
 
