@@ -1,5 +1,6 @@
 """Whole conversions of tiny models: round trips, resuming, refusals."""
 
+import itertools
 import json
 import shutil
 
@@ -10,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import moesaic
 from conftest import QUICK
-from moesaic import InputError, WorkError, convert, registry
+from moesaic import InputError, WorkError, convert, job, registry
 from moesaic.calibration.text import bundled, token_windows
+from moesaic.models import devices
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.converted import working_fields
 from moesaic.models.writer import ResumableOutput, check_space
@@ -53,6 +55,39 @@ def test_everything_that_is_promised_is_there(made):
     assert not any("partial" in name or "hidden" in name or name == "state.json" for name in names)
     assert json.loads((out / "metrics.json").read_text())["perplexity"] == metrics["perplexity"]
     assert not out.with_name("out.partial").exists()
+
+
+def test_what_is_written_does_not_depend_on_what_is_calculated_in(folders, tmp_path, monkeypatch):
+    """The dense weights are copied bit by bit and the rest agrees to rounding, in bfloat16 and float32 products."""
+    config = QUICK.model_copy(update={"plan": "S1A2E8", "dtype": "bfloat16", "format": "moesaic"})
+    made = {}
+    for compute in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(job, "compute_dtype", lambda dtype, device, compute=compute: compute)
+        made[compute] = convert(folders("qwen2"), tmp_path / str(compute), config)
+        assert made[compute]["compute_dtype"] == str(compute).removeprefix("torch.")
+    half, wide = (weights(tmp_path / str(compute)) for compute in made)
+    assert {tensor.dtype for tensor in wide.values()} == {torch.bfloat16}
+    unchanged = [name for name in half if not ("mlp." in name or name == "model.norm.weight")]
+    assert unchanged
+    assert all(torch.equal(half[name], wide[name]) for name in unchanged)
+    assert [m["perplexity"] for m in made.values()] == pytest.approx([made[torch.float32]["perplexity"]] * 2, rel=0.02)
+
+
+def test_products_are_in_the_dtype_that_is_fast(monkeypatch):
+    cpu = torch.device("cpu")
+    choose = devices.compute_dtype.__wrapped__  # without its memory
+    assert choose(torch.float32, cpu) == torch.float32
+    assert choose(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+    for slow, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        clock = itertools.count()  # products in the slow dtype take many ticks
+
+        def product(x, weight, slow=slow, clock=clock):
+            for _ in range(9 if x.dtype == slow else 0):
+                next(clock)
+
+        monkeypatch.setattr(devices, "linear", product)
+        monkeypatch.setattr(devices.time, "perf_counter", lambda clock=clock: next(clock))
+        assert choose(torch.bfloat16, cpu) == expected
 
 
 def test_parameters_are_counted_as_they_are(made, folders):

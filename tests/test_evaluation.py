@@ -89,7 +89,7 @@ def test_bad_requests(tiny, options, says):
 
 @torch.no_grad()
 def naive_score(model, tokenizer, context, continuation):
-    """One pair, whole and without a cache."""
+    """One pair, whole and alone."""
     whole, start = tokenizer(context + continuation)["input_ids"], len(tokenizer(context)["input_ids"])
     logits = model(torch.tensor([whole]), use_cache=False).logits[0]
     score = sum(log_softmax(logits[i - 1], -1)[whole[i]].item() for i in range(start, len(whole)))
@@ -99,7 +99,7 @@ def naive_score(model, tokenizer, context, continuation):
 @pytest.mark.parametrize(
     "pairs",
     [
-        (("The house is", " a very old building"), ("The house", " is")),  # what they share ends within a context
+        (("The house is", " a very old building"), ("The house", " is")),
         (("The old house is", " a ruin"), ("The old house is", " a very old building")),
         (("The house is", " old"), ("A house is", " old")),
         (("The house is", " old"),),
@@ -178,7 +178,8 @@ def test_benchmark_compares_and_counts(tiny, converted):
         benchmark(model, moesaic.load("tiny")[0], prompt_tokens(tokenizer, 32))
     for group in (result["decode"], result["prefill"], result["block"]):
         for value in group.values():
-            assert value["speedup"] == pytest.approx(value["tokens_per_s"] / value["dense_tokens_per_s"])
+            least, greatest = value["speedup_range"]
+            assert 0 < least <= value["speedup"] <= greatest
             assert value["share_of_limit"] == pytest.approx(value["speedup"] / value["limit"])
             assert value["limit"] > (1 if value["experts_touched"] < 6 else 0.99)  # routers cost a little
 

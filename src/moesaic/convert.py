@@ -68,7 +68,7 @@ def convert(
     start -= sum(record["seconds"] for record in partial.layers)
     job, trials = choose(jobs, partial, progress)
     job.stream.load_outer()
-    states = partial.hidden(job.stream.device) or partial.start(embed(job))
+    states = partial.hidden(job.stream.device, job.stream.dtype) or partial.start(embed(job))
     job.stream.embed(job.held_out_NL[:1])
     count = len(job.stream.layers)
     for index in range(len(partial.layers), count):
@@ -151,6 +151,7 @@ def measure(
         "peak_rss_bytes": peak_rss_bytes(),
         "layers": layers,
         "fingerprint": job.fingerprint,
+        "compute_dtype": str(job.stream.dtype).removeprefix("torch."),
         "versions": versions(),
         "machine": machine(),
     }
@@ -179,7 +180,7 @@ def write_rest(job: Job, partial: ResumableOutput, metrics: dict[str, Any], norm
     folder, stream = partial.folder, job.stream
     job.working.save_pretrained(folder)
     fields = json.loads((folder / "config.json").read_text())
-    outer = {n: t.to(stream.dtype) for n, t in (dict(stream.outer_tensors()) | norm).items()}
+    outer = {n: t.to(job.dtype) for n, t in (dict(stream.outer_tensors()) | norm).items()}
     write_outer(partial, job.form, job.working, outer, fields)
     generation = job.source / "generation_config.json"
     if generation.is_file():

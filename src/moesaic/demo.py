@@ -35,7 +35,7 @@ def demo(
     converted, tokenizer = load(output)
     dense, _ = load(model)
     speed = benchmark(
-        converted, dense, prompt_tokens(tokenizer, 512), rounds=3,
+        converted, dense, prompt_tokens(tokenizer, 512), new=16, rounds=7,
         progress=lambda done, count: report(done, count, "measuring speed"),
     )  # fmt: skip
     completions = {

@@ -15,7 +15,7 @@ from .calibration.text import bundled, labelled_windows, read_documents, text_ha
 from .config import ConvertConfig, Plan, build_config, disjoint_plan, parse_plan, read_recipe, specialists_plan
 from .errors import InputError
 from .models.converted import native_form
-from .models.devices import choose_device, choose_dtype
+from .models.devices import choose_device, choose_dtype, compute_dtype
 from .models.loading import load_tokenizer
 from .models.native import NativeForm
 from .models.sources import resolve
@@ -42,6 +42,8 @@ class Job:
     router: RouterBuilder
     recovery: Recovery
     stream: LayerStream
+    dtype: torch.dtype
+    """Of what is written; the stream calculates in its own."""
     working: Any
     """The converted model's transformers configuration, in the working form."""
     form: NativeForm
@@ -62,8 +64,8 @@ class Job:
         weights = self.stream.checkpoint.size() * max(
             1.0, self.plan.memory_factor(self.stream.config.intermediate_size)
         )
-        weights *= self.stream.dtype.itemsize / self.stream.checkpoint.dtype().itemsize
-        weights += self.form.copied_parameters(self.working)[0] * self.stream.dtype.itemsize
+        weights *= self.dtype.itemsize / self.stream.checkpoint.dtype().itemsize
+        weights += self.form.copied_parameters(self.working)[0] * self.dtype.itemsize
         tokens = self.tokens_NL.numel() + self.validation_NL.numel() + 2 * self.held_out_NL.numel()
         return round(1.1 * weights) + 2 * tokens * self.stream.config.hidden_size * self.stream.dtype.itemsize
 
@@ -100,10 +102,11 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
         )
     source = resolve(str(model))
     device = choose_device(config.device)
-    stream = LayerStream(source, choose_dtype(config.dtype, source), device)
+    dtype = choose_dtype(config.dtype, source)
+    stream = LayerStream(source, compute_dtype(dtype, device), device)
     plan = choose_plan(config, partitioner, stream.config.intermediate_size)
     working = working_config(stream.config, plan, router.gate, shared_expert_bias=partitioner.static)
-    working.dtype = stream.dtype
+    working.dtype = dtype
     working._experts_implementation = DEFAULT_EXPERTS
     form, form_reason = native_form(config.format, working, router.has_bias and plan.num_experts > 0)
     tokenizer = load_tokenizer(source)
@@ -127,7 +130,7 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
     # a folder is known by its name only, with a stroke to tell it from a built-in model's
     name = f"{source.name}/" if Path(model).is_dir() else str(model)
     return Job(
-        name, source, config, plan, partitioner, router, recovery, stream, working, form, form_reason,
+        name, source, config, plan, partitioner, router, recovery, stream, dtype, working, form, form_reason,
         tokenizer, tokens_NL[~spare], domain_N[~spare], tokens_NL[spare], held_out_NL, fingerprint,
     )  # fmt: skip
 
@@ -171,7 +174,8 @@ def _facts(job: Job) -> dict[str, Any]:
         "format": job.form.name,
         "calibration_tokens": job.tokens_NL.numel() + job.validation_NL.numel(),
         "dense_parameters": job.stream.parameters(),
-        "dtype": str(job.stream.dtype).removeprefix("torch."),
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "compute_dtype": str(job.stream.dtype).removeprefix("torch."),
         "device": str(job.stream.device),
         "disk_bytes": job.bytes_needed(),
     }

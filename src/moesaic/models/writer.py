@@ -124,7 +124,7 @@ class ResumableOutput:
             if path.name != keep:
                 path.unlink(missing_ok=True)  # a hidden file half-written matches both
 
-    def hidden(self, device: torch.device) -> dict[str, Tensor] | None:
+    def hidden(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor] | None:
         """The hidden states that enter the next layer; None before `start`.
 
         Raises:
@@ -133,7 +133,9 @@ class ResumableOutput:
         path = self.folder / self._hidden_name()
         if self.layers and not path.is_file():
             raise WorkError(f"'{path}' is missing, so the conversion cannot go on; pass --no-resume to start anew")
-        return load_file(path, device=str(device)) if path.is_file() else None
+        if not path.is_file():
+            return None
+        return {name: hidden.to(dtype) for name, hidden in load_file(path, device=str(device)).items()}
 
     def start(self, hidden: dict[str, Tensor]) -> dict[str, Tensor]:
         """Store the hidden states that enter the first layer, and return them."""

@@ -149,7 +149,7 @@ def solve_arrows(systems: Systems, shared: int, ridge: float) -> list[Tensor]:
 
 
 def weighted(h_CF: Tensor, y_CD: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
-    """(w h, w y) in bfloat16 if the activations are, whose products are thrice as fast on CPUs; else in float32.
+    """(w h, w y) in bfloat16 if the activations are, where its products are the fastest; else in float32.
 
     Sums over chunks are kept in float32. Float16 is not used: the products would overflow.
     """

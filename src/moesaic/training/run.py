@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from psutil import virtual_memory
 from transformers import PreTrainedModel
 
@@ -22,7 +23,7 @@ from ..calibration.text import read_documents
 from ..errors import InputError
 from ..evaluation.inspect import dense_origin
 from ..models.converted import Converted
-from ..models.devices import choose_device
+from ..models.devices import choose_device, compute_dtype
 from ..models.loading import load_tokenizer
 from ..models.sources import resolve
 from ..models.writer import check_facts, check_output
@@ -53,12 +54,8 @@ class Run:
     teacher: Teacher | None
     accelerator: Accelerator
     folder: RunFolder
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which the model runs: bfloat16 as it is on disk; float16, whose gradients may overflow, as float32."""
-        own = self.source.checkpoint.dtype()
-        return own if own == torch.bfloat16 else torch.float32
+    dtype: torch.dtype
+    """In which the model runs; it is written as it was on disk."""
 
     def load(self) -> PreTrainedModel:
         """The converted model as it came."""
@@ -91,10 +88,11 @@ def prepare(
     held = held.take(torch.arange(even))
     taught = config.objective != "lm" or config.match > 0 or method.needs_dense
     name = (config.teacher or dense_origin(str(source.checkpoint.folder), "--teacher")) if taught else None
-    teacher = Teacher(name, source.config, tokenizer, config.top_k, accelerator.device) if name else None
+    dtype = training_dtype(source.checkpoint.dtype(), accelerator.device)
+    teacher = Teacher(name, source.config, tokenizer, config.top_k, accelerator.device, dtype) if name else None
     if teacher and (config.match > 0 or method.needs_dense):
         teacher.check_layers(source.config)
-    check_memory(source, method, teacher, config, accelerator.device)
+    check_memory(source, method, teacher, config, accelerator.device, dtype)
     fingerprint = {
         "model": source.checkpoint.fingerprint(),
         "teacher": teacher.checkpoint.fingerprint() if teacher else "none",
@@ -105,7 +103,7 @@ def prepare(
     accelerator.wait_for_everyone()
     if teacher:
         teacher.keep_in(cache or working / "teacher", train)
-    return Run(source, output, config, method, tokenizer, train, held, teacher, accelerator, folder)
+    return Run(source, output, config, method, tokenizer, train, held, teacher, accelerator, folder, dtype)
 
 
 def check_request(source: Converted, method: Method, config: FinetuneConfig, processes: int) -> None:
@@ -140,12 +138,26 @@ def make_accelerator(device: torch.device, folder: Path) -> Accelerator:
     )
 
 
+def training_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
+    """bfloat16 for weights of it where it is the fastest, the same in all processes; else float32.
+
+    Of float16 the gradients may overflow.
+    """
+    found: list[Any] = [compute_dtype(own, device) if own == torch.bfloat16 else torch.float32]
+    return broadcast_object_list(found)[0]
+
+
 def check_memory(
-    source: Converted, method: Method, teacher: Teacher | None, config: FinetuneConfig, device: torch.device
+    source: Converted,
+    method: Method,
+    teacher: Teacher | None,
+    config: FinetuneConfig,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> None:
     """Raises InputError unless the training's estimate fits in the device's free memory.
 
-    Weights of model and teacher as on disk; 16 bytes for each parameter that learns (itself, gradient and Adam's two
+    Weights of model and teacher in `dtype`; 16 bytes for each parameter that learns (itself, gradient and Adam's two
     moments in float32); activations and logits of a micro-batch; with adapters the routed experts' sum `W + B A`.
     """
     on_meta = empty(copy.deepcopy(source.config))  # methods change the configuration
@@ -156,10 +168,11 @@ def check_memory(
     c = source.config
     tokens = min(max(MICRO_TOKENS, config.window), config.batch * config.window)
     width = c.shared_expert_intermediate_size + c.num_experts_per_tok * c.moe_intermediate_size
-    itemsize = 4 if source.checkpoint.dtype() == torch.float32 else 2
+    itemsize = dtype.itemsize
+    checkpoints = [source.checkpoint, *([teacher.checkpoint] if teacher else [])]
     activations = tokens * c.num_hidden_layers * (16 * c.hidden_size + 8 * width) * itemsize
     logits = tokens * c.vocab_size * (8 + itemsize)
-    needed = source.checkpoint.size() + (teacher.checkpoint.size() if teacher else 0) + 16 * learning
+    needed = sum(c.size() * itemsize / c.dtype().itemsize for c in checkpoints) + 16 * learning
     needed += activations + logits
     if method.copies_experts:
         needed += 3 * c.num_hidden_layers * c.num_experts * c.moe_intermediate_size * c.hidden_size * itemsize

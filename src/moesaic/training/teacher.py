@@ -29,8 +29,10 @@ class Teacher:
         InputError: no such model, or one with another vocabulary.
     """
 
-    def __init__(self, name: str, student: Any, tokenizer: Any, top_k: int, device: torch.device) -> None:
-        self.name, self.source, self.device = name, resolve(name), device
+    def __init__(
+        self, name: str, student: Any, tokenizer: Any, top_k: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.name, self.source, self.device, self.dtype = name, resolve(name), device, dtype
         self.top_k = min(top_k, student.vocab_size)
         self.checkpoint = Checkpoint(self.source)
         size = self.checkpoint.config.get("vocab_size")
@@ -68,7 +70,7 @@ class Teacher:
     def model(self) -> PreTrainedModel:
         """The dense model itself, in eval mode."""
         if self._model is None:
-            self._model = load(self.source, device=self.device)[0].requires_grad_(False)
+            self._model = load(self.source, device=self.device, dtype=self.dtype)[0].requires_grad_(False)
         return self._model
 
     def top(self, number: int, tokens_L: Tensor) -> tuple[Tensor, Tensor]:
