@@ -42,8 +42,8 @@ def benchmark(
 ) -> dict[str, Any]:
     """Decode and prefill speed in tokens a second, each as the median of alternating runs after a warm-up.
 
-    `speedup` is the median of the ratios within a round, of two runs side by side, whose order alternates: a machine
-    that slows down for a while changes it little. `speedup_range` has the least and the greatest.
+    `speedup` is the median of the ratios within a round, of two runs side by side, so that a machine that slows down
+    for a while changes it little; `speedup_range` has the least and the greatest.
     `limit` is the speed-up that bytes (decode) or FLOPs (prefill) allow: everything that a step reads or a token
     multiplies with in the dense model over the same in the converted one, attention and head included; of experts those
     that the batch's tokens really chose. `share_of_limit` is the share of it that was reached, `speedup / limit`. Rows
@@ -144,11 +144,7 @@ def _compare(pair: Sequence[Timer], work: int, limit: float, rounds: int) -> dic
     """Speeds of (converted, dense) in `work` per second and their ratio by round; medians with their range."""
     for timer in pair:
         timer()
-    seconds: list[list[float]] = []
-    for number in range(rounds):
-        order = (0, 1) if number % 2 else (1, 0)
-        taken = {side: pair[side]() for side in order}
-        seconds.append([taken[0], taken[1]])
+    seconds = [[timer() for timer in pair] for _ in range(rounds)]
     ours, theirs = (sorted(work / row[side] for row in seconds) for side in (0, 1))
     ratios = sorted(dense / converted for converted, dense in seconds)
     speedup = statistics.median(ratios)
