@@ -167,14 +167,15 @@ def show_demo(console: Console, d: dict[str, Any]) -> None:
     decode = next(iter(d["decode"].values()))
     prefill_size, prefill = next(iter(d["prefill"].items()))
     grid = _grid(f"{d['model']}: dense against Mixture-of-Experts {d['plan']}", "", "dense", "MoE", "ratio")
-    rows = [
+    sizes = [
         ("active parameters", d["dense_parameters"], d["active_parameters"], "{:,}"),
         ("perplexity (held-out text)", d["perplexity_dense"], d["perplexity"], "{:.2f}"),
-        ("decode, tokens/s", decode["dense_tokens_per_s"], decode["tokens_per_s"], "{:.1f}"),
-        (f"prefill {prefill_size}, tokens/s", prefill["dense_tokens_per_s"], prefill["tokens_per_s"], "{:.0f}"),
     ]
-    for label, dense, ours, form in rows:
+    for label, dense, ours, form in sizes:
         grid.add_row(label, form.format(dense), form.format(ours), f"{ours / dense:.2f}")
+    for label, v in (("decode", decode), (f"prefill {prefill_size}", prefill)):
+        speeds = (f"{v[side]:.1f}" for side in ("dense_tokens_per_s", "tokens_per_s"))
+        grid.add_row(f"{label}, tokens/s", *speeds, f"{v['speedup']:.2f}")
     console.print(grid)
     for name in ("dense", "converted"):
         console.print(f"[bold]{name}:[/]")

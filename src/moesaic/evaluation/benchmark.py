@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,7 @@ class Case:
         row |= {"bytes": self.read[0] * itemsize, "dense_bytes": self.read[1] * itemsize}
         row |= {"flops": 2 * self.step * self.multiplied[0], "dense_flops": 2 * self.step * self.multiplied[1]}
         found = [touched for touched in self.touched if touched is not None]
-        return row | {"experts_touched": _mean(found) if found else None}
+        return row | {"experts_touched": statistics.fmean(found) if found else None}
 
 
 def _decode(model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, size: int, new: int) -> Case:
@@ -132,8 +132,11 @@ def _block(model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, si
     ours, theirs = ([ffn_of(layer) for layer in decoder_layers(m)] for m in (model, dense))
     pair = [_block_timer(blocks, inputs) for blocks in (ours, theirs)]
     touched = experts_touched(model, pair[0])
-    read = _mean(map(active_block_weights, ours, touched)), _mean(map(active_block_weights, theirs))
-    multiplied = [_mean(map(active_block_weights, blocks)) for blocks in (ours, theirs)]
+    read = (
+        statistics.fmean(map(active_block_weights, ours, touched)),
+        statistics.fmean(map(active_block_weights, theirs)),
+    )
+    multiplied = [statistics.fmean(map(active_block_weights, blocks)) for blocks in (ours, theirs)]
     return Case(pair, size, size, touched, read, multiplied, size <= FEW)
 
 
@@ -200,10 +203,6 @@ def _block_timer(blocks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Timer
     return run
 
 
-def _mean(values: Iterable[float]) -> float:
-    return statistics.fmean(values)
-
-
 def experts_touched(model: PreTrainedModel, run: Timer) -> list[float | None]:
     """Mean number of different experts that one call of each layer's gate chooses in `run`; None where it has none."""
     blocks = [ffn_of(layer) for layer in decoder_layers(model)]
@@ -221,7 +220,7 @@ def experts_touched(model: PreTrainedModel, run: Timer) -> list[float | None]:
     finally:
         for handle in hooks:
             handle.remove()
-    return [_mean(found) if found else None for found in counts]
+    return [statistics.fmean(found) if found else None for found in counts]
 
 
 @torch.inference_mode()
