@@ -39,7 +39,16 @@ def conversion(model: str, config: ConvertConfig, keep: Path | None = None) -> d
         stage: round(statistics.median(r["stage_seconds"][stage] for r in metrics["layers"]), 3)
         for stage in metrics["layers"][0]["stage_seconds"]
     }
-    kept = ("plan", "expert_width", "ffn_active", "perplexity_dense", "perplexity", "seconds", "peak_rss_bytes")
+    kept = (
+        "plan",
+        "expert_width",
+        "ffn_active",
+        "compute_dtype",
+        "perplexity_dense",
+        "perplexity",
+        "seconds",
+        "peak_rss_bytes",
+    )
     return {
         **{name: metrics[name] for name in kept},
         "layers": len(metrics["layers"]),
