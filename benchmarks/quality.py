@@ -24,6 +24,7 @@ if __name__ == "__main__":
     parser.add_argument("--text", required=True, help="WikiText-2's raw test split")
     parser.add_argument("--calibration", nargs="+", required=True, help="web text, not the test's own domain")
     parser.add_argument("--tasks", help="zero-shot items")
+    parser.add_argument("--items", type=int, help="of each task, at most [default: all]")
     parser.add_argument("--active", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     parser.add_argument("--memory-factor", type=float, nargs="+", default=[1, 2, 4])
     parser.add_argument("--methods", nargs="+", default=[name for name in METHODS if name != "read-me"] + [NEURONS])
@@ -38,8 +39,8 @@ if __name__ == "__main__":
         a.active, a.memory_factor, a.seeds, a.tokens, a.max_tokens, a.tasks = [0.5], [1], [0], 8_192, 8_192, None
         a.methods, a.out, a.no_speed = ["coactivation", "static+closed-form", "flap", "cmoe"], a.out / "quick", True
     measurement = Measurement(
-        text=a.text, max_tokens=a.max_tokens, tasks=a.tasks, calibration=tuple(a.calibration), tokens=a.tokens,
-        speed=not a.no_speed,
+        text=a.text, max_tokens=a.max_tokens, tasks=a.tasks, items=a.items, calibration=tuple(a.calibration),
+        tokens=a.tokens, speed=not a.no_speed,
     )  # fmt: skip
     for model in a.models:
         out = a.out / f"quality-{model}"

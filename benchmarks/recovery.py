@@ -85,12 +85,7 @@ def measure(folder: str | Path, texts: dict[str, Path], a: argparse.Namespace) -
         name: perplexity(model, tokenizer, text=path, max_tokens=a.max_tokens) for name, path in texts.items()
     }
     if a.tasks:
-        taken: dict[str, int] = {}
-        items = []
-        for item in read_tasks(a.tasks):
-            taken[item.task] = taken.get(item.task, 0) + 1
-            items += [item] if taken[item.task] <= a.items else []
-        found["tasks"] = evaluate_tasks(model, tokenizer, items)
+        found["tasks"] = evaluate_tasks(model, tokenizer, read_tasks(a.tasks, a.items))
     return found
 
 

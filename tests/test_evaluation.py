@@ -135,6 +135,7 @@ def test_task_files_of_all_forms(tiny, tmp_path):
     assert result["a"] == {"acc": 0.5, "acc_norm": 0.5, "stderr": 0.5, "n": 2}
     assert result["l"]["acc"] == 0
     assert result["mean"]["n"] == 4
+    assert [item.task for item in read_tasks(path, per_task=1)] == ["a", "w", "l"]
     for bad, says in [("{}", ":1 is not a task item"), ("", "holds no items")]:
         path.write_text(bad)
         with pytest.raises(InputError, match=says):

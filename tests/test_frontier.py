@@ -76,8 +76,11 @@ def test_the_summary_has_means_and_deviations_over_seeds():
     row = {"method": "cmoe", "active": 0.5, "memory_factor": 1.0, "ffn_active": 0.5, "memory": 1.0, "plan": "S3A3E12"}
     row |= {"partition": "cmoe", "speedup": 1.2}
     rows = [row | {"seed": seed, "perplexity_ratio": ratio} for seed, ratio in enumerate((2.0, 3.0, 4.0))]
-    [line] = summarise(rows)
+    other = row | {"method": "flap", "seed": 0, "perplexity_ratio": 5.0, "speedup": None}
+    narrow = other | {"method": "static", "plan": "S6A0E12"}
+    line, same_shape, other_shape = summarise([*rows, other, narrow])
     assert (line["perplexity_ratio"], line["perplexity_ratio_deviation"], line["seeds"]) == (3.0, 1.0, 3)
+    assert (same_shape["speedup"], other_shape["speedup"]) == (1.2, None)
 
 
 def test_every_method_can_be_asked_for():

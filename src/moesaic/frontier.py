@@ -62,6 +62,8 @@ class Measurement:
     text: str | None = None
     max_tokens: int | None = None
     tasks: str | None = None
+    items: int | None = None
+    """Of each task, at most so many."""
     calibration: tuple[str, ...] = ()
     tokens: int = 16_384
     speed: bool = True
@@ -69,7 +71,7 @@ class Measurement:
     def setting(self) -> dict[str, Any]:
         """What decides the numbers, wherever the files lie: names and SHA-256 in place of paths."""
         return {
-            "text": _named(self.text), "max_tokens": self.max_tokens, "tasks": _named(self.tasks),
+            "text": _named(self.text), "max_tokens": self.max_tokens, "tasks": _named(self.tasks), "items": self.items,
             "calibration": [_named(source) for source in self.calibration], "tokens": self.tokens,
         }  # fmt: skip
 
@@ -180,6 +182,11 @@ def _may_overlap(name: str) -> bool:
     return partition == "auto" or registry.build("partition", partition).overlapping
 
 
+def _shape(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What decides a conversion's speed, whatever its method."""
+    return tuple(row.get(name) for name in ("plan", "expert_width", "memory"))
+
+
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("method", "active", "memory_factor", "seed"))
 
@@ -213,6 +220,7 @@ def _evaluate(model: str | Path, measurement: Measurement, keep: float | None = 
     loaded, tokenizer = load(model)
     options: Any = {
         "text": path(measurement.text), "max_tokens": measurement.max_tokens, "tasks": path(measurement.tasks),
+        "items": measurement.items,
     }  # fmt: skip
     if keep is None:
         return evaluate(loaded, tokenizer, **options)
@@ -221,7 +229,7 @@ def _evaluate(model: str | Path, measurement: Measurement, keep: float | None = 
 
 
 def _measure(model: str, point: Point, measurement: Measurement, result: dict[str, Any], work: Path) -> dict[str, Any]:
-    row: dict[str, Any] = asdict(point)
+    row: dict[str, Any] = asdict(point) | {"machine": machine()}
     if point.method == NEURONS:
         found = _evaluate(model, measurement, keep=point.active)
         row |= {"plan": None, "ffn_active": point.active, "speedup": None}
@@ -241,10 +249,9 @@ def _measure(model: str, point: Point, measurement: Measurement, result: dict[st
 
 
 def _speedup(model: str, converted: Path, row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
-    """Decode speed over dense at batch 1; of the same shape measured before, that number."""
-    shape = ("plan", "expert_width", "memory")
+    """Decode speed over dense at batch 1; of the same shape measured before on this machine, that number."""
     for other in rows:
-        if all(other.get(name) == row[name] for name in shape) and other["speedup"]:
+        if _shape(other) == _shape(row) and other.get("machine") == row["machine"] and other["speedup"]:
             return other["speedup"]
     loaded, tokenizer = load(converted)
     dense, _ = load(model)
@@ -253,7 +260,11 @@ def _speedup(model: str, converted: Path, row: dict[str, Any], rows: list[dict[s
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that differ by seed only as one: means, `perplexity_ratio_deviation` (of the sample) and `seeds`."""
+    """Rows that differ by seed only as one: means, `perplexity_ratio_deviation` (of the sample) and `seeds`.
+
+    A row measured without speed has that of its shape, if any other was measured.
+    """
+    speeds = {_shape(row): row["speedup"] for row in rows if row["speedup"]}
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(_key(row)[:3], []).append(row)
@@ -262,8 +273,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ratios = [row["perplexity_ratio"] for row in same]
         mean = sum(ratios) / len(ratios)
         deviation = math.sqrt(sum((r - mean) ** 2 for r in ratios) / max(1, len(ratios) - 1))
-        names = ("method", "active", "ffn_active", "memory_factor", "memory", "plan", "partition", "speedup")
-        row = {name: same[0].get(name) for name in names}
+        names = ("method", "active", "ffn_active", "memory_factor", "memory", "plan", "partition")
+        row = {name: same[0].get(name) for name in names} | {"speedup": speeds.get(_shape(same[0]))}
         row |= {"perplexity_ratio": mean, "perplexity_ratio_deviation": deviation, "seeds": len(same)}
         if "tasks_mean" in same[0]:
             row["tasks_mean"] = sum(r["tasks_mean"] for r in same) / len(same)

@@ -51,6 +51,7 @@ def evaluate(
     window: Annotated[int, typer.Option(help="tokens in a window")] = 2_048,
     max_tokens: Annotated[int | None, typer.Option(help="stop after so many tokens")] = None,
     tasks: Annotated[Path | None, typer.Option(help="multiple-choice items, .jsonl")] = None,
+    items: options.Items = None,
     harness: Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated (needs moesaic[eval])")] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -67,7 +68,7 @@ def evaluate(
     with tables.progress(people, "evaluating", "step") as tick:
         result = run(
             loaded, tokenizer, text=text, protocol=protocol, window=window, max_tokens=max_tokens, tasks=tasks,
-            harness=harness, progress=tick,
+            items=items, harness=harness, progress=tick,
         )  # fmt: skip
     emit(result, as_json, lambda: tables.show_evaluation(people, result))
 
@@ -129,6 +130,7 @@ def frontier(
     text: Annotated[Path | None, typer.Option(help="raw text file [default: bundled held-out text]")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="stop the perplexity after so many tokens")] = None,
     tasks: Annotated[Path | None, typer.Option(help="multiple-choice items, .jsonl")] = None,
+    items: options.Items = None,
     calibration: Annotated[list[str] | None, typer.Option(help="text; repeat for more [default: bundled]")] = None,
     tokens: Annotated[int, typer.Option(help="calibration tokens", min=1)] = 16_384,
     speed: Annotated[bool, typer.Option(help="measure decode speed")] = True,
@@ -140,7 +142,7 @@ def frontier(
 
     measurement = Measurement(
         text=str(text) if text else None, max_tokens=max_tokens, tasks=str(tasks) if tasks else None,
-        calibration=tuple(calibration or ()), tokens=tokens, speed=speed,
+        items=items, calibration=tuple(calibration or ()), tokens=tokens, speed=speed,
     )  # fmt: skip
     with tables.progress(people, "frontier", "conversion") as tick:
         result = run(

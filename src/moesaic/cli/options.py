@@ -60,6 +60,7 @@ Experts = Annotated[
     str | None,
     typer.Option(help="how experts run: eager, batched_mm, grouped_mm, moesaic, moesaic_triton [default: moesaic]"),
 ]
+Items = Annotated[int | None, typer.Option(help="of each task, at most so many items", min=1)]
 Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cores)", min=1)]
 
 

@@ -23,15 +23,18 @@ def evaluate(
     window: int = 2_048,
     max_tokens: int | None = None,
     tasks: Path | None = None,
+    items: int | None = None,
     harness: str | None = None,
     progress: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Perplexity (see `perplexity`), accuracies of a task file (see `evaluate_tasks`), lm-eval tasks by name.
 
+    `items` limits the task file to that many of each task.
+
     Raises:
         InputError: bad text, window, protocol or task file, or the harness is not installed; before any costly work.
     """
-    items = read_tasks(tasks) if tasks else []
+    questions = read_tasks(tasks, items) if tasks else []
     run_harness = _harness() if harness else None
     report = progress or (lambda done, count, note="": None)
     result = perplexity(
@@ -39,8 +42,8 @@ def evaluate(
         progress=lambda done, count: report(done, count, "perplexity"),
     )  # fmt: skip
     result["tasks"] = {}
-    if items:
-        result["tasks"] = evaluate_tasks(model, tokenizer, items, lambda done, count: report(done, count, "tasks"))
+    if questions:
+        result["tasks"] = evaluate_tasks(model, tokenizer, questions, lambda done, count: report(done, count, "tasks"))
     if run_harness and harness:
         result["tasks"] |= run_harness(model, tokenizer, harness.split(","))
     return result | {"versions": versions()}

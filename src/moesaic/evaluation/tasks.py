@@ -33,15 +33,15 @@ class Item:
     gold: int | None
 
 
-def read_tasks(path: Path) -> list[Item]:
-    """The items of a task file.
+def read_tasks(path: Path, per_task: int | None = None) -> list[Item]:
+    """The items of a task file; of each task the first `per_task` only, if that is given.
 
     Raises:
         InputError: missing file, or a line that is not in one of the forms.
     """
     if not path.is_file():
         raise InputError(f"no task file '{path}'")
-    items = []
+    items: dict[str, list[Item]] = {}
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -56,14 +56,14 @@ def read_tasks(path: Path) -> list[Item]:
                 raise ValueError("choices without gold")
             if gold is not None and not 0 <= gold < len(pairs):
                 raise ValueError("gold is not the number of a choice")
-            items.append(Item(row["task"], tuple(pairs), gold))
+            items.setdefault(row["task"], []).append(Item(row["task"], tuple(pairs), gold))
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path}:{number} is not a task item ({error}); expected {{task, ctx, choices, gold}}"
             ) from None
     if not items:
         raise InputError(f"'{path}' holds no items")
-    return items
+    return [item for of_task in items.values() for item in of_task[:per_task]]
 
 
 def evaluate_tasks(
