@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, PercentFormatter
 
 INK, ACCENT, SOFT = "#1b1b1f", "#2a6f97", "#c9a227"
 
@@ -141,23 +141,25 @@ def write_frontier(summary: list[dict[str, Any]], model: str, folder: Path) -> N
     axes_names = [("ffn_active", "share of each FFN active"), ("speedup", "decode speed over dense, batch 1")]
     axes_names = [(key, label) for key, label in axes_names if any(row[key] for row in summary)]
     figure = Figure(figsize=(6.2 * len(axes_names), 4.8))
-    lines = list(dict.fromkeys((row["method"], row["memory_factor"]) for row in summary))
     colors = colormaps["tab10"](range(10))
     methods = list(dict.fromkeys(row["method"] for row in summary))
+    lines = {(row["method"], row["memory_factor"]) for row in summary}
+    lines = sorted(lines, key=lambda line: (methods.index(line[0]), line[1]))
     for panel, (key, label) in zip(figure.subplots(1, len(axes_names), squeeze=False)[0], axes_names, strict=True):
         for method, factor in lines:
             rows = [r for r in summary if (r["method"], r["memory_factor"]) == (method, factor) and r[key]]
             rows.sort(key=lambda row: row[key])
             ours = method.startswith(("default", "specialists", "coactivation"))
             many = sum(name == method for name, _ in lines) > 1
+            color = (*colors[methods.index(method) % 10][:3], factor**-0.5)  # paler with more memory
             panel.errorbar(
                 [r[key] for r in rows], [r["perplexity_ratio"] for r in rows],
                 [r["perplexity_ratio_deviation"] for r in rows], fmt="-" if ours else "--", linewidth=2 if ours else 1,
-                color=colors[methods.index(method) % 10], label=f"{method}, memory x {factor:g}" if many else method,
+                color=color, label=f"{method}, memory x {factor:g}" if many else method,
             )  # fmt: skip
             panel.scatter(
                 [r[key] for r in rows], [r["perplexity_ratio"] for r in rows],
-                s=[40 * (r["memory"] or 1) for r in rows], color=colors[methods.index(method) % 10], zorder=3,
+                s=[40 * (r["memory"] or 1) for r in rows], color=color, zorder=3,
             )  # fmt: skip
         panel.set(xlabel=label, ylabel="perplexity over dense", yscale="log", title=model)
         if key == "ffn_active":
@@ -165,6 +167,7 @@ def write_frontier(summary: list[dict[str, Any]], model: str, folder: Path) -> N
             panel.xaxis.set_major_formatter(PercentFormatter(1))
         panel.axhline(1, color=INK, linewidth=0.8, linestyle=":")
         panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 5)))
         panel.yaxis.set_minor_formatter("{x:g}")
         panel.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, fontsize=8)
