@@ -1,14 +1,18 @@
 """The frontier resumes, orders the methods, and its bound is what it says."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from conftest import small_model
+from conftest import FAMILIES, small_model
 from moesaic import InputError
+from moesaic.config import Plan
+from moesaic.evaluation.benchmark import active_weights, ffn_of
 from moesaic.evaluation.neurons import TopNeurons, top_neurons
-from moesaic.frontier import METHODS, Measurement, frontier, summarise
+from moesaic.evaluation.shape_speed import shaped
+from moesaic.frontier import METHODS, Measurement, _shape, frontier, summarise
 from moesaic.models.families import decoder_layers, ffn_name, gated_ffn
 
 MEASUREMENT = Measurement(tokens=2_048, max_tokens=4_096, speed=False)
@@ -62,6 +66,46 @@ def test_rows_and_charts_are_kept_and_not_measured_again(measured, monkeypatch):
         frontier("tiny", out, measurement=Measurement(tokens=1_024))
 
 
+def test_speed_is_measured_later_and_once_a_shape(measured, monkeypatch):
+    out, before = measured
+    monkeypatch.setattr("moesaic.frontier.convert", None)
+    ask = {"active": [0.25], "methods": ["flap"], "measurement": replace(MEASUREMENT, speed=True)}
+    result = frontier("tiny", out, **ask)
+    speedup = {row["method"]: row["speedup"] for row in result["rows"]}
+    assert speedup.pop("neurons") is None
+    shapes = {(row["plan"], row["expert_width"]) for row in result["rows"] if row["plan"]}
+    assert speedup["flap"] == speedup["static+closed-form"] > 0
+    assert {(speed["plan"], speed["expert_width"]) for speed in result["speeds"]} == shapes
+    assert len(result["speeds"]) == len(shapes) < len(before["rows"])
+    assert {row["method"]: row["speedup"] for row in result["summary"]}["cmoe"] == speedup["cmoe"] > 0
+    monkeypatch.setattr("moesaic.frontier.shape_speed", None)
+    assert frontier("tiny", out, **ask)["speeds"] == result["speeds"]
+    monkeypatch.setattr("moesaic.frontier.machine", lambda: "another machine")
+    monkeypatch.setattr("moesaic.frontier.shape_speed", lambda *_, **__: {"speedup": 7.0})
+    assert {row["speedup"] for row in frontier("tiny", out, **ask)["rows"]} == {7.0, None}
+
+
+def test_routing_by_an_oracle_is_a_bound_without_a_speed():
+    row = {"plan": "S1A1E8", "expert_width": 16}
+    assert _shape(row | {"method": "coactivation-oracle"}) is None
+    assert _shape(row | {"method": "cmoe"}) == ("S1A1E8", 16)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", [Plan(1, 1, 8, 16), Plan(0, 2, 8, 8), Plan(3, 0, 8, 8)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shape_reads_the_bytes_of_a_conversion_and_is_dense_outside_its_ffns(family, plan):
+    dense = small_model(family)
+    model = shaped(dense, plan)
+    outside = active_weights(dense) - sum(p.numel() for b in map(ffn_of, decoder_layers(dense)) for p in b.parameters())
+    neurons = (plan.shared + plan.active) * plan.width
+    routers = plan.num_experts * (dense.config.hidden_size + 1)
+    layer = 3 * dense.config.hidden_size * neurons + routers
+    assert active_weights(model) == outside + dense.config.num_hidden_layers * layer
+    assert model.model.embed_tokens.weight.data_ptr() == dense.model.embed_tokens.weight.data_ptr()
+    assert model(torch.arange(9)[None]).logits.isfinite().all()
+
+
 def test_bad_requests_are_refused_before_any_work(tmp_path):
     with pytest.raises(InputError, match="Did you mean 'specialists'"):
         frontier("tiny", tmp_path / "f", methods=["specialist"])
@@ -76,11 +120,9 @@ def test_the_summary_has_means_and_deviations_over_seeds():
     row = {"method": "cmoe", "active": 0.5, "memory_factor": 1.0, "ffn_active": 0.5, "memory": 1.0, "plan": "S3A3E12"}
     row |= {"partition": "cmoe", "speedup": 1.2}
     rows = [row | {"seed": seed, "perplexity_ratio": ratio} for seed, ratio in enumerate((2.0, 3.0, 4.0))]
-    other = row | {"method": "flap", "seed": 0, "perplexity_ratio": 5.0, "speedup": None}
-    narrow = other | {"method": "static", "plan": "S6A0E12"}
-    line, same_shape, other_shape = summarise([*rows, other, narrow])
+    line, other = summarise([*rows, row | {"method": "flap", "seed": 0, "perplexity_ratio": 5.0, "speedup": None}])
     assert (line["perplexity_ratio"], line["perplexity_ratio_deviation"], line["seeds"]) == (3.0, 1.0, 3)
-    assert (same_shape["speedup"], other_shape["speedup"]) == (1.2, None)
+    assert (line["speedup"], other["speedup"], other["seeds"]) == (1.2, None, 1)
 
 
 def test_every_method_can_be_asked_for():

@@ -11,21 +11,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import registry
 from .choice import candidates
-from .config import ConvertConfig
+from .config import ConvertConfig, parse_plan
 from .convert import convert
 from .errors import InputError
-from .evaluation.benchmark import benchmark
 from .evaluation.evaluate import check_request, evaluate
 from .evaluation.inspect import prompt_tokens
 from .evaluation.machine import machine, versions
 from .evaluation.neurons import top_neurons
+from .evaluation.shape_speed import shape_speed
 from .models.loading import load
 
 RESULT = "frontier.json"
 NEURONS = "neurons"
 """The method that is a bound: every token its own best neurons."""
+ORACLE = "oracle"
+"""The router that is a bound: it runs all experts to find the best."""
+SPEED = {"prompt": 64, "new": 16, "rounds": 3}
+"""Tokens before and while decoding, and timed rounds."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ METHODS = {
     "moefication": Method("moefication", "none"),
     "llama-moe": Method("random", "none"),
     "read-me": Method("domains", "none"),
-    "coactivation-oracle": Method("coactivation", "none", "oracle"),
+    "coactivation-oracle": Method("coactivation", "none", ORACLE),
 }
 """Lines by name; the published methods as they are published, without recovery."""
 
@@ -109,8 +115,9 @@ def frontier(
     """Convert and measure `model` with every method at every budget; rows are kept in `output/frontier.json`.
 
     Finished rows are not measured again. A row has `method, ffn_active, memory_factor, plan, seed, perplexity,
-    perplexity_ratio, speedup, tasks_mean`; the bound `neurons` has no plan and no speed-up. Memory factors other than 1
-    are measured for methods whose experts may overlap. Each conversion is deleted when it is measured.
+    perplexity_ratio, speedup, tasks_mean`; the bounds (`neurons`, routing by an oracle) have no speed-up. Memory
+    factors other than 1 are measured for methods whose experts may overlap. Each conversion is deleted when it is
+    measured. Decode speed is measured last, once for each shape of all rows on this machine; `speeds` has the details.
 
     Returns:
         What `frontier.json` holds; `frontier.png` and `frontier.svg` beside it show it.
@@ -135,8 +142,10 @@ def frontier(
     for number, point in enumerate(points):
         if _key(asdict(point)) not in done:
             report(number, len(points), f"{point.method}, {point.active:.0%} active")
-            rows.append(_measure(model, point, measurement, result, output / "work"))
+            rows.append(_measure(model, point, measurement, result["dense"]["perplexity"], output / "work"))
             _save(result, output)
+    if measurement.speed:
+        _measure_speeds(model, result, output, lambda shape: report(len(points), len(points), f"speed of {shape}"))
     report(len(points), len(points), "done")
     result["summary"] = summarise(rows)
     _save(result, output)
@@ -182,9 +191,10 @@ def _may_overlap(name: str) -> bool:
     return partition == "auto" or registry.build("partition", partition).overlapping
 
 
-def _shape(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What decides a conversion's speed, whatever its method."""
-    return tuple(row.get(name) for name in ("plan", "expert_width", "memory"))
+def _shape(row: dict[str, Any]) -> tuple[str, int] | None:
+    """What decides a conversion's speed, whatever its method; None for a bound."""
+    bound = row["plan"] is None or METHODS[row["method"]].router == ORACLE
+    return None if bound else (row["plan"], row["expert_width"])
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -217,7 +227,7 @@ def _save(result: dict[str, Any], output: Path) -> None:
 
 def _evaluate(model: str | Path, measurement: Measurement, keep: float | None = None) -> dict[str, Any]:
     """Perplexity and tasks of a model, or of the bound that keeps a share of its neurons."""
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, many_tokens=True)
     options: Any = {
         "text": path(measurement.text), "max_tokens": measurement.max_tokens, "tasks": path(measurement.tasks),
         "items": measurement.items,
@@ -228,43 +238,48 @@ def _evaluate(model: str | Path, measurement: Measurement, keep: float | None = 
         return evaluate(loaded, tokenizer, **options)
 
 
-def _measure(model: str, point: Point, measurement: Measurement, result: dict[str, Any], work: Path) -> dict[str, Any]:
-    row: dict[str, Any] = asdict(point) | {"machine": machine()}
+def _measure(model: str, point: Point, measurement: Measurement, dense: float, work: Path) -> dict[str, Any]:
+    """A point's row; `dense` is the dense model's perplexity."""
+    row: dict[str, Any] = asdict(point) | {"machine": machine(), "speedup": None}
     if point.method == NEURONS:
         found = _evaluate(model, measurement, keep=point.active)
-        row |= {"plan": None, "ffn_active": point.active, "speedup": None}
+        row |= {"plan": None, "ffn_active": point.active}
     else:
         metrics = convert(model, work, point.config(measurement), overwrite=True, force=True)
         names = ("plan", "expert_width", "ffn_active", "seconds", "peak_rss_bytes", "partition", "fingerprint")
         row |= {name: metrics[name] for name in names} | {"memory": metrics["memory_factor"]}
         found = _evaluate(work, measurement)
-        row["speedup"] = _speedup(model, work, row, result["rows"]) if measurement.speed else None
         shutil.rmtree(work)
-    row["perplexity"] = found["perplexity"]
-    row["perplexity_ratio"] = found["perplexity"] / result["dense"]["perplexity"]
+    row |= {"perplexity": found["perplexity"], "perplexity_ratio": found["perplexity"] / dense, "dtype": found["dtype"]}
     if found["tasks"]:
         row |= {"tasks": found["tasks"], "tasks_mean": found["tasks"]["mean"]["acc"]}
         row["tasks_stderr"] = found["tasks"]["mean"]["stderr"]
     return row
 
 
-def _speedup(model: str, converted: Path, row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
-    """Decode speed over dense at batch 1; of the same shape measured before on this machine, that number."""
-    for other in rows:
-        if _shape(other) == _shape(row) and other.get("machine") == row["machine"] and other["speedup"]:
-            return other["speedup"]
-    loaded, tokenizer = load(converted)
-    dense, _ = load(model)
-    speed = benchmark(loaded, dense, prompt_tokens(tokenizer, 64), new=16, rounds=3)
-    return speed["decode"]["1"]["speedup"]
+def _measure_speeds(model: str, result: dict[str, Any], output: Path, report: Callable[[str], None]) -> None:
+    """Give every row the decode speed of its shape on this machine, measuring those that are not in `speeds` yet."""
+    speeds: list[dict[str, Any]] = result.setdefault("speeds", [])
+    here = machine()
+    wanted = dict.fromkeys(shape for row in result["rows"] if (shape := _shape(row)))
+    known = {None: None} | {(s["plan"], s["expert_width"]): s["speedup"] for s in speeds if s["machine"] == here}
+    if missing := [shape for shape in wanted if shape not in known]:
+        dense, tokenizer = load(model)
+        tokens_1L = prompt_tokens(tokenizer, SPEED["prompt"])
+        facts = {"machine": here, "threads": torch.get_num_threads(), "dtype": str(dense.dtype).removeprefix("torch.")}
+        for text, width in missing:
+            report(text)
+            plan = parse_plan(text, dense.config.intermediate_size, width, overlapping=True)
+            found = shape_speed(dense, plan, tokens_1L, new=SPEED["new"], rounds=SPEED["rounds"])
+            speeds.append({"plan": text, "expert_width": width, **found, **facts, **SPEED, "versions": versions()})
+            known[text, width] = found["speedup"]
+            _save(result, output)
+    for row in result["rows"]:
+        row["speedup"] = known[_shape(row)]
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that differ by seed only as one: means, `perplexity_ratio_deviation` (of the sample) and `seeds`.
-
-    A row measured without speed has that of its shape, if any other was measured.
-    """
-    speeds = {_shape(row): row["speedup"] for row in rows if row["speedup"]}
+    """Rows that differ by seed only as one: means, `perplexity_ratio_deviation` (of the sample) and `seeds`."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(_key(row)[:3], []).append(row)
@@ -273,8 +288,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ratios = [row["perplexity_ratio"] for row in same]
         mean = sum(ratios) / len(ratios)
         deviation = math.sqrt(sum((r - mean) ** 2 for r in ratios) / max(1, len(ratios) - 1))
-        names = ("method", "active", "ffn_active", "memory_factor", "memory", "plan", "partition")
-        row = {name: same[0].get(name) for name in names} | {"speedup": speeds.get(_shape(same[0]))}
+        names = ("method", "active", "ffn_active", "memory_factor", "memory", "plan", "partition", "speedup")
+        row = {name: same[0].get(name) for name in names}
         row |= {"perplexity_ratio": mean, "perplexity_ratio_deviation": deviation, "seeds": len(same)}
         if "tasks_mean" in same[0]:
             row["tasks_mean"] = sum(r["tasks_mean"] for r in same) / len(same)

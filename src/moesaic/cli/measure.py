@@ -54,7 +54,7 @@ def evaluate(
     items: options.Items = None,
     harness: Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated (needs moesaic[eval])")] = None,
     device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+    dtype: options.ScoringDtype = "auto",
     threads: options.Threads = None,
     experts: options.Experts = None,
     as_json: options.Json = False,
@@ -64,7 +64,7 @@ def evaluate(
     from ..evaluation.evaluate import evaluate as run
 
     check_request(text, protocol, window, max_tokens, tasks, harness)
-    loaded, tokenizer = options.load_model(model, device, dtype, threads, experts)
+    loaded, tokenizer = options.load_model(model, device, dtype, threads, experts, many_tokens=True)
     with tables.progress(people, "evaluating", "step") as tick:
         result = run(
             loaded, tokenizer, text=text, protocol=protocol, window=window, max_tokens=max_tokens, tasks=tasks,

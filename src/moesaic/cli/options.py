@@ -56,6 +56,10 @@ Plot = Annotated[Path | None, typer.Option(help="draw the FFN block under the ma
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object; all else goes to standard error")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32")]
+ScoringDtype = Annotated[
+    str,
+    typer.Option(help="auto (the checkpoint's, or float32 where a CPU is faster in it), bfloat16, float16, float32"),
+]
 Experts = Annotated[
     str | None,
     typer.Option(help="how experts run: eager, batched_mm, grouped_mm, moesaic, moesaic_triton [default: moesaic]"),
@@ -85,7 +89,9 @@ def check_plot(path: Path | None) -> None:
         raise InputError(f"--plot {path} is no file ending in {', '.join(PICTURES)} in a folder that exists")
 
 
-def load_model(model: str, device: str, dtype: str, threads: int | None, experts: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    model: str, device: str, dtype: str, threads: int | None, experts: str | None = None, many_tokens: bool = False
+) -> tuple[Any, Any]:
     """(model, tokenizer) as the options ask for."""
     import torch
 
@@ -98,8 +104,9 @@ def load_model(model: str, device: str, dtype: str, threads: int | None, experts
     check_experts(experts)
     where = choose_device(device)
     folder = resolve(model, people)  # may take long, so after the checks
+    wanted = None if dtype == "auto" else choose_dtype(dtype, folder)
     with people.status(f"loading {model}"):
-        return load(folder, dtype=choose_dtype(dtype, folder), device=where, experts=experts)
+        return load(folder, dtype=wanted, device=where, experts=experts, many_tokens=many_tokens)
 
 
 def emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:

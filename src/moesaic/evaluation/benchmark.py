@@ -84,6 +84,13 @@ def benchmark(
     }
 
 
+def decode_speed(
+    model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, *, new: int = 32, rounds: int = 5
+) -> dict[str, Any]:
+    """The row `decode["1"]` of `benchmark` alone."""
+    return _decode(model, dense, tokens_BL, 1, new).measure(model.dtype.itemsize, rounds)
+
+
 @dataclass
 class Case:
     """What is timed of (converted, dense), and the work in it."""

@@ -46,7 +46,7 @@ def evaluate(
         result["tasks"] = evaluate_tasks(model, tokenizer, questions, lambda done, count: report(done, count, "tasks"))
     if run_harness and harness:
         result["tasks"] |= run_harness(model, tokenizer, harness.split(","))
-    return result | {"versions": versions()}
+    return result | {"dtype": str(model.dtype).removeprefix("torch."), "versions": versions()}
 
 
 def check_request(
