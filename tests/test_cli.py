@@ -1,11 +1,14 @@
 """The command line as scripts see it: exit codes, one JSON object on standard output, one line on bad input."""
 
+import io
 import json
 import sys
 
 import pytest
+import torch
+from rich.console import Console
 
-from moesaic import cli
+from moesaic import cli, tables
 
 SMALL = ["--tokens", "1024", "--plan", "S1A2E8"]
 
@@ -172,6 +175,33 @@ def test_frontier_prints_rows_and_keeps_them(run, tmp_path):
     code, out, err = run("frontier", "tiny", *small, "--methods", "static+closed-form,flap")
     assert (code, out) == (0, "")
     assert "static+closed-form" in err
+
+
+def test_a_frontier_fits_eighty_columns_and_shows_only_what_was_measured():
+    row = {"active": 0.25, "plan": "S1A1E8", "memory": 1.0, "perplexity_ratio": 17.7, "perplexity_ratio_deviation": 0.1}
+    full = row | {"method": "static+closed-form", "seeds": 3, "speedup": 1.5, "tasks_mean": 0.4, "tasks_stderr": 0.02}
+    bound = row | {"method": "neurons", "plan": None, "memory": None, "seeds": 1, "speedup": None}
+    dense = {"perplexity": 32.1, "protocol": "gptq", "tokens": 40_960, "text": "wiki.test.raw"}
+
+    def shown(*rows):
+        console = Console(width=200, file=io.StringIO())
+        found = {"setting": {"model": "demo"}, "dense": dense, "summary": list(rows)}
+        tables.show_frontier(console, found, "out")
+        return console.file.getvalue()
+
+    text = shown(full, bound)
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(part in text for part in ("decode", "1.50x", "zero-shot", "0.400 ±.020", "17.700 ±.100"))
+    alone = shown(bound)
+    assert not any(part in alone for part in ("decode", "zero-shot", "±"))
+
+
+@pytest.mark.parametrize(("asked", "used"), [([], "float16"), (["--dtype", "float32"], "float32")])
+def test_texts_are_scored_in_the_dtype_that_is_fast_unless_one_is_asked_for(run, monkeypatch, asked, used):
+    monkeypatch.setattr("moesaic.models.loading.compute_dtype", lambda dtype, device: torch.float16)
+    code, out, err = run("evaluate", "tiny", "--window", "64", "--max-tokens", "64", *asked, "--json")
+    assert code == 0, err
+    assert json.loads(out)["dtype"] == used
 
 
 @pytest.mark.parametrize(

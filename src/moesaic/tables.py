@@ -12,7 +12,7 @@ from rich.table import Table
 
 
 def _grid(title: str, *columns: str) -> Table:
-    grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    grid = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold")
     for number, column in enumerate(columns):
         grid.add_column(column, justify="right" if number else "left", no_wrap=True)
     return grid
@@ -184,22 +184,35 @@ def show_demo(console: Console, d: dict[str, Any]) -> None:
 
 
 def show_frontier(console: Console, f: dict[str, Any], folder: str) -> None:
-    """A row for each method at each budget, best first."""
-    setting = f["setting"]
-    grid = _grid(
-        f"{setting['model']}: perplexity over dense ({f['dense']['perplexity']:.2f}, {f['dense']['protocol']}, "
-        f"{f['dense']['text']})",
-        "method", "active", "plan", "memory", "ratio", "decode", "zero-shot",
-    )  # fmt: skip
-    for r in sorted(f["summary"], key=lambda r: (r["active"], r["perplexity_ratio"])):
-        spread = f" ± {r['perplexity_ratio_deviation']:.3f}" if r["seeds"] > 1 else ""
-        grid.add_row(
-            r["method"], f"{r['ffn_active']:.0%}", r["plan"] or "-", f"{r['memory'] or 1:.2g} x",
-            f"{r['perplexity_ratio']:.3f}{spread}", f"{r['speedup']:.2f}x" if r["speedup"] else "-",
-            f"{r['tasks_mean']:.3f} ± {r['tasks_stderr']:.3f}" if "tasks_mean" in r else "-",
-        )  # fmt: skip
+    """A row for each method under its budget, best first; what was not measured has no column."""
+    setting, dense, rows = f["setting"], f["dense"], f["summary"]
+    console.print(
+        f"[bold]{setting['model']}[/]: perplexity over dense, {dense['perplexity']:.2f} "
+        f"({dense['protocol']}, {dense['tokens']:,} tokens of {dense['text']})",
+        highlight=False,
+    )
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "plan": lambda r: r["plan"] or "-",
+        "memory": lambda r: f"{r['memory'] or 1:.2g} x",
+        "ratio": lambda r: _spread(r["perplexity_ratio"], r["perplexity_ratio_deviation"] if r["seeds"] > 1 else None),
+    }
+    if any(r["speedup"] for r in rows):
+        columns["decode"] = lambda r: f"{r['speedup']:.2f}x" if r["speedup"] else "-"
+    if any("tasks_mean" in r for r in rows):
+        columns["zero-shot"] = lambda r: _spread(r["tasks_mean"], r["tasks_stderr"]) if "tasks_mean" in r else "-"
+    grid = _grid("", "method", *columns)
+    for active in sorted({r["active"] for r in rows}):
+        grid.add_section()
+        grid.add_row(f"{active:.0%} active", style="bold")
+        for r in sorted((r for r in rows if r["active"] == active), key=lambda r: r["perplexity_ratio"]):
+            grid.add_row(r["method"], *(cell(r) for cell in columns.values()))
     console.print(grid)
     console.print(f"frontier.json, frontier.png and frontier.svg are in {folder}/", style="bold")
+
+
+def _spread(value: float, deviation: float | None) -> str:
+    """`1.234 ±.056`, or the value alone."""
+    return f"{value:.3f}" + ("" if deviation is None else f" ±{deviation:.3f}".replace("±0", "±"))
 
 
 @contextmanager
