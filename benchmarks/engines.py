@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import moesaic
-from moesaic.evaluation.benchmark import active_weights, body_weights
+from moesaic.evaluation.active import active_weights, body_weights
 from moesaic.evaluation.machine import machine, versions
 from moesaic.export.gguf import OUTER, OUTTYPES, RENAMED, kind_of
 from moesaic.export.gguf_config import write_rope

@@ -30,7 +30,8 @@ from torch.nn.functional import linear, silu
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
 import moesaic
-from moesaic.evaluation.benchmark import active_block_weights, benchmark
+from moesaic.evaluation.active import active_block_weights
+from moesaic.evaluation.benchmark import benchmark
 from moesaic.evaluation.inspect import prompt_tokens
 from moesaic.evaluation.machine import machine, versions
 from moesaic.models.moe import Experts, MoE

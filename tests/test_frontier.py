@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, small_model
 from moesaic import InputError
 from moesaic.config import Plan
-from moesaic.evaluation.benchmark import active_weights, ffn_of
+from moesaic.evaluation.active import active_weights, ffn_of
 from moesaic.evaluation.neurons import TopNeurons, top_neurons
 from moesaic.evaluation.shape_speed import shaped
 from moesaic.frontier import METHODS, Measurement, _shape, frontier, summarise

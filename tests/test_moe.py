@@ -13,7 +13,7 @@ import moesaic
 from conftest import QUICK, SMALL, block_for, random_sample
 from moesaic import InputError, Plan, registry
 from moesaic.calibration.layers import AttentionTape, calibrate, drift
-from moesaic.evaluation.benchmark import active_block_weights
+from moesaic.evaluation.active import active_block_weights
 from moesaic.job import prepare
 from moesaic.models.builtin import tiny_folder
 from moesaic.models.gates import GATES

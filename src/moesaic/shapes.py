@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .config import FEWEST, Plan, disjoint_plan, specialists_plan
 from .errors import InputError
-from .evaluation.benchmark import active_weights, body_weights
+from .evaluation.active import active_weights, body_weights
 from .export.gguf import K_BLOCK, gguf_form
 from .models.builtin import NAMES
 from .models.converted import native_form
