@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
 INK, ACCENT, SOFT = "#1b1b1f", "#2a6f97", "#c9a227"
+TOP = 12
+"""Perplexity over dense from which a model is of no use, so that its exact place on a chart is of none either."""
 
 
 def write_plots(metrics: dict[str, Any], folder: Path) -> None:
@@ -136,40 +138,53 @@ def write_roofline(result: dict[str, Any], path: Path) -> None:
 def write_frontier(summary: list[dict[str, Any]], model: str, folder: Path) -> None:
     """Write `frontier.png` and `.svg`: perplexity over the FFN share that is active and over the measured decode speed.
 
-    A line a method (and memory), markers as large as the memory of the experts, bars of one standard deviation.
+    A line a method (and memory), markers as large as the memory of the experts, bars of one standard deviation. What
+    lost more than `TOP` times stands at the upper edge with its number.
     """
     axes_names = [("ffn_active", "share of each FFN active"), ("speedup", "decode speed over dense, batch 1")]
     axes_names = [(key, label) for key, label in axes_names if any(row[key] for row in summary)]
-    figure = Figure(figsize=(6.2 * len(axes_names), 4.8))
-    colors = colormaps["tab10"](range(10))
+    figure = Figure(figsize=(5.4 * len(axes_names) + 2.2, 4.8))
+    panels = figure.subplots(1, len(axes_names), squeeze=False, sharey=True)[0]
     methods = list(dict.fromkeys(row["method"] for row in summary))
-    lines = {(row["method"], row["memory_factor"]) for row in summary}
-    lines = sorted(lines, key=lambda line: (methods.index(line[0]), line[1]))
-    for panel, (key, label) in zip(figure.subplots(1, len(axes_names), squeeze=False)[0], axes_names, strict=True):
-        for method, factor in lines:
+    lines = sorted({(methods.index(row["method"]), row["memory_factor"]) for row in summary})
+    beyond = [m for m in methods if any(row["method"] == m and row["perplexity_ratio"] > TOP for row in summary)]
+    for panel, (key, label) in zip(panels, axes_names, strict=True):
+        for number, factor in lines:
+            method = methods[number]
             rows = [r for r in summary if (r["method"], r["memory_factor"]) == (method, factor) and r[key]]
-            rows.sort(key=lambda row: row[key])
-            ours = method.startswith(("default", "specialists", "coactivation"))
-            many = sum(name == method for name, _ in lines) > 1
-            color = (*colors[methods.index(method) % 10][:3], factor**-0.5)  # paler with more memory
-            panel.errorbar(
-                [r[key] for r in rows], [r["perplexity_ratio"] for r in rows],
-                [r["perplexity_ratio_deviation"] for r in rows], fmt="-" if ours else "--", linewidth=2 if ours else 1,
-                color=color, label=f"{method}, memory x {factor:g}" if many else method,
-            )  # fmt: skip
-            panel.scatter(
-                [r[key] for r in rows], [r["perplexity_ratio"] for r in rows],
-                s=[40 * (r["memory"] or 1) for r in rows], color=color, zorder=3,
-            )  # fmt: skip
-        panel.set(xlabel=label, ylabel="perplexity over dense", yscale="log", title=model)
+            many = sum(other == number for other, _ in lines) > 1
+            color = (*colormaps["tab10"](number % 10)[:3], factor**-0.5)  # paler with more memory
+            name = f"{method}, memory x {factor:g}" if many else method
+            _frontier_line(panel, rows, key, color, name, beyond.index(method) if method in beyond else 0)
+        panel.set(xlabel=label, yscale="log", ylim=(0.95, 1.05 * TOP))
         if key == "ffn_active":
             panel.set_xlim(0, 1)
             panel.xaxis.set_major_formatter(PercentFormatter(1))
         panel.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+        panel.yaxis.set_major_locator(FixedLocator([1, 1.2, 1.5, 2, 3, 4, 6, 8, TOP]))
         panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 5)))
-        panel.yaxis.set_minor_formatter("{x:g}")
+        panel.yaxis.set_minor_locator(NullLocator())
         panel.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=8)
-    _save(figure, folder / "frontier.png")
-    figure.savefig(folder / "frontier.svg")
+    panels[0].set(ylabel="perplexity over dense", title=model)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="center right")
+    figure.tight_layout(rect=(0, 0, 1 - 2.2 / figure.get_figwidth(), 1))
+    for suffix in ("png", "svg"):
+        figure.savefig(folder / f"frontier.{suffix}", dpi=130)
+
+
+def _frontier_line(panel: Any, rows: list[dict[str, Any]], key: str, color: Any, label: str, below: int) -> None:
+    """One method's line, from its least to its greatest `key`; numbers at the edge are `below` lines further down."""
+    rows = sorted(rows, key=lambda row: row[key])
+    x, y = [r[key] for r in rows], [min(r["perplexity_ratio"], TOP) for r in rows]
+    ours = label.startswith(("default", "specialists", "coactivation"))
+    panel.errorbar(
+        x, y, [r["perplexity_ratio_deviation"] for r in rows], fmt="-" if ours else "--", linewidth=2 if ours else 1,
+        color=color, label=label,
+    )  # fmt: skip
+    panel.scatter(x, y, s=[40 * (r["memory"] or 1) for r in rows], color=color, zorder=3, clip_on=False)
+    for row, at in zip(rows, x, strict=True):
+        if row["perplexity_ratio"] > TOP:
+            offset = (7, 3 - 10 * below)
+            text = f"{row['perplexity_ratio']:.3g}"
+            panel.annotate(text, (at, TOP), offset, textcoords="offset points", color=color, fontsize=8)
