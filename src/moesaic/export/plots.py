@@ -148,6 +148,7 @@ def write_frontier(summary: list[dict[str, Any]], model: str, folder: Path) -> N
     methods = list(dict.fromkeys(row["method"] for row in summary))
     lines = sorted({(methods.index(row["method"]), row["memory_factor"]) for row in summary})
     beyond = [m for m in methods if any(row["method"] == m and row["perplexity_ratio"] > TOP for row in summary)]
+    highest = max(row["perplexity_ratio"] for row in summary)
     for panel, (key, label) in zip(panels, axes_names, strict=True):
         for number, factor in lines:
             method = methods[number]
@@ -156,12 +157,12 @@ def write_frontier(summary: list[dict[str, Any]], model: str, folder: Path) -> N
             color = (*colormaps["tab10"](number % 10)[:3], factor**-0.5)  # paler with more memory
             name = f"{method}, memory x {factor:g}" if many else method
             _frontier_line(panel, rows, key, color, name, beyond.index(method) if method in beyond else 0)
-        panel.set(xlabel=label, yscale="log", ylim=(0.95, 1.05 * TOP))
+        panel.set(xlabel=label, yscale="log", ylim=(0.95, 1.05 * min(TOP, highest)))
         if key == "ffn_active":
             panel.set_xlim(0, 1)
             panel.xaxis.set_major_formatter(PercentFormatter(1))
         panel.axhline(1, color=INK, linewidth=0.8, linestyle=":")
-        panel.yaxis.set_major_locator(FixedLocator([1, 1.2, 1.5, 2, 3, 4, 6, 8, TOP]))
+        panel.yaxis.set_major_locator(FixedLocator([1, 1.1, 1.2, 1.5, 2, 3, 4, 6, 8, TOP]))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_locator(NullLocator())
         panel.spines[["top", "right"]].set_visible(False)
