@@ -47,8 +47,8 @@ def show_conversion(console: Console, m: dict[str, Any]) -> None:
     if m["trials"]:
         losses = ", ".join(f"{t['partition']} {t['plan']} {t['held_out_loss']:.3f}" for t in m["trials"])
         console.print(f"{m['partition']} was chosen by the loss on held-out calibration tokens: {losses}")
-    engines = ", ".join(m["engines"])
-    console.print(f"written as {m['format']}: {m['format_reason'] or f'{engines} load it'}")
+    loaders = f"{', '.join(m['engines'])} load it" if m["engines"] else "transformers loads it after import moesaic"
+    console.print(f"written as {m['format']}: {m['format_reason'] or loaders}")
     unreached = {r["layer"]: r["unreached_experts"] for r in m["layers"] if r["unreached_experts"]}
     if unreached:
         console.print(f"[yellow]no calibration token reached these experts (layer: experts):[/] {unreached}")
