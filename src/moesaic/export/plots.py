@@ -175,8 +175,8 @@ def write_frontier(summary: list[dict[str, Any]], model: str, folder: Path) -> N
 
 
 def _frontier_line(panel: Any, rows: list[dict[str, Any]], key: str, color: Any, label: str, below: int) -> None:
-    """One method's line, from its least to its greatest `key`; numbers at the edge are `below` lines further down."""
-    rows = sorted(rows, key=lambda row: row[key])
+    """One method's line from budget to budget; numbers at the edge are `below` lines further down."""
+    rows = sorted(rows, key=lambda row: row["ffn_active"])
     x, y = [r[key] for r in rows], [min(r["perplexity_ratio"], TOP) for r in rows]
     ours = label.startswith(("default", "specialists", "coactivation"))
     panel.errorbar(
