@@ -182,6 +182,8 @@ class ConvertConfig(BaseModel):
     """Calibration tokens."""
     window: int = Field(256, gt=1)
     """Tokens in one calibration sequence."""
+    first_tokens: int | None = Field(None, ge=0)
+    """Tokens, each a text's first, that recovery fits beside the others; None: an eighth of `tokens`, 0 after a BOS."""
     held_out_tokens: int = Field(4_096, gt=0)
     """Tokens of bundled held-out text for the perplexity that is compared with the dense model's."""
     format: str = "auto"

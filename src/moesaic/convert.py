@@ -69,7 +69,9 @@ def convert(
     job, trials = choose(jobs, partial, progress)
     job.stream.load_outer()
     states = partial.hidden(job.stream.device, job.stream.dtype) or partial.start(embed(job))
-    job.stream.embed(job.held_out_NL[:1])
+    for tokens_NL in (job.held_out_NL[:1], job.first_N1[:1]):
+        if len(tokens_NL):
+            job.stream.embed(tokens_NL)  # a resumed run must know how to call layers on such lengths
     count = len(job.stream.layers)
     for index in range(len(partial.layers), count):
         if progress:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import registry
+from .calibration.first import first_tokens
 from .calibration.text import bundled, labelled_windows, read_documents, text_hash, token_windows
 from .config import ConvertConfig, Plan, build_config, disjoint_plan, parse_plan, read_recipe, specialists_plan
 from .errors import InputError
@@ -54,6 +55,8 @@ class Job:
     tokens_NL: Tensor
     """Calibration tokens that layers are fitted to."""
     domain_N: Tensor
+    first_N1: Tensor
+    """Tokens that open a text, which becomes an attention sink: a window has one, too few to learn from."""
     validation_NL: Tensor
     """Every `VALIDATION`-th calibration window: nothing is fitted to it but the confidence of the whole model."""
     held_out_NL: Tensor
@@ -66,7 +69,8 @@ class Job:
         )
         weights *= self.dtype.itemsize / self.stream.checkpoint.dtype().itemsize
         weights += self.form.copied_parameters(self.working)[0] * self.dtype.itemsize
-        tokens = self.tokens_NL.numel() + self.validation_NL.numel() + 2 * self.held_out_NL.numel()
+        tokens = self.tokens_NL.numel() + self.validation_NL.numel()
+        tokens += 2 * self.held_out_NL.numel() + 2 * self.first_N1.numel()
         return round(1.1 * weights) + 2 * tokens * self.stream.config.hidden_size * self.stream.dtype.itemsize
 
     def check_space(self, output: Path) -> None:
@@ -120,6 +124,7 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
     window = min(config.window, stream.config.max_position_embeddings)
     tokens_NL, domain_N = labelled_windows(documents, tokenizer, config.tokens, window)
     spare = torch.arange(len(tokens_NL)) % VALIDATION == VALIDATION - 1
+    first_N1 = first_tokens(tokens_NL[~spare], tokenizer, config.first_tokens if config.recovery != "none" else 0)
     held_out_NL = token_windows(bundled("heldout"), tokenizer, config.held_out_tokens, window)
     fingerprint = {
         "model": stream.checkpoint.fingerprint(),
@@ -131,7 +136,7 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
     name = f"{source.name}/" if Path(model).is_dir() else str(model)
     return Job(
         name, source, config, plan, partitioner, router, recovery, stream, dtype, working, form, form_reason,
-        tokenizer, tokens_NL[~spare], domain_N[~spare], tokens_NL[spare], held_out_NL, fingerprint,
+        tokenizer, tokens_NL[~spare], domain_N[~spare], first_N1, tokens_NL[spare], held_out_NL, fingerprint,
     )  # fmt: skip
 
 

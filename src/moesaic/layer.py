@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calibration.first import first_targets
 from .calibration.layers import AttentionTape, Tap, calibrate, drift, expert_load, relative_error, replaced_ffn
 from .calibration.sample import CHUNK_TOKENS, LayerSample
 from .errors import WorkError
@@ -21,8 +22,8 @@ from .models.moe import MoE
 from .partition import Partition
 from .routing.base import unit_scores
 
-CONVERTED = {"converted", "validation"}
-"""States that see converted layers and are fitted to by none."""
+CONVERTED = {"converted", "validation", "first"}
+"""States that see converted layers, beside the calibration tokens."""
 
 
 LEAST_EPS = 1e-5
@@ -44,11 +45,12 @@ class Laps:
 
 
 def embed(job: Job) -> dict[str, Tensor]:
-    """Hidden states that enter the first layer: calibration, and held-out text on the dense and converted path."""
-    held_out_NLD = job.stream.embed(job.held_out_NL)
-    states = {"calibration": job.tokens_NL, "validation": job.validation_NL}
-    states = {name: job.stream.embed(tokens_NL) for name, tokens_NL in states.items() if len(tokens_NL)}
-    return states | {"dense": held_out_NLD, "converted": held_out_NLD.clone()}
+    """Hidden states that enter the first layer; held-out text and tokens that open one on the dense path too."""
+    tokens = {"calibration": job.tokens_NL, "validation": job.validation_NL, "first": job.first_N1}
+    tokens |= {"converted": job.held_out_NL}
+    states = {name: job.stream.embed(tokens_NL) for name, tokens_NL in tokens.items() if len(tokens_NL)}
+    dense = {"first": "dense_first", "converted": "dense"}
+    return states | {dense[name]: hidden.clone() for name, hidden in states.items() if name in dense}
 
 
 @torch.no_grad()
@@ -64,9 +66,13 @@ def convert_layer(
     with job.stream.layer(index) as layer:
         laps("load")
         unchanged = {name: job.stream.run(index, layer, states[name]) for name in states.keys() & {"dense"}}
+        first = None
+        if "first" in states:
+            paths = states["first"], states["dense_first"]
+            first, unchanged["dense_first"] = first_targets(job.stream, index, layer, *paths)
         attention = AttentionTape(layer)
         with attention.recording():
-            sample = calibrate(job.stream, index, layer, states["calibration"], job.domain_N)
+            sample = calibrate(job.stream, index, layer, states["calibration"], job.domain_N, first)
         laps("calibrate")
         partition = job.partitioner.split(sample, job.plan, generator).to(job.stream.device)
         laps("partition")
@@ -93,7 +99,7 @@ def convert_layer(
         "layer": index,
         "split_error": split_error,
         "error": error,
-        **(drift(unchanged["dense"], after["converted"]) if unchanged else {}),
+        **(drift(unchanged["dense"], after["converted"]) if "dense" in unchanged else {}),
         "expert_tokens": load_E.tolist(),
         "unreached_experts": (load_E == 0).nonzero().flatten().tolist(),
         "activation_rates": rates,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -81,22 +82,46 @@ class AttentionTape:
                 del module.forward
 
 
-def calibrate(stream: LayerStream, index: int, layer: nn.Module, hidden_NLD: Tensor, domain_N: Tensor) -> LayerSample:
-    """Run the dense layer on the calibration tokens and keep what concerns its FFN."""
-    ffn = layer.get_submodule(ffn_name(layer))
-    tap = Tap(ffn)
-    with replaced_ffn(layer, tap):
-        stream.run(index, layer, hidden_NLD)
-    output_TD = torch.cat(tap.outputs)
+def calibrate(
+    stream: LayerStream,
+    index: int,
+    layer: nn.Module,
+    hidden_NLD: Tensor,
+    domain_N: Tensor,
+    first: tuple[Tensor, Tensor] | None = None,
+) -> LayerSample:
+    """Run the dense layer on the calibration tokens and keep what concerns its FFN.
+
+    `first` has the FFN inputs and the targets, [M, D] each, of tokens that open a text; their weights follow the same
+    rule on the same scale.
+    """
+    input_TD, output_TD, _ = tapped(stream, index, layer, hidden_NLD)
     norm_T = output_TD.float().norm(dim=1)
-    weight_T = norm_T.clamp(min=max(MIN_NORM * norm_T.median().item(), 1e-30)).reciprocal()
-    return LayerSample(
-        ffn=gated_ffn(ffn),
-        input_TD=torch.cat(tap.inputs),
+    least = max(MIN_NORM * norm_T.median().item(), 1e-30)
+    weight_T = norm_T.clamp(min=least).reciprocal()
+    mean = weight_T.mean()
+    sample = LayerSample(
+        ffn=gated_ffn(layer.get_submodule(ffn_name(layer))),
+        input_TD=input_TD,
         output_TD=output_TD,
-        weight_T=weight_T / weight_T.mean(),
+        weight_T=weight_T / mean,
         domain_T=domain_N.repeat_interleave(hidden_NLD.shape[1]),
     )
+    if first is None:
+        return sample
+    input_MD, target_MD = first
+    weight_M = target_MD.float().norm(dim=1).clamp(min=least).reciprocal() / mean
+    domain_M = torch.zeros(len(input_MD), dtype=torch.int64, device=input_MD.device)
+    opening = LayerSample(sample.ffn, input_MD, target_MD, weight_M, domain_M)
+    return replace(sample, first=opening)
+
+
+def tapped(stream: LayerStream, index: int, layer: nn.Module, hidden_NLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(what enters the dense layer's FFN [T, D], what leaves it [T, D], what leaves the layer [N, L, D])."""
+    tap = Tap(layer.get_submodule(ffn_name(layer)))
+    with replaced_ffn(layer, tap):
+        after_NLD = stream.run(index, layer, hidden_NLD)
+    return torch.cat(tap.inputs), torch.cat(tap.outputs), after_NLD
 
 
 def relative_error(sample: LayerSample, output_TD: Tensor) -> float:

@@ -29,6 +29,8 @@ class LayerSample:
     """Token weights `1 / ‖y‖`, mean 1: an error counts relative to the output."""
     domain_T: Tensor
     """The number of the text's domain that each token comes from, int64."""
+    first: LayerSample | None = None
+    """Tokens that open a text, with what the dense FFN gives on the *dense* model's stream: recovery fits them too."""
 
     @property
     def tokens(self) -> int:

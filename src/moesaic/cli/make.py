@@ -46,6 +46,9 @@ def convert(
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="calibration tokens [default: 16384]")] = None,
     window: Annotated[int | None, typer.Option(help="tokens of one calibration sequence [default: 256]")] = None,
+    first_tokens: Annotated[
+        int | None, typer.Option(help="tokens seen as a text's first [default: an eighth of --tokens; 0 after a BOS]")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML with any of these settings; options override it")] = None,
     format: options.Format = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... [default: auto]")] = None,
@@ -67,6 +70,7 @@ def convert(
         "active": active, "plan": plan, "expert_width": expert_width, "partition": partition, "router": router,
         "tokens": tokens, "format": format, "seed": seed, "calibration": tuple(calibration) if calibration else None,
         "memory_factor": memory_factor, "recovery": recovery, "window": window, "device": device, "dtype": dtype,
+        "first_tokens": first_tokens,
     }  # fmt: skip
     config = make_config(recipe, {name: value for name, value in given.items() if value is not None})
     if dry_run:

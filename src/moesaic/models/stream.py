@@ -30,12 +30,18 @@ class Stub(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.hidden: Tensor | None = None
-        self.arguments: dict[str, Any] = {}
+        self.arguments: dict[int, dict[str, Any]] = {}
+        """By the sequences' length."""
         self.replacement: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        self.hidden, self.arguments = hidden_states, arguments
+        self.hidden, self.arguments[hidden_states.shape[1]] = hidden_states, arguments
         return hidden_states if self.replacement is None else self.replacement
+
+
+def batches(sequences_NL: Tensor) -> tuple[Tensor, ...]:
+    """Whole sequences, [B, L, ...] each, of at most `BATCH_TOKENS` tokens if one has no more."""
+    return sequences_NL.split(max(1, BATCH_TOKENS // sequences_NL.shape[1]))
 
 
 class LayerStream:
@@ -128,21 +134,20 @@ class LayerStream:
 
     @torch.no_grad()
     def embed(self, tokens_NL: Tensor) -> Tensor:
-        """What enters the first layer, shape [N, L, D]; afterwards `run` knows how to call layers on length L."""
+        """What enters the first layer, shape [N, L, D]; from then on `run` knows how to call layers on length L."""
         parts = []
-        for tokens_1L in tokens_NL.split(1):
-            self.model.base_model(input_ids=tokens_1L.to(self.device), use_cache=False)
+        for tokens_BL in (*batches(tokens_NL), tokens_NL[:1]):  # one alone is last: its arguments fit any batch
+            self.model.base_model(input_ids=tokens_BL.to(self.device), use_cache=False)
             hidden = self.stubs[0].hidden
             assert hidden is not None
             parts.append(hidden)
-        return torch.cat(parts)
+        return torch.cat(parts[:-1])
 
     @torch.no_grad()
     def run(self, index: int, layer: nn.Module, hidden_NLD: Tensor) -> Tensor:
-        """A decoder layer's output for sequences of the length last embedded, shape [N, L, D]."""
-        arguments = self.stubs[index].arguments
-        batches = hidden_NLD.split(max(1, BATCH_TOKENS // hidden_NLD.shape[1]))
-        return torch.cat([layer(hidden_BLD, **arguments) for hidden_BLD in batches])
+        """A decoder layer's output for sequences of a length that was embedded before, shape [N, L, D]."""
+        arguments = self.stubs[index].arguments[hidden_NLD.shape[1]]
+        return torch.cat([layer(hidden_BLD, **arguments) for hidden_BLD in batches(hidden_NLD)])
 
     @torch.no_grad()
     def token_losses(self, tokens_NL: Tensor, hidden_NLD: Tensor) -> Tensor:

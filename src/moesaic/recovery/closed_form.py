@@ -58,8 +58,9 @@ class ClosedForm(Recovery):
         shared = len(partition.shared) if top_one(moe) else 0
         spare = sample.tokens - (sample.tokens // HELD_OUT if self.ridge is None else 0)
         systems: Systems = {}
-        for number, z_CX, rest_CD in self._features(moe, sample.take(slice(spare)), blocks):
-            add(systems, number, z_CX, rest_CD)
+        for part in (sample.take(slice(spare)), sample.first):
+            for number, z_CX, rest_CD in self._features(moe, part, blocks) if part else ():
+                add(systems, number, z_CX, rest_CD)
         ridge = self.ridge
         if ridge is None:
             held_out = sample.take(slice(spare, None))

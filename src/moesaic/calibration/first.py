@@ -1,0 +1,78 @@
+"""Tokens that open a text: without a BOS whichever it is becomes the attention sink, and a window shows only one.
+
+An opening token sees nothing but itself, so it is a sequence of its own, and many cost little.
+
+Shapes: M opening tokens, N sequences, L tokens in one, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.stream import LayerStream
+from .layers import replaced_ffn, tapped
+from .text import bos
+
+SHARE = 8
+"""One opening token for so many others."""
+CHAT_SHARE = 8
+"""One in so many is the token that opens a chat."""
+NOISE = 0.01
+"""Rounding of an FFN's factor: families have 1, or Granite's .2 and more."""
+
+
+def first_tokens(tokens_NL: Tensor, tokenizer: Any, count: int | None) -> Tensor:
+    """Tokens that may open a text, [count, 1] int64: evenly spaced ones, and every eighth that of the chat template.
+
+    Without `count` an eighth of the tokens. None at all where the tokenizer puts a BOS first, which every window shows.
+    """
+    if bos(tokenizer):
+        return tokens_NL.new_zeros(0, 1)
+    flat_T = tokens_NL.flatten()
+    count = len(flat_T) // SHARE if count is None else min(count, len(flat_T))
+    first_M = flat_T[torch.arange(count) * len(flat_T) // max(1, count)].clone()
+    if tokenizer.chat_template:
+        opened = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        first_M[::CHAT_SHARE] = tokenizer(opened, add_special_tokens=False)["input_ids"][0]
+    return first_M[:, None]
+
+
+def first_targets(
+    stream: LayerStream, index: int, layer: nn.Module, hidden_M1D: Tensor, dense_M1D: Tensor
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """(FFN inputs and targets [M, D] on the converted path, what the dense layer makes of the dense one [M, 1, D]).
+
+    The target takes the residual stream back to the dense one's: where the layer adds `c` times its FFN's output,
+    `y + (dense - converted) / c` of the streams after the layer; where a norm follows the FFN, the dense path's `y`.
+    """
+    _, dense_MD, after_dense_M1D = tapped(stream, index, layer, dense_M1D)
+    input_MD, output_MD, after_M1D = tapped(stream, index, layer, hidden_M1D)
+    factor = ffn_factor(stream, index, layer, hidden_M1D[:1])
+    if factor == 0:
+        return (input_MD, dense_MD), after_dense_M1D
+    target_MD = output_MD.float() + (after_dense_M1D - after_M1D)[:, 0].float() / factor
+    return (input_MD, target_MD.to(output_MD.dtype)), after_dense_M1D
+
+
+class Constant(nn.Module):
+    """An FFN of one output, in every channel."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.full_like(hidden_states, self.value)
+
+
+def ffn_factor(stream: LayerStream, index: int, layer: nn.Module, like_11D: Tensor) -> float:
+    """`c` where a layer adds `c` times its FFN's output to the residual stream; 0 where a norm takes its size away."""
+    after = []
+    for value in (1.0, 2.0):
+        with replaced_ffn(layer, Constant(value)):
+            after.append(stream.run(index, layer, torch.zeros_like(like_11D)).float())
+    factor = (after[1] - after[0]).mean().item()
+    return factor if abs(factor) > NOISE else 0.0
