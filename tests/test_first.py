@@ -39,6 +39,8 @@ def test_openings_are_spread_over_the_text_and_some_open_a_chat(no_bos):
     opened = first_tokens(tokens, no_bos, None).flatten()
     assert set(opened[::CHAT_SHARE].tolist()) == {no_bos("Q")["input_ids"][0]}
     assert opened[1].item() == 2 + SHARE
+    no_bos.chat_template = "{{ raise_exception('a system message first') }}"
+    assert first_tokens(tokens, no_bos, None)[0].item() == 2
 
 
 def test_a_tokenizer_with_a_bos_needs_none():

@@ -101,7 +101,7 @@ def trial(job: Job, progress: Progress | None = None) -> float:
         other_NL = token_windows(bundled("calibration"), job.tokenizer, held_out_NL.numel(), window)
         held_out_NL = torch.cat([held_out_NL, other_NL])
     tokens_NL = job.tokens_NL[fit]
-    first_N1 = job.first_N1[:: max(1, job.tokens_NL.numel() // tokens_NL.numel())]
+    first_N1 = job.first_N1[: len(job.first_N1) * len(fit) // len(job.tokens_NL)]
     job = replace(job, tokens_NL=tokens_NL, domain_N=job.domain_N[fit], first_N1=first_N1, held_out_NL=held_out_NL)
     stream = job.stream
     stream.load_outer()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from ..models.stream import LayerStream
@@ -34,10 +35,20 @@ def first_tokens(tokens_NL: Tensor, tokenizer: Any, count: int | None) -> Tensor
     flat_T = tokens_NL.flatten()
     count = len(flat_T) // SHARE if count is None else min(count, len(flat_T))
     first_M = flat_T[torch.arange(count) * len(flat_T) // max(1, count)].clone()
-    if tokenizer.chat_template:
-        opened = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-        first_M[::CHAT_SHARE] = tokenizer(opened, add_special_tokens=False)["input_ids"][0]
+    for token in chat_opening(tokenizer):
+        first_M[::CHAT_SHARE] = token
     return first_M[:, None]
+
+
+def chat_opening(tokenizer: Any) -> list[int]:
+    """The token that opens a chat, alone; nothing without a template, or with one that takes no lone question."""
+    if not tokenizer.chat_template:
+        return []
+    try:
+        opened = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateError:
+        return []
+    return tokenizer(opened, add_special_tokens=False)["input_ids"][:1]
 
 
 def first_targets(
