@@ -57,15 +57,14 @@ def first_targets(
     """(FFN inputs and targets [M, D] on the converted path, what the dense layer makes of the dense one [M, 1, D]).
 
     The target takes the residual stream back to the dense one's: where the layer adds `c` times its FFN's output,
-    `y + (dense - converted) / c` of the streams after the layer; where a norm follows the FFN, the dense path's `y`.
+    `(dense - rest) / c` with the stream after the dense layer and that after the converted path's without any FFN;
+    where a norm follows the FFN, the dense path's `y`.
     """
-    _, dense_MD, after_dense_M1D = tapped(stream, index, layer, dense_M1D)
-    input_MD, output_MD, after_M1D = tapped(stream, index, layer, hidden_M1D)
+    _, dense_MD, after_M1D = tapped(stream, index, layer, dense_M1D)
+    input_MD, _, rest_M1D = tapped(stream, index, layer, hidden_M1D, Constant(0))
     factor = ffn_factor(stream, index, layer, hidden_M1D[:1])
-    if factor == 0:
-        return (input_MD, dense_MD), after_dense_M1D
-    target_MD = output_MD.float() + (after_dense_M1D - after_M1D)[:, 0].float() / factor
-    return (input_MD, target_MD.to(output_MD.dtype)), after_dense_M1D
+    target_MD = (after_M1D - rest_M1D)[:, 0] / factor if factor else dense_MD
+    return (input_MD, target_MD), after_M1D
 
 
 class Constant(nn.Module):

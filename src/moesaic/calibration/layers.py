@@ -116,9 +116,11 @@ def calibrate(
     return replace(sample, first=opening)
 
 
-def tapped(stream: LayerStream, index: int, layer: nn.Module, hidden_NLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(what enters the dense layer's FFN [T, D], what leaves it [T, D], what leaves the layer [N, L, D])."""
-    tap = Tap(layer.get_submodule(ffn_name(layer)))
+def tapped(
+    stream: LayerStream, index: int, layer: nn.Module, hidden_NLD: Tensor, ffn: nn.Module | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(what enters the layer's FFN, or `ffn` in its place, [T, D], what leaves it [T, D] and the layer [N, L, D])."""
+    tap = Tap(ffn or layer.get_submodule(ffn_name(layer)))
     with replaced_ffn(layer, tap):
         after_NLD = stream.run(index, layer, hidden_NLD)
     return torch.cat(tap.inputs), torch.cat(tap.outputs), after_NLD
