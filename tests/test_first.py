@@ -1,5 +1,6 @@
 """Tokens that open a text: alone they are what they are in it, and recovery brings them back to the dense stream."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from conftest import QUICK, block_for, random_sample
-from moesaic import Plan, registry
+from moesaic import Plan, convert, registry
 from moesaic.calibration.first import CHAT_SHARE, SHARE, ffn_factor, first_targets, first_tokens
 from moesaic.calibration.layers import replaced_ffn
 from moesaic.job import prepare
@@ -110,15 +111,19 @@ def test_recovery_fits_openings_as_so_many_more_rows(name, plan):
     torch.testing.assert_close(found, torch.from_numpy(expected), rtol=2e-2, atol=2e-3)
 
 
-def test_a_converted_layer_loses_less_of_first_tokens(folders, no_bos, tmp_path):
-    folder = folders("qwen2")
-    for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    no_bos.save_pretrained(tmp_path)
+@pytest.fixture
+def no_bos_folder(folders, no_bos, tmp_path):
+    """A tiny Qwen2 whose tokenizer puts nothing before a text."""
+    folder = shutil.copytree(folders("qwen2"), tmp_path / "model")
+    no_bos.save_pretrained(folder)
+    return folder
+
+
+def test_a_converted_layer_loses_less_of_first_tokens(no_bos_folder):
     errors = {}
     for count in (0, 256):
         job = prepare(
-            tmp_path, QUICK.model_copy(update={"partition": "specialists", "active": 0.5, "first_tokens": count})
+            no_bos_folder, QUICK.model_copy(update={"partition": "specialists", "active": 0.5, "first_tokens": count})
         )
         assert len(job.first_N1) == count
         job.stream.load_outer()
@@ -128,3 +133,14 @@ def test_a_converted_layer_loses_less_of_first_tokens(folders, no_bos, tmp_path)
         dense, ours = states["dense"][:, 0], states["converted"][:, 0]
         errors[count] = ((ours - dense).norm(dim=1) / dense.norm(dim=1)).mean().item()
     assert errors[256] < errors[0]
+
+
+def test_a_stopped_conversion_goes_on_with_its_first_tokens(no_bos_folder, tmp_path):
+    def stop(done, count, record):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(no_bos_folder, tmp_path / "stopped", QUICK, progress=stop)
+    resumed = convert(no_bos_folder, tmp_path / "stopped", QUICK)
+    assert resumed["perplexity"] == convert(no_bos_folder, tmp_path / "whole", QUICK)["perplexity"]
