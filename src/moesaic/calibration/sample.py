@@ -30,7 +30,7 @@ class LayerSample:
     domain_T: Tensor
     """The number of the text's domain that each token comes from, int64."""
     first: LayerSample | None = None
-    """Tokens that open a text, with what the dense FFN gives on the *dense* model's stream: recovery fits them too."""
+    """Tokens that open a text, with targets that bring back the *dense* model's stream: recovery fits them too."""
 
     @property
     def tokens(self) -> int:
