@@ -80,6 +80,11 @@ def test_speed_is_measured_later_and_once_a_shape(measured, monkeypatch):
     assert {row["method"]: row["speedup"] for row in result["summary"]}["cmoe"] == speedup["cmoe"] > 0
     monkeypatch.setattr("moesaic.frontier.shape_speed", None)
     assert frontier("tiny", out, **ask)["speeds"] == result["speeds"]
+    file = out / "frontier.json"
+    rows = [row | {"speedup": None} for row in result["rows"]]
+    file.write_text(json.dumps(result | {"rows": rows}))
+    unmeasured = frontier("tiny", out, **ask | {"measurement": MEASUREMENT})
+    assert unmeasured["rows"] == result["rows"]  # a shape that is known is not lost on rows that came later
     monkeypatch.setattr("moesaic.frontier.machine", lambda: "another machine")
     monkeypatch.setattr("moesaic.frontier.shape_speed", lambda *_, **__: {"speedup": 7.0})
     assert {row["speedup"] for row in frontier("tiny", out, **ask)["rows"]} == {7.0, None}

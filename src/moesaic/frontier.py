@@ -146,6 +146,8 @@ def frontier(
             _save(result, output)
     if measurement.speed:
         _measure_speeds(model, result, output, lambda shape: report(len(points), len(points), f"speed of {shape}"))
+    if speeds := result.get("speeds"):
+        _take_speeds(rows, speeds, machine() if measurement.speed else speeds[-1]["machine"])
     report(len(points), len(points), "done")
     result["summary"] = summarise(rows)
     _save(result, output)
@@ -258,11 +260,11 @@ def _measure(model: str, point: Point, measurement: Measurement, dense: float, w
 
 
 def _measure_speeds(model: str, result: dict[str, Any], output: Path, report: Callable[[str], None]) -> None:
-    """Give every row the decode speed of its shape on this machine, measuring those that are not in `speeds` yet."""
+    """Add the decode speed of every row's shape on this machine to `speeds`, where it is not there yet."""
     speeds: list[dict[str, Any]] = result.setdefault("speeds", [])
     here = machine()
     wanted = dict.fromkeys(shape for row in result["rows"] if (shape := _shape(row)))
-    known = {None: None} | {(s["plan"], s["expert_width"]): s["speedup"] for s in speeds if s["machine"] == here}
+    known = {(s["plan"], s["expert_width"]) for s in speeds if s["machine"] == here}
     if missing := [shape for shape in wanted if shape not in known]:
         dense, tokenizer = load(model)
         tokens_1L = prompt_tokens(tokenizer, SPEED["prompt"])
@@ -272,10 +274,15 @@ def _measure_speeds(model: str, result: dict[str, Any], output: Path, report: Ca
             plan = parse_plan(text, dense.config.intermediate_size, width, overlapping=True)
             found = shape_speed(dense, plan, tokens_1L, new=SPEED["new"], rounds=SPEED["rounds"])
             speeds.append({"plan": text, "expert_width": width, **found, **facts, **SPEED, "versions": versions()})
-            known[text, width] = found["speedup"]
             _save(result, output)
-    for row in result["rows"]:
-        row["speedup"] = known[_shape(row)]
+
+
+def _take_speeds(rows: list[dict[str, Any]], speeds: list[dict[str, Any]], where: str) -> None:
+    """Give every row the decode speed of its shape on one machine, or None where it was not measured there."""
+    known = {(s["plan"], s["expert_width"]): s["speedup"] for s in speeds if s["machine"] == where}
+    for row in rows:
+        shape = _shape(row)
+        row["speedup"] = known.get(shape) if shape else None
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
