@@ -69,7 +69,6 @@ class Measurement:
     max_tokens: int | None = None
     tasks: str | None = None
     items: int | None = None
-    """Of each task, at most so many."""
     calibration: tuple[str, ...] = ()
     tokens: int = 16_384
     speed: bool = True
@@ -133,21 +132,19 @@ def frontier(
             candidates(model, point.config(measurement))
     result = _resume(model, output, measurement)
     rows: list[dict[str, Any]] = result["rows"]
-    done = {_key(row) for row in rows}
     report = progress or (lambda count, all, note: None)
     if "dense" not in result:
         report(0, len(points), "dense")
         result["dense"] = _evaluate(model, measurement)
         _save(result, output)
     for number, point in enumerate(points):
-        if _key(asdict(point)) not in done:
+        if _key(asdict(point)) not in map(_key, rows):
             report(number, len(points), f"{point.method}, {point.active:.0%} active")
             rows.append(_measure(model, point, measurement, result["dense"]["perplexity"], output / "work"))
             _save(result, output)
     if measurement.speed:
         _measure_speeds(model, result, output, lambda shape: report(len(points), len(points), f"speed of {shape}"))
-    if speeds := result.get("speeds"):
-        _take_speeds(rows, speeds, machine() if measurement.speed else speeds[-1]["machine"])
+    _take_speeds(rows, result.get("speeds", []), measurement)
     report(len(points), len(points), "done")
     result["summary"] = summarise(rows)
     _save(result, output)
@@ -187,9 +184,7 @@ def _points(
 
 def _may_overlap(name: str) -> bool:
     """Whether memory beyond the dense model's is of use to the method."""
-    if name == NEURONS:
-        return False
-    partition = METHODS[name].partition
+    partition = METHODS[name].partition if name != NEURONS else "static"
     return partition == "auto" or registry.build("partition", partition).overlapping
 
 
@@ -254,8 +249,8 @@ def _measure(model: str, point: Point, measurement: Measurement, dense: float, w
         shutil.rmtree(work)
     row |= {"perplexity": found["perplexity"], "perplexity_ratio": found["perplexity"] / dense, "dtype": found["dtype"]}
     if found["tasks"]:
-        row |= {"tasks": found["tasks"], "tasks_mean": found["tasks"]["mean"]["acc"]}
-        row["tasks_stderr"] = found["tasks"]["mean"]["stderr"]
+        mean = found["tasks"]["mean"]
+        row |= {"tasks": found["tasks"], "tasks_mean": mean["acc"], "tasks_stderr": mean["stderr"]}
     return row
 
 
@@ -277,12 +272,12 @@ def _measure_speeds(model: str, result: dict[str, Any], output: Path, report: Ca
             _save(result, output)
 
 
-def _take_speeds(rows: list[dict[str, Any]], speeds: list[dict[str, Any]], where: str) -> None:
-    """Give every row the decode speed of its shape on one machine, or None where it was not measured there."""
-    known = {(s["plan"], s["expert_width"]): s["speedup"] for s in speeds if s["machine"] == where}
+def _take_speeds(rows: list[dict[str, Any]], speeds: list[dict[str, Any]], measurement: Measurement) -> None:
+    """Give every row its shape's decode speed: of this machine if it was to be measured, else of the last one."""
+    where = machine() if measurement.speed or not speeds else speeds[-1]["machine"]
+    known: dict[Any, float] = {(s["plan"], s["expert_width"]): s["speedup"] for s in speeds if s["machine"] == where}
     for row in rows:
-        shape = _shape(row)
-        row["speedup"] = known.get(shape) if shape else None
+        row["speedup"] = known.get(_shape(row))
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
