@@ -11,15 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import registry
 from .choice import candidates
 from .config import ConvertConfig, parse_plan
 from .convert import convert
 from .errors import InputError
 from .evaluation.evaluate import check_request, evaluate
-from .evaluation.inspect import prompt_tokens
 from .evaluation.machine import machine, versions
 from .evaluation.neurons import top_neurons
 from .evaluation.shape_speed import shape_speed
@@ -30,8 +27,6 @@ NEURONS = "neurons"
 """The method that is a bound: every token its own best neurons."""
 ORACLE = "oracle"
 """The router that is a bound: it runs all experts to find the best."""
-SPEED = {"prompt": 64, "new": 16, "rounds": 3}
-"""Tokens before and while decoding, and timed rounds."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +64,7 @@ class Measurement:
     max_tokens: int | None = None
     tasks: str | None = None
     items: int | None = None
+    """Of each task, at most so many."""
     calibration: tuple[str, ...] = ()
     tokens: int = 16_384
     speed: bool = True
@@ -184,7 +180,9 @@ def _points(
 
 def _may_overlap(name: str) -> bool:
     """Whether memory beyond the dense model's is of use to the method."""
-    partition = METHODS[name].partition if name != NEURONS else "static"
+    if name == NEURONS:
+        return False
+    partition = METHODS[name].partition
     return partition == "auto" or registry.build("partition", partition).overlapping
 
 
@@ -262,13 +260,11 @@ def _measure_speeds(model: str, result: dict[str, Any], output: Path, report: Ca
     known = {(s["plan"], s["expert_width"]) for s in speeds if s["machine"] == here}
     if missing := [shape for shape in wanted if shape not in known]:
         dense, tokenizer = load(model)
-        tokens_1L = prompt_tokens(tokenizer, SPEED["prompt"])
-        facts = {"machine": here, "threads": torch.get_num_threads(), "dtype": str(dense.dtype).removeprefix("torch.")}
         for text, width in missing:
             report(text)
             plan = parse_plan(text, dense.config.intermediate_size, width, overlapping=True)
-            found = shape_speed(dense, plan, tokens_1L, new=SPEED["new"], rounds=SPEED["rounds"])
-            speeds.append({"plan": text, "expert_width": width, **found, **facts, **SPEED, "versions": versions()})
+            found = shape_speed(dense, tokenizer, plan)
+            speeds.append({"plan": text, "expert_width": width, "machine": here} | found)
             _save(result, output)
 
 

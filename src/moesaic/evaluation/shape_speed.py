@@ -6,12 +6,17 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..config import Plan
 from ..models.working import DEFAULT_EXPERTS, moe_blocks, working_config
 from .benchmark import decode_speed
+from .inspect import prompt_tokens
+from .machine import versions
+
+SPEED = {"prompt": 64, "new": 16, "rounds": 3}
+"""Tokens before and while decoding, and timed rounds."""
 
 
 @torch.no_grad()
@@ -33,6 +38,9 @@ def shaped(dense: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     return model.to(dense.device).eval()
 
 
-def shape_speed(dense: PreTrainedModel, plan: Plan, tokens_BL: Tensor, *, new: int, rounds: int) -> dict[str, Any]:
-    """What `decode_speed` gives for any conversion of the dense model to that shape."""
-    return decode_speed(shaped(dense, plan), dense, tokens_BL, new=new, rounds=rounds)
+def shape_speed(dense: PreTrainedModel, tokenizer: Any, plan: Plan) -> dict[str, Any]:
+    """What `decode_speed` gives for any conversion of the dense model to that shape, and how it was measured."""
+    tokens_1L = prompt_tokens(tokenizer, SPEED["prompt"])
+    found = decode_speed(shaped(dense, plan), dense, tokens_1L, new=SPEED["new"], rounds=SPEED["rounds"])
+    facts = {"threads": torch.get_num_threads(), "dtype": str(dense.dtype).removeprefix("torch.")}
+    return found | facts | SPEED | {"versions": versions()}
