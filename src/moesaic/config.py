@@ -91,6 +91,16 @@ def parse_plan(text: str, intermediate_size: int, expert_width: int | None = Non
     return Plan(shared, active, groups, intermediate_size // groups)
 
 
+def check_share(active: float) -> None:
+    """Refuse what is no share of an FFN.
+
+    Raises:
+        InputError: not above 0 and at most 1.
+    """
+    if not 0 < active <= 1:
+        raise InputError(f"--active is {active}; it is a share of the FFN, above 0 and at most 1, e.g. 0.5")
+
+
 def disjoint_plan(active: float, intermediate_size: int, expert_width: int | None = None) -> Plan:
     """The disjoint plan nearest to running `active` of the FFN, half of it shared.
 
@@ -100,8 +110,7 @@ def disjoint_plan(active: float, intermediate_size: int, expert_width: int | Non
     Raises:
         InputError: an impossible share or width.
     """
-    if not 0 < active <= 1:
-        raise InputError(f"--active is {active}; it is a share of the FFN, above 0 and at most 1, e.g. 0.5")
+    check_share(active)
     if expert_width is not None:
         if expert_width < 1 or intermediate_size % expert_width:
             widths = [w for w in range(1, intermediate_size + 1) if intermediate_size % w == 0]
@@ -110,22 +119,23 @@ def disjoint_plan(active: float, intermediate_size: int, expert_width: int | Non
                 f"--expert-width {expert_width} does not divide the FFN's {intermediate_size} neurons; the nearest "
                 f"that does is {closest}"
             )
-        return _nearest_plan(active, intermediate_size, intermediate_size // expert_width)
+        return nearest_plan(active, intermediate_size, intermediate_size // expert_width)
     counts = [e for e in range(4, 65) if intermediate_size % e == 0]
     if not counts:
         raise InputError(f"no group count from 4 to 64 divides the FFN's {intermediate_size} neurons; use --plan")
 
     def cost(groups: int) -> tuple[float, ...]:
         width = intermediate_size // groups
-        plan = _nearest_plan(active, intermediate_size, groups)
+        plan = nearest_plan(active, intermediate_size, groups)
         misfit = next(rank for rank, multiple in enumerate((256, 32, 8, 1)) if width % multiple == 0)
         miss = abs(plan.ffn_active(intermediate_size) - active)
         return (round(miss / 0.02), misfit, abs(groups - 16))
 
-    return _nearest_plan(active, intermediate_size, min(counts, key=cost))
+    return nearest_plan(active, intermediate_size, min(counts, key=cost))
 
 
-def _nearest_plan(active: float, intermediate_size: int, groups: int) -> Plan:
+def nearest_plan(active: float, intermediate_size: int, groups: int) -> Plan:
+    """The plan of so many groups that is nearest to running `active` of the FFN, half of it shared."""
     running = min(groups, max(1, round(active * groups)))
     shared = running // 2
     return Plan(shared, running - shared, groups, intermediate_size // groups)
@@ -139,8 +149,7 @@ def specialists_plan(active: float, memory_factor: float, intermediate_size: int
     Raises:
         InputError: an impossible share, or a memory budget that leaves nothing to vary.
     """
-    if not 0 < active <= 1:
-        raise InputError(f"--active is {active}; it is a share of the FFN, above 0 and at most 1, e.g. 0.5")
+    check_share(active)
     spare = memory_factor - active
     if spare < 0.01:
         raise InputError(

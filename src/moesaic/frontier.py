@@ -13,7 +13,7 @@ from typing import Any
 
 from . import registry
 from .choice import candidates
-from .config import ConvertConfig, parse_plan
+from .config import ConvertConfig, check_share, nearest_plan, parse_plan
 from .convert import convert
 from .errors import InputError
 from .evaluation.evaluate import check_request, evaluate
@@ -36,19 +36,23 @@ class Method:
     partition: str
     recovery: str = "closed-form"
     router: str | None = None
-    expert_width: int | None = None
+    groups: int | None = None
+    """Of its plan; None for the few that `--active` gives and CPUs run fast."""
 
 
 METHODS = {
     "default": Method("auto"),
     "specialists": Method("specialists"),
     "coactivation": Method("coactivation"),
-    "coactivation-fine": Method("coactivation", expert_width=64),
+    "coactivation-fine": Method("coactivation", groups=64),
     "static+closed-form": Method("static"),
+    "static-weighted+closed-form": Method("static:weighted=True"),
     "flap": Method("static", "none"),
     "cmoe": Method("cmoe", "none"),
-    "expertweaver": Method("expertweaver", "none"),
-    "moefication": Method("moefication", "none"),
+    "expertweaver": Method("expertweaver", "none", groups=64),
+    "expertweaver-coarse": Method("expertweaver", "none"),
+    "moefication": Method("moefication", "none", groups=64),
+    "moefication-coarse": Method("moefication", "none"),
     "llama-moe": Method("random", "none"),
     "read-me": Method("domains", "none"),
     "coactivation-oracle": Method("coactivation", "none", ORACLE),
@@ -89,10 +93,11 @@ class Point:
     def config(self, measurement: Measurement) -> ConvertConfig:
         """The conversion that it stands for."""
         method = METHODS[self.method]
+        plan = method.groups and str(nearest_plan(self.active, method.groups, method.groups))
         return ConvertConfig(
-            active=self.active, memory_factor=self.memory_factor, seed=self.seed, partition=method.partition,
-            recovery=method.recovery, router=method.router, calibration=measurement.calibration,
-            tokens=measurement.tokens, expert_width=method.expert_width,
+            active=None if plan else self.active, plan=plan, memory_factor=self.memory_factor, seed=self.seed,
+            partition=method.partition, recovery=method.recovery, router=method.router,
+            calibration=measurement.calibration, tokens=measurement.tokens,
         )  # fmt: skip
 
 
@@ -171,6 +176,8 @@ def _points(
             raise InputError(
                 f"unknown method '{name}'.{registry.nearest(name, known)} Choose from: {', '.join(known)}."
             )
+    for share in active:
+        check_share(share)
     for seed in seeds:
         for share in active:
             for name in methods:
