@@ -16,7 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from moesaic import tables
-from moesaic.frontier import METHODS, NEURONS, Measurement, frontier
+from moesaic.frontier import Measurement, frontier
+from moesaic.methods import METHODS, NEURONS
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

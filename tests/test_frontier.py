@@ -1,18 +1,20 @@
 """The frontier resumes, orders the methods, and its bound is what it says."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from conftest import FAMILIES, small_model
 from moesaic import InputError
+from moesaic.choice import candidates
 from moesaic.config import Plan
 from moesaic.evaluation.active import active_weights, ffn_of
 from moesaic.evaluation.neurons import TopNeurons, top_neurons
 from moesaic.evaluation.shape_speed import shaped
-from moesaic.frontier import METHODS, Measurement, _shape, frontier, summarise
+from moesaic.frontier import Measurement, Point, _shape, frontier, summarise
+from moesaic.methods import METHODS
 from moesaic.models.families import decoder_layers, ffn_name, gated_ffn
 
 MEASUREMENT = Measurement(tokens=2_048, max_tokens=4_096, speed=False)
@@ -116,6 +118,8 @@ def test_bad_requests_are_refused_before_any_work(tmp_path):
         frontier("tiny", tmp_path / "f", methods=["specialist"])
     with pytest.raises(InputError, match="at most 1"):
         frontier("tiny", tmp_path / "f", active=[25])
+    with pytest.raises(InputError, match="at most 1"):
+        frontier("tiny", tmp_path / "f", active=[1.5], methods=["neurons"])
     with pytest.raises(InputError, match="no text file"):
         frontier("tiny", tmp_path / "f", measurement=Measurement(text="missing.raw"))
     assert not (tmp_path / "f").exists()
@@ -128,8 +132,49 @@ def test_the_summary_has_means_and_deviations_over_seeds():
     line, other = summarise([*rows, row | {"method": "flap", "seed": 0, "perplexity_ratio": 5.0, "speedup": None}])
     assert (line["perplexity_ratio"], line["perplexity_ratio_deviation"], line["seeds"]) == (3.0, 1.0, 3)
     assert (line["speedup"], other["speedup"], other["seeds"]) == (1.2, None, 1)
+    assert len(summarise([*rows, row | {"plan": "S1A1E4", "seed": 3, "perplexity_ratio": 1.0}])) == 2
 
 
-def test_every_method_can_be_asked_for():
-    for name, method in METHODS.items():
-        assert method.recovery in {"none", "closed-form"}, name
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "read-me"])
+def test_every_method_fits_tiny(name):
+    for job in candidates("tiny", Point(name, 0.25, 1.0, 0).config(MEASUREMENT)):
+        assert job.plan.ffn_active(job.stream.config.intermediate_size) == pytest.approx(0.25, abs=0.01)
+
+
+def test_all_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr("moesaic.frontier._measure", lambda model, point, *_: row_of(point))
+    result = frontier("tiny", tmp_path, active=[0.25], methods=["all"], measurement=MEASUREMENT)
+    assert {row["method"] for row in result["rows"]} == {*METHODS, "neurons"} - {"read-me"}
+    [(name, reason)] = result["unfit"].items()
+    assert name == "read-me, 25% active"
+    assert "domain of text for each expert" in reason
+    with pytest.raises(InputError, match="no text file"):
+        frontier("tiny", tmp_path, methods=["all"], measurement=Measurement(calibration=("missing.txt",)))
+
+
+def row_of(point):
+    """A row that was not measured."""
+    row = {"plan": None, "ffn_active": point.active, "memory": 1.0, "perplexity_ratio": 2.0}
+    return asdict(point) | row
+
+
+def test_a_stopped_conversion_waits_for_its_turn(tmp_path, monkeypatch):
+    """The folder of a point is its own, so that another method in between does not meet half of it."""
+    folders = []
+
+    def stop(model, output, config, **_):
+        folders.append(output)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moesaic.frontier.convert", stop)
+    for method in ("cmoe", "flap", "cmoe"):
+        with pytest.raises(KeyboardInterrupt):
+            frontier("tiny", tmp_path, active=[0.25], methods=[method], measurement=MEASUREMENT)
+    assert folders[0] == folders[2] != folders[1]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{"])
+def test_what_is_no_frontier_is_refused(tmp_path, content):
+    (tmp_path / "frontier.json").write_text(content)
+    with pytest.raises(InputError, match="is no frontier's"):
+        frontier("tiny", tmp_path, active=[0.25], methods=["flap"], measurement=MEASUREMENT)

@@ -83,6 +83,10 @@ def test_static_keeps_the_largest_fluctuation_and_compensates_the_mean():
     assert set(partition.shared.tolist()) == set(metric.topk(24).indices.tolist())
     dropped = sorted(set(range(48)) - set(partition.shared.tolist()))
     torch.testing.assert_close(partition.bias_D, sample.ffn.down_DF[:, dropped] @ h[:, dropped].mean(0))
+    weighted = registry.build("partition", "static:weighted=True").split(sample, plan, torch.Generator())
+    saliency = (h * sample.weight_T[:, None]).square().mean(0) * sample.ffn.down_DF.square().sum(0)
+    assert set(weighted.shared.tolist()) == set(saliency.topk(24).indices.tolist())
+    assert set(weighted.shared.tolist()) != set(partition.shared.tolist())
 
 
 def test_specialists_take_the_neurons_that_matter_in_their_cluster():

@@ -1,10 +1,11 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from moesaic import InputError
-from moesaic.calibration.text import Document, bos, bundled, read_documents, text_hash, token_windows
+from moesaic.calibration.text import Document, bos, bundled, one_in, read_documents, text_hash, token_windows
 from moesaic.models.builtin import tiny_folder
 
 DOMAINS = {"c4", "stackexchange", "github", "book", "wikipedia", "math_tex"}
@@ -38,6 +39,23 @@ def test_windows_are_spread_over_the_documents(tokenizer):
     assert len(leading) == 5
 
 
+def test_much_text_is_thinned_without_losing_what_is_wanted(tokenizer):
+    short, long = Document("a few words.", "x"), Document("word " * 40_000, "x")
+    assert token_windows([short, long, long], tokenizer, 256, 16).shape == (16, 16)
+    books = [Document(f"{i} " * 20_000, "x") for i in range(8)]
+    leading = {tokenizer.decode(row[1:]).split()[1] for row in token_windows(books, tokenizer, 8 * 32, 32)}
+    assert len(leading) >= 7  # one may open with the end of another
+
+
+@pytest.mark.parametrize("part", [4, 16])
+@pytest.mark.parametrize("domains", [1, 2, 4, 6])
+def test_windows_held_out_are_of_all_domains(domains, part):
+    domain_N = torch.arange(domains * 2 * part) % domains
+    held_out = one_in(part, domain_N)
+    assert torch.equal(held_out, held_out.unique())
+    assert domain_N[held_out].bincount().tolist() == [2] * domains
+
+
 def test_all_windows_in_equal_shares(tokenizer):
     documents = [Document("word " * 500, "x"), Document("word " * 100, "y")]
     windows = token_windows(documents, tokenizer, None, 16)
@@ -55,6 +73,14 @@ def test_files_are_read(tmp_path):
     documents = read_documents([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")])
     assert [(d.domain, d.text) for d in documents] == [("a", "some text"), ("b", "one"), ("b", "two")]
     assert text_hash(documents) != text_hash(documents[:2])
+
+
+def test_files_of_one_name_are_domains_of_their_own(tmp_path):
+    sources = [str(tmp_path / folder / "train.txt") for folder in "ab"]
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.txt").write_text("some text")
+    assert [d.domain for d in read_documents(sources)] == sources
 
 
 @pytest.mark.parametrize(

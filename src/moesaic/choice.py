@@ -94,15 +94,19 @@ def trial(job: Job, progress: Progress | None = None) -> float:
     """
     window = job.tokens_NL.shape[1]
     count = min(len(job.tokens_NL), max(PART, (FIT_TOKENS + HELD_OUT_TOKENS) // window))
-    pick = torch.arange(count) * len(job.tokens_NL) // count
-    fit = pick[[i for i in range(count) if i % PART != PART - 1]]
+    # windows come in turns of domains: an even pick of them in that order would be of a few domains only
+    pick = job.domain_N.argsort(stable=True)[torch.arange(count) * len(job.tokens_NL) // count]
+    fit = pick[[i for i in range(count) if i % PART != PART - 1]].sort().values
     held_out_NL = job.tokens_NL[pick[PART - 1 :: PART]]
     if job.config.calibration:
         other_NL = token_windows(bundled("calibration"), job.tokenizer, held_out_NL.numel(), window)
         held_out_NL = torch.cat([held_out_NL, other_NL])
     tokens_NL = job.tokens_NL[fit]
     first_N1 = job.first_N1[: len(job.first_N1) * len(fit) // len(job.tokens_NL)]
-    job = replace(job, tokens_NL=tokens_NL, domain_N=job.domain_N[fit], first_N1=first_N1, held_out_NL=held_out_NL)
+    job = replace(
+        job, tokens_NL=tokens_NL, domain_N=job.domain_N[fit], first_N1=first_N1, validation_NL=tokens_NL[:0],
+        held_out_NL=held_out_NL,
+    )  # fmt: skip
     stream = job.stream
     stream.load_outer()
     states = embed(job)

@@ -6,12 +6,12 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from . import registry
 from .choice import candidates
 from .config import ConvertConfig, check_share, nearest_plan, parse_plan
 from .convert import convert
@@ -20,44 +20,10 @@ from .evaluation.evaluate import check_request, evaluate
 from .evaluation.machine import machine, versions
 from .evaluation.neurons import top_neurons
 from .evaluation.shape_speed import shape_speed
+from .methods import ALL, METHODS, NEURONS, ORACLE, chosen, may_overlap
 from .models.loading import load
 
 RESULT = "frontier.json"
-NEURONS = "neurons"
-"""The method that is a bound: every token its own best neurons."""
-ORACLE = "oracle"
-"""The router that is a bound: it runs all experts to find the best."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """What one line of the frontier is converted with."""
-
-    partition: str
-    recovery: str = "closed-form"
-    router: str | None = None
-    groups: int | None = None
-    """Of its plan; None for the few that `--active` gives and CPUs run fast."""
-
-
-METHODS = {
-    "default": Method("auto"),
-    "specialists": Method("specialists"),
-    "coactivation": Method("coactivation"),
-    "coactivation-fine": Method("coactivation", groups=64),
-    "static+closed-form": Method("static"),
-    "static-weighted+closed-form": Method("static:weighted=True"),
-    "flap": Method("static", "none"),
-    "cmoe": Method("cmoe", "none"),
-    "expertweaver": Method("expertweaver", "none", groups=64),
-    "expertweaver-coarse": Method("expertweaver", "none"),
-    "moefication": Method("moefication", "none", groups=64),
-    "moefication-coarse": Method("moefication", "none"),
-    "llama-moe": Method("random", "none"),
-    "read-me": Method("domains", "none"),
-    "coactivation-oracle": Method("coactivation", "none", ORACLE),
-}
-"""Lines by name; the published methods as they are published, without recovery."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +59,7 @@ class Point:
     def config(self, measurement: Measurement) -> ConvertConfig:
         """The conversion that it stands for."""
         method = METHODS[self.method]
-        plan = method.groups and str(nearest_plan(self.active, method.groups, method.groups))
+        plan = str(nearest_plan(self.active, method.groups, method.groups)) if method.groups else None
         return ConvertConfig(
             active=None if plan else self.active, plan=plan, memory_factor=self.memory_factor, seed=self.seed,
             partition=method.partition, recovery=method.recovery, router=method.router,
@@ -123,15 +89,13 @@ def frontier(
         What `frontier.json` holds; `frontier.png` and `frontier.svg` beside it show it.
 
     Raises:
-        InputError: an unknown method, a shape that does not fit, or bad files; before anything is converted.
+        InputError: an unknown method, a shape that does not fit (with `methods=["all"]`: no shape that does; `unfit`
+            says why), or bad files; before anything is converted.
     """
     measurement = measurement or Measurement()
     check_request(path(measurement.text), "gptq", 2_048, measurement.max_tokens, path(measurement.tasks), None)
-    points = list(_points(active, memory_factors, methods, seeds))
-    for point in points:
-        if point.method != NEURONS:
-            candidates(model, point.config(measurement))
-    result = _resume(model, output, measurement)
+    points, unfit = _points(model, active, memory_factors, methods, seeds, measurement)
+    result = _resume(model, output, measurement) | {"unfit": unfit}
     rows: list[dict[str, Any]] = result["rows"]
     report = progress or (lambda count, all, note: None)
     if "dense" not in result:
@@ -141,7 +105,7 @@ def frontier(
     for number, point in enumerate(points):
         if _key(asdict(point)) not in map(_key, rows):
             report(number, len(points), f"{point.method}, {point.active:.0%} active")
-            rows.append(_measure(model, point, measurement, result["dense"]["perplexity"], output / "work"))
+            rows.append(_measure(model, point, measurement, result["dense"]["perplexity"], output))
             _save(result, output)
     if measurement.speed:
         _measure_speeds(model, result, output, lambda shape: report(len(points), len(points), f"speed of {shape}"))
@@ -168,29 +132,33 @@ def _named(source: str | None) -> str | None:
 
 
 def _points(
-    active: Sequence[float], memory_factors: Sequence[float], methods: Sequence[str], seeds: Sequence[int]
-) -> Iterator[Point]:
-    known = [*METHODS, NEURONS]
-    for name in methods:
-        if name not in known:
-            raise InputError(
-                f"unknown method '{name}'.{registry.nearest(name, known)} Choose from: {', '.join(known)}."
-            )
+    model: str,
+    active: Sequence[float],
+    memory_factors: Sequence[float],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    measurement: Measurement,
+) -> tuple[list[Point], dict[str, str]]:
+    """The conversions to make, checked, and why methods of `all` do not fit."""
     for share in active:
         check_share(share)
-    for seed in seeds:
-        for share in active:
-            for name in methods:
-                for factor in memory_factors if _may_overlap(name) else (1.0,):
-                    yield Point(name, share, factor, seed)
-
-
-def _may_overlap(name: str) -> bool:
-    """Whether memory beyond the dense model's is of use to the method."""
-    if name == NEURONS:
-        return False
-    partition = METHODS[name].partition
-    return partition == "auto" or registry.build("partition", partition).overlapping
+    points: list[Point] = []
+    unfit: dict[str, str] = {}
+    for seed, share, name in product(seeds, active, chosen(methods)):
+        for factor in memory_factors if may_overlap(name) else (1.0,):
+            point = Point(name, share, factor, seed)
+            try:
+                if name != NEURONS:
+                    candidates(model, point.config(measurement))
+            except InputError as error:
+                if ALL not in methods:
+                    raise
+                unfit[f"{name}, {share:.0%} active"] = str(error)
+            else:
+                points.append(point)
+    if unfit and all(point.method == NEURONS for point in points):
+        raise InputError(next(iter(unfit.values())))
+    return points, unfit
 
 
 def _shape(row: dict[str, Any]) -> tuple[str, int] | None:
@@ -211,7 +179,11 @@ def _resume(model: str, output: Path, measurement: Measurement) -> dict[str, Any
         raise InputError(f"'{output}' is a file; choose another folder with --out")
     if not file.is_file():
         return {"setting": setting, "versions": versions(), "machine": machine(), "rows": []}
-    found = json.loads(file.read_text())
+    try:
+        found = json.loads(file.read_text())
+        found["setting"], found["rows"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"'{file}' is no frontier's ({error!r}); choose another --out, or delete it") from error
     changed = [name for name, value in setting.items() if found["setting"].get(name) != value]
     if changed:
         raise InputError(
@@ -240,13 +212,17 @@ def _evaluate(model: str | Path, measurement: Measurement, keep: float | None = 
         return evaluate(loaded, tokenizer, **options)
 
 
-def _measure(model: str, point: Point, measurement: Measurement, dense: float, work: Path) -> dict[str, Any]:
-    """A point's row; `dense` is the dense model's perplexity."""
+def _measure(model: str, point: Point, measurement: Measurement, dense: float, output: Path) -> dict[str, Any]:
+    """A point's row; `dense` is the dense model's perplexity.
+
+    Each conversion has its own folder, so that one that was stopped waits for its turn.
+    """
     row: dict[str, Any] = asdict(point) | {"machine": machine(), "speedup": None}
     if point.method == NEURONS:
         found = _evaluate(model, measurement, keep=point.active)
         row |= {"plan": None, "ffn_active": point.active}
     else:
+        work = output / "-".join(["work", *map(str, asdict(point).values())])
         metrics = convert(model, work, point.config(measurement), overwrite=True, force=True)
         names = ("plan", "expert_width", "ffn_active", "seconds", "peak_rss_bytes", "partition", "fingerprint")
         row |= {name: metrics[name] for name in names} | {"memory": metrics["memory_factor"]}
@@ -284,10 +260,13 @@ def _take_speeds(rows: list[dict[str, Any]], speeds: list[dict[str, Any]], measu
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that differ by seed only as one: means, `perplexity_ratio_deviation` (of the sample) and `seeds`."""
+    """Rows that differ by seed only as one: means, `perplexity_ratio_deviation` (of the sample) and `seeds`.
+
+    `default` may take another cut with another seed, which makes another line.
+    """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(_key(row)[:3], []).append(row)
+        groups.setdefault((*_key(row)[:3], row.get("partition"), row["plan"]), []).append(row)
     summary = []
     for same in groups.values():
         ratios = [row["perplexity_ratio"] for row in same]

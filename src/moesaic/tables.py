@@ -207,6 +207,8 @@ def show_frontier(console: Console, f: dict[str, Any], folder: str) -> None:
         for r in sorted((r for r in rows if r["active"] == active), key=lambda r: r["perplexity_ratio"]):
             grid.add_row(r["method"], *(cell(r) for cell in columns.values()))
     console.print(grid)
+    for name, reason in f.get("unfit", {}).items():
+        console.print(f"left out: {name}: {reason}", style="yellow", highlight=False, markup=False)
     console.print(f"frontier.json, frontier.png and frontier.svg are in {folder}/", style="bold")
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -50,10 +51,19 @@ def read_documents(sources: Sequence[str]) -> list[Document]:
     Raises:
         InputError: a missing, empty or malformed file, or a dataset that cannot be had.
     """
-    return [d for source in sources for d in _read(source)] if sources else bundled("calibration")
+    if not sources:
+        return bundled("calibration")
+    read = [_read(source) for source in sources]
+    stems = Counter(documents[0].domain for documents in read)
+    return [
+        replace(document, domain=source) if stems[document.domain] > 1 else document
+        for source, documents in zip(sources, read, strict=True)
+        for document in documents
+    ]
 
 
 def _read(source: str) -> list[Document]:
+    """A source's documents, of the domain that its name says."""
     path = Path(source).expanduser()
     if path.is_file():
         plain = path.suffix not in (".jsonl", ".json")
@@ -178,6 +188,14 @@ def labelled_windows(
     return torch.tensor([ids for _, (ids, _) in turns]), torch.tensor([d for d, _ in turns])
 
 
+def one_in(part: int, domain_N: Tensor) -> Tensor:
+    """The numbers of one window in `part`, ascending int64, as many of each domain as that allows.
+
+    Windows come in turns of domains, so every `part`-th of them would be of a few domains only.
+    """
+    return domain_N.argsort(stable=True)[part - 1 :: part].sort().values
+
+
 def shares(available: list[int], wanted: int) -> list[int]:
     """How many windows to take of each domain: as equal as they allow, `wanted` in all (or all there are)."""
     share = [0] * len(available)
@@ -194,10 +212,12 @@ def packed_windows(
     """Windows of `start` + `body` tokens from documents one after the other.
 
     A response ends with the end-of-text token, which counts too; other documents end with a blank line. Of much text
-    only evenly spaced documents are tokenised, several times what is wanted.
+    only evenly spaced documents are tokenised, one for each window at least and several times what is wanted.
     """
-    characters = sum(len(document.text) for document in documents)
-    step = max(1, characters // max(1, min(characters, SPARE * wanted * body * CHARACTERS_PER_TOKEN)))
+    enough = SPARE * wanted * body * CHARACTERS_PER_TOKEN
+    step = max(1, min(sum(len(document.text) for document in documents) // enough, len(documents) // wanted))
+    while step > 1 and sum(len(document.text) for document in documents[::step]) < enough:
+        step //= 2  # those that are met are the short ones
     ids: list[int] = []
     counts: list[bool] = []
     end_of_text = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -125,7 +125,9 @@ def frontier(
     out: Annotated[Path, typer.Option(help="folder for rows and chart; finished rows are kept")] = Path("frontier"),
     active: Annotated[str, typer.Option(help="per cent of each FFN that run, comma-separated")] = "25,50,75",
     memory_factor: Annotated[str, typer.Option(help="sizes of all experts relative to the dense FFN")] = "1",
-    methods: Annotated[str, typer.Option(help="comma-separated, or all")] = "default,static+closed-form,flap,cmoe",
+    methods: Annotated[
+        str, typer.Option(help="comma-separated, or all that fit")
+    ] = "default,static+closed-form,flap,cmoe",
     seeds: Annotated[str, typer.Option(help="seeds, comma-separated")] = "0",
     text: Annotated[Path | None, typer.Option(help="raw text file [default: bundled held-out text]")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="stop the perplexity after so many tokens")] = None,
@@ -137,7 +139,7 @@ def frontier(
     as_json: options.Json = False,
 ) -> None:
     """Methods x budgets x memory on one model: a table and a chart of quality against speed."""
-    from ..frontier import METHODS, NEURONS, Measurement
+    from ..frontier import Measurement
     from ..frontier import frontier as run
 
     measurement = Measurement(
@@ -148,7 +150,7 @@ def frontier(
         result = run(
             model, out, active=[share / 100 for share in options.numbers(active, "--active", float)],
             memory_factors=options.numbers(memory_factor, "--memory-factor", float, least=0.01),
-            methods=[*METHODS, NEURONS] if methods == "all" else methods.split(","),
-            seeds=options.numbers(seeds, "--seeds", least=0), measurement=measurement, progress=tick,
+            methods=methods.split(","), seeds=options.numbers(seeds, "--seeds", least=0),
+            measurement=measurement, progress=tick,
         )  # fmt: skip
     emit(result, as_json, lambda: tables.show_frontier(people, result, str(out)))

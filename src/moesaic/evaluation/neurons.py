@@ -1,4 +1,4 @@
-"""The bound for any routing: every token runs its own best neurons.
+"""What routing could reach at the finest: every token runs its own best neurons, with the dense weights.
 
 After TEAL (arXiv 2408.14690) and WINA (arXiv 2505.19427), on FFNs only.
 
@@ -29,7 +29,7 @@ class TopNeurons(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         h_TF = self.ffn.hidden(hidden_states)
-        index_TK = (h_TF.float().abs() * self.norm_F).topk(self.kept, dim=-1).indices
+        index_TK = (h_TF.float().abs() * self.norm_F).topk(self.kept, dim=-1, sorted=False).indices
         kept_TF = torch.zeros_like(h_TF).scatter_(-1, index_TK, h_TF.gather(-1, index_TK))
         return linear(kept_TF, self.ffn.down_DF)
 

@@ -105,7 +105,7 @@ class ResumableOutput:
             if changed:
                 raise InputError(
                     f"'{self.folder}' holds unfinished work with another {', '.join(changed)}; repeat that "
-                    "command to finish it, or pass --no-resume to start anew"
+                    "command to finish it, or start anew: pass --no-resume, or delete that folder"
                 )
             self.layers, self.trials = state["layers"], state["trials"]
         else:

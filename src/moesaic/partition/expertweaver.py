@@ -19,10 +19,10 @@ from .coactivation import cluster_neurons, profiles
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertWeaver(Partitioner):
-    """Shared are the neurons whose gates are open most evenly; the others are clustered by their gates' co-activation.
+    """Shared are the neurons whose gates are open most; the others are clustered by their gates' co-activation.
 
-    The paper's shared share differs by layer; here the plan's is used in all, which a third party found to be equal at
-    the same mean.
+    The paper gives each layer its own share of shared neurons, which it finds better (App. B), and averages signed
+    gates over a text before clustering; here the plan's share is used in all layers, and a profile has single tokens.
     """
 
     default_router: ClassVar[str] = "gate-centroid"

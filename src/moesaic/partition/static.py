@@ -1,4 +1,7 @@
-"""Static pruning by fluctuation with bias compensation: FLAP (arXiv 2312.11983), the baseline of equal cost."""
+"""Static pruning by fluctuation with bias compensation: FLAP (arXiv 2312.11983), the baseline of equal cost.
+
+All layers keep as many neurons as the plan says; FLAP's own default ranks neurons of all layers together.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
