@@ -13,6 +13,8 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 INK, ACCENT, SOFT = "#1b1b1f", "#2a6f97", "#c9a227"
 TOP = 12
 """Perplexity over dense from which a model is of no use, so that its exact place on a chart is of none either."""
+OURS = ("default", "specialists", "coactivation")
+"""Beginnings of the frontier's lines that are drawn solid."""
 
 
 def write_plots(metrics: dict[str, Any], folder: Path) -> None:
@@ -156,7 +158,9 @@ def write_frontier(summary: list[dict[str, Any]], model: str, folder: Path) -> N
             many = sum(other == number for other, _ in lines) > 1
             color = (*colormaps["tab10"](number % 10)[:3], factor**-0.5)  # paler with more memory
             name = f"{method}, memory x {factor:g}" if many else method
-            _frontier_line(panel, rows, key, color, name, beyond.index(method) if method in beyond else 0)
+            below = beyond.index(method) if method in beyond else 0
+            style = "-" if method.startswith(OURS) else ("--", ":")[number // 10 % 2]  # colours come twice
+            _frontier_line(panel, rows, key, color, style, name, below)
         panel.set(xlabel=label, yscale="log", ylim=(0.95, 1.05 * min(TOP, highest)))
         if key == "ffn_active":
             panel.set_xlim(0, 1)
@@ -174,13 +178,14 @@ def write_frontier(summary: list[dict[str, Any]], model: str, folder: Path) -> N
         figure.savefig(folder / f"frontier.{suffix}", dpi=130)
 
 
-def _frontier_line(panel: Any, rows: list[dict[str, Any]], key: str, color: Any, label: str, below: int) -> None:
+def _frontier_line(
+    panel: Any, rows: list[dict[str, Any]], key: str, color: Any, style: str, label: str, below: int
+) -> None:
     """One method's line from budget to budget; numbers at the edge are `below` lines further down."""
     rows = sorted(rows, key=lambda row: row["ffn_active"])
     x, y = [r[key] for r in rows], [min(r["perplexity_ratio"], TOP) for r in rows]
-    ours = label.startswith(("default", "specialists", "coactivation"))
     panel.errorbar(
-        x, y, [r["perplexity_ratio_deviation"] for r in rows], fmt="-" if ours else "--", linewidth=2 if ours else 1,
+        x, y, [r["perplexity_ratio_deviation"] for r in rows], fmt=style, linewidth=2 if style == "-" else 1,
         color=color, label=label,
     )  # fmt: skip
     panel.scatter(x, y, s=[40 * (r["memory"] or 1) for r in rows], color=color, zorder=3, clip_on=False)
