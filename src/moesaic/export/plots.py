@@ -156,11 +156,13 @@ def write_frontier(summary: list[dict[str, Any]], model: str, folder: Path) -> N
             method = methods[number]
             rows = [r for r in summary if (r["method"], r["memory_factor"]) == (method, factor) and r[key]]
             many = sum(other == number for other, _ in lines) > 1
-            color = (*colormaps["tab10"](number % 10)[:3], factor**-0.5)  # paler with more memory
+            color = (
+                *colormaps["tab20"](number % 10 * 2 + number // 10 % 2)[:3],
+                factor**-0.5,
+            )  # paler with more memory
             name = f"{method}, memory x {factor:g}" if many else method
             below = beyond.index(method) if method in beyond else 0
-            style = "-" if method.startswith(OURS) else ("--", ":")[number // 10 % 2]  # colours come twice
-            _frontier_line(panel, rows, key, color, style, name, below)
+            _frontier_line(panel, rows, key, color, "-" if method.startswith(OURS) else "--", name, below)
         panel.set(xlabel=label, yscale="log", ylim=(0.95, 1.05 * min(TOP, highest)))
         if key == "ffn_active":
             panel.set_xlim(0, 1)
