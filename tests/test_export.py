@@ -29,7 +29,7 @@ CELLS = {
 FORM = registry.build("export", "glm4_moe")
 SHORT = {"max_tokens": 256, "window": 64}
 METHODS = {
-    "coactivation": {"plan": "S4A2E8", "seed": 1},  # not 0: a tie at a window's beginning, which spreads over all of it
+    "coactivation": {"plan": "S4A2E8"},
     "specialists": {"plan": "S4A1E8"},
     "no-bias": {"plan": "S4A2E8", "router": "linear:intercept=False"},
     "top-1": {"plan": "S0A1E8", "partition": "specialists"},

@@ -1,11 +1,10 @@
 import json
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from moesaic import InputError
-from moesaic.calibration.text import Document, bos, bundled, one_in, read_documents, text_hash, token_windows
+from moesaic.calibration.text import Document, bos, bundled, read_documents, text_hash, token_windows
 from moesaic.models.builtin import tiny_folder
 
 DOMAINS = {"c4", "stackexchange", "github", "book", "wikipedia", "math_tex"}
@@ -45,15 +44,6 @@ def test_much_text_is_thinned_without_losing_what_is_wanted(tokenizer):
     books = [Document(f"{i} " * 20_000, "x") for i in range(8)]
     leading = {tokenizer.decode(row[1:]).split()[1] for row in token_windows(books, tokenizer, 8 * 32, 32)}
     assert len(leading) >= 7  # one may open with the end of another
-
-
-@pytest.mark.parametrize("part", [4, 16])
-@pytest.mark.parametrize("domains", [1, 2, 4, 6])
-def test_windows_held_out_are_of_all_domains(domains, part):
-    domain_N = torch.arange(domains * 2 * part) % domains
-    held_out = one_in(part, domain_N)
-    assert torch.equal(held_out, held_out.unique())
-    assert domain_N[held_out].bincount().tolist() == [2] * domains
 
 
 def test_all_windows_in_equal_shares(tokenizer):

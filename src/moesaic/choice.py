@@ -94,9 +94,8 @@ def trial(job: Job, progress: Progress | None = None) -> float:
     """
     window = job.tokens_NL.shape[1]
     count = min(len(job.tokens_NL), max(PART, (FIT_TOKENS + HELD_OUT_TOKENS) // window))
-    # windows come in turns of domains: an even pick of them in that order would be of a few domains only
-    pick = job.domain_N.argsort(stable=True)[torch.arange(count) * len(job.tokens_NL) // count]
-    fit = pick[[i for i in range(count) if i % PART != PART - 1]].sort().values
+    pick = torch.arange(count) * len(job.tokens_NL) // count
+    fit = pick[[i for i in range(count) if i % PART != PART - 1]]
     held_out_NL = job.tokens_NL[pick[PART - 1 :: PART]]
     if job.config.calibration:
         other_NL = token_windows(bundled("calibration"), job.tokenizer, held_out_NL.numel(), window)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import registry
 from .calibration.first import first_tokens
-from .calibration.text import bundled, labelled_windows, one_in, read_documents, text_hash, token_windows
+from .calibration.text import bundled, labelled_windows, read_documents, text_hash, token_windows
 from .config import ConvertConfig, Plan, build_config, disjoint_plan, parse_plan, read_recipe, specialists_plan
 from .errors import InputError
 from .models.converted import native_form
@@ -58,7 +58,7 @@ class Job:
     first_N1: Tensor
     """Tokens that open a text, which becomes an attention sink: a window has one, too few to learn from."""
     validation_NL: Tensor
-    """One in `VALIDATION` calibration windows: nothing is fitted to it but the confidence of the whole model."""
+    """Every `VALIDATION`-th calibration window: nothing is fitted to it but the confidence of the whole model."""
     held_out_NL: Tensor
     fingerprint: dict[str, str]
 
@@ -123,8 +123,7 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
         )
     window = min(config.window, stream.config.max_position_embeddings)
     tokens_NL, domain_N = labelled_windows(documents, tokenizer, config.tokens, window)
-    spare = torch.zeros(len(tokens_NL), dtype=torch.bool)
-    spare[one_in(VALIDATION, domain_N)] = True
+    spare = torch.arange(len(tokens_NL)) % VALIDATION == VALIDATION - 1
     first_N1 = first_tokens(tokens_NL[~spare], tokenizer, config.first_tokens if config.recovery != "none" else 0)
     held_out_NL = token_windows(bundled("heldout"), tokenizer, config.held_out_tokens, window)
     fingerprint = {

@@ -188,14 +188,6 @@ def labelled_windows(
     return torch.tensor([ids for _, (ids, _) in turns]), torch.tensor([d for d, _ in turns])
 
 
-def one_in(part: int, domain_N: Tensor) -> Tensor:
-    """The numbers of one window in `part`, ascending int64, as many of each domain as that allows.
-
-    Windows come in turns of domains, so every `part`-th of them would be of a few domains only.
-    """
-    return domain_N.argsort(stable=True)[part - 1 :: part].sort().values
-
-
 def shares(available: list[int], wanted: int) -> list[int]:
     """How many windows to take of each domain: as equal as they allow, `wanted` in all (or all there are)."""
     share = [0] * len(available)
