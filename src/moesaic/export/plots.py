@@ -156,10 +156,8 @@ def write_frontier(summary: list[dict[str, Any]], model: str, folder: Path) -> N
             method = methods[number]
             rows = [r for r in summary if (r["method"], r["memory_factor"]) == (method, factor) and r[key]]
             many = sum(other == number for other, _ in lines) > 1
-            color = (
-                *colormaps["tab20"](number % 10 * 2 + number // 10 % 2)[:3],
-                factor**-0.5,
-            )  # paler with more memory
+            shade = colormaps["tab20"](number % 10 * 2 + number // 10 % 2)[:3]  # ten dark ones, then their light ones
+            color = (*shade, factor**-0.5)  # paler with more memory
             name = f"{method}, memory x {factor:g}" if many else method
             below = beyond.index(method) if method in beyond else 0
             _frontier_line(panel, rows, key, color, "-" if method.startswith(OURS) else "--", name, below)
