@@ -34,10 +34,36 @@ def test_the_faster_cut_wins_a_tie(tmp_path, losses, taken):
     jobs = candidates("tiny", AUTO)
     partial = ResumableOutput(tmp_path / "out", {}, resume=False)
     for job, loss in zip(jobs, losses, strict=True):
-        partial.add_trial(job.config.partition, loss)
+        partial.add_trial(job.name, loss)
     job, trials = choose(jobs, partial)
     assert job.config.partition == taken
     assert tuple(t["held_out_loss"] for t in trials) == losses
+
+
+def test_the_fine_cut_is_tried_where_it_is_asked_for(tmp_path):
+    jobs = candidates("tiny", AUTO.model_copy(update={"fine": True}))
+    assert [job.name for job in jobs] == ["specialists S1A1E4", "coactivation S3A3E12", "coactivation S12A12E48"]
+    partial = ResumableOutput(tmp_path / "out", {}, resume=False)
+    for job, loss in zip(jobs, (3.0, 2.9, 2.8), strict=True):
+        partial.add_trial(job.name, loss)
+    job, trials = choose(jobs, partial)
+    assert (job.name, job.config.fine, len(trials)) == ("coactivation S12A12E48", True, 3)
+    [named] = candidates("tiny", AUTO.model_copy(update={"partition": "coactivation", "fine": True}))
+    assert named.plan == job.plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"active": None, "plan": "S3A3E8"}, "--fine asks for about 64 disjoint groups, --plan S3A3E8 for something"),
+        ({"expert_width": 16}, "--expert-width 16 for something else"),
+        ({"memory_factor": 2.0}, "needs experts that overlap"),
+        ({"partition": "specialists"}, "--partition specialists for something else"),
+    ],
+)
+def test_what_no_fine_cut_can_be_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        candidates("tiny", AUTO.model_copy(update={"fine": True} | changes))
 
 
 def test_finished_trials_are_not_repeated(tmp_path, monkeypatch):
@@ -50,7 +76,7 @@ def test_finished_trials_are_not_repeated(tmp_path, monkeypatch):
     kept = json.loads((tmp_path / "out.partial" / "state.json").read_text())["trials"]
     monkeypatch.setattr(choice, "trial", None)
     metrics = convert("tiny", tmp_path / "out", AUTO)
-    assert {t["partition"]: t["held_out_loss"] for t in metrics["trials"]} == kept
+    assert {f"{t['partition']} {t['plan']}": t["held_out_loss"] for t in metrics["trials"]} == kept
 
 
 def test_a_named_partition_or_one_that_fits_alone_needs_no_trial():

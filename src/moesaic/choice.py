@@ -21,7 +21,8 @@ from .job import Job, prepare
 from .layer import convert_layer, embed
 from .models.writer import ResumableOutput
 
-CANDIDATES = ("specialists", "coactivation")
+CANDIDATES = (("specialists", False), ("coactivation", False), ("coactivation", True))
+"""Partitions and whether they are cut fine, which is tried where the configuration says `fine`."""
 EVERY = 3
 FIT_TOKENS, HELD_OUT_TOKENS = 6_144, 2_048
 TIE = 0.01
@@ -29,14 +30,14 @@ TIE = 0.01
 PART = 4
 """One window in this many is held out."""
 Progress = Callable[[int, int, dict[str, Any] | None], None]
-"""Called with (finished layers, all layers, record of the last one); in a trial the record is `{"trial": name}`."""
+"""Called with (finished layers, all layers, record of the last); a trial's is `{"trial": "coactivation S2A2E8"}`."""
 
 
 def candidates(model: str, config: ConvertConfig) -> list[Job]:
     """A checked job for each way to cut that the configuration leaves open; one if it names a partition.
 
     Raises:
-        InputError: none of them fits; the error is that of the first.
+        InputError: none of them fits (the error is that of the first), or the fine one that was asked for does not.
     """
     if config.active is None and config.plan is None:
         config = config.model_copy(update={"active": 0.5})
@@ -44,11 +45,15 @@ def candidates(model: str, config: ConvertConfig) -> list[Job]:
         return [prepare(model, config)]
     jobs: list[Job] = []
     errors: list[InputError] = []
-    for name in CANDIDATES:
+    for name, fine in CANDIDATES:
+        if fine > config.fine:
+            continue
         try:
-            job = prepare(model, config.model_copy(update={"partition": name}))
+            job = prepare(model, config.model_copy(update={"partition": name, "fine": fine}))
             jobs.append(replace(job, stream=jobs[0].stream) if jobs else job)  # its outer weights once in memory
         except InputError as error:
+            if fine:
+                raise
             errors.append(error)
     if not jobs:
         raise errors[0]
@@ -71,14 +76,15 @@ def choose(
     if len(jobs) == 1:
         return jobs[0], []
     for job in jobs:
-        name = str(job.config.partition)
-        if name not in partial.trials:
-            partial.add_trial(name, trial(job, progress))
+        if job.name not in partial.trials:
+            partial.add_trial(job.name, trial(job, progress))
     found = [
-        {"partition": name, "plan": str(job.plan), "width": job.plan.width, "held_out_loss": partial.trials[name]}
+        {
+            "partition": job.config.partition, "plan": str(job.plan), "width": job.plan.width,
+            "held_out_loss": partial.trials[job.name],
+        }
         for job in jobs
-        for name in [str(job.config.partition)]
-    ]
+    ]  # fmt: skip
     least = min(result["held_out_loss"] for result in found)
     best = next(
         (i for i, result in enumerate(found) if result["held_out_loss"] <= least + TIE), 0
@@ -112,7 +118,7 @@ def trial(job: Job, progress: Progress | None = None) -> float:
     del states["dense"]  # nothing is compared with it
     for index in range(len(stream.layers)):
         if progress:
-            progress(index, len(stream.layers), {"trial": job.config.partition})
+            progress(index, len(stream.layers), {"trial": job.name})
         if index % EVERY == EVERY - 1:
             _, states, _ = convert_layer(job, index, states)
             continue

@@ -16,6 +16,8 @@ from .errors import InputError
 
 FEWEST = 3
 """Specialists beside a shared expert, at least."""
+COARSE, FINE = (4, 16, 64), (48, 64, 128)
+"""Groups of a disjoint cut: fewest, wanted, most."""
 PLAN = re.compile(r"S(\d+)A(\d+)E(\d+)")
 
 
@@ -101,11 +103,11 @@ def check_share(active: float) -> None:
         raise InputError(f"--active is {active}; it is a share of the FFN, above 0 and at most 1, e.g. 0.5")
 
 
-def disjoint_plan(active: float, intermediate_size: int, expert_width: int | None = None) -> Plan:
+def disjoint_plan(active: float, intermediate_size: int, expert_width: int | None = None, fine: bool = False) -> Plan:
     """The disjoint plan nearest to running `active` of the FFN, half of it shared.
 
     About sixteen groups, of a width that K-quants (256), q8_0 (32) or at least grouped kernels (8) take, where the
-    FFN's width allows. Finer ones (`expert_width`) follow the tokens better and are slow on CPUs.
+    FFN's width allows; `fine`: about 64, which follow the tokens better and are slow on CPUs.
 
     Raises:
         InputError: an impossible share or width.
@@ -120,16 +122,19 @@ def disjoint_plan(active: float, intermediate_size: int, expert_width: int | Non
                 f"that does is {closest}"
             )
         return nearest_plan(active, intermediate_size, intermediate_size // expert_width)
-    counts = [e for e in range(4, 65) if intermediate_size % e == 0]
+    fewest, wanted, most = FINE if fine else COARSE
+    counts = [e for e in range(fewest, most + 1) if intermediate_size % e == 0]
     if not counts:
-        raise InputError(f"no group count from 4 to 64 divides the FFN's {intermediate_size} neurons; use --plan")
+        raise InputError(
+            f"no group count from {fewest} to {most} divides the FFN's {intermediate_size} neurons; use --plan"
+        )
 
     def cost(groups: int) -> tuple[float, ...]:
         width = intermediate_size // groups
         plan = nearest_plan(active, intermediate_size, groups)
         misfit = next(rank for rank, multiple in enumerate((256, 32, 8, 1)) if width % multiple == 0)
         miss = abs(plan.ffn_active(intermediate_size) - active)
-        return (round(miss / 0.02), misfit, abs(groups - 16))
+        return (round(miss / 0.02), misfit, abs(groups - wanted))
 
     return nearest_plan(active, intermediate_size, min(counts, key=cost))
 
@@ -180,6 +185,8 @@ class ConvertConfig(BaseModel):
     """A fixed disjoint shape such as `S3A3E8`, instead of `active`."""
     expert_width: int | None = None
     """Neurons in a group."""
+    fine: bool = False
+    """About 64 groups in place of 16; with partition `auto`, try that too."""
     partition: str = "auto"
     """Partitioning method; `auto` tries `specialists` and `coactivation` on part of the model and takes the better."""
     router: str | None = None

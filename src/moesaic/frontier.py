@@ -63,7 +63,7 @@ class Point:
         return ConvertConfig(
             active=None if plan else self.active, plan=plan, memory_factor=self.memory_factor, seed=self.seed,
             partition=method.partition, recovery=method.recovery, router=method.router,
-            calibration=measurement.calibration, tokens=measurement.tokens,
+            calibration=measurement.calibration, tokens=measurement.tokens, fine=method.fine,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import registry
 from .calibration.first import first_tokens
 from .calibration.text import bundled, labelled_windows, read_documents, text_hash, token_windows
-from .config import ConvertConfig, Plan, build_config, disjoint_plan, parse_plan, read_recipe, specialists_plan
+from .config import FINE, ConvertConfig, Plan, build_config, disjoint_plan, parse_plan, read_recipe, specialists_plan
 from .errors import InputError
 from .models.converted import native_form
 from .models.devices import choose_device, choose_dtype, compute_dtype
@@ -61,6 +61,11 @@ class Job:
     """Every `VALIDATION`-th calibration window: nothing is fitted to it but the confidence of the whole model."""
     held_out_NL: Tensor
     fingerprint: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """Its cut, e.g. `coactivation S2A2E8`."""
+        return f"{self.config.partition} {self.plan}"
 
     def bytes_needed(self) -> int:
         """Disk that the conversion takes: the output's weights, its last shard twice, and three hidden states."""
@@ -202,6 +207,12 @@ def choose_plan(config: ConvertConfig, partitioner: Partitioner, intermediate_si
         raise InputError("--plan fixes how many experts there are, so --memory-factor has no say; give one of them")
     if partitioner.overlapping and config.expert_width is not None and config.plan is None:
         raise InputError("a specialist's width follows from --active; drop --expert-width, or fix a --plan too")
+    if config.fine and (partitioner.overlapping or config.plan is not None or config.expert_width is not None):
+        other = next((name for name in ("plan", "expert_width") if getattr(config, name) is not None), "partition")
+        raise InputError(
+            f"--fine asks for about {FINE[1]} disjoint groups, --{other.replace('_', '-')} {getattr(config, other)} "
+            "for something else; give one of them"
+        )
     if config.plan is not None:
         plan = parse_plan(config.plan, intermediate_size, config.expert_width, partitioner.overlapping)
         if partitioner.overlapping and plan.active != 1:
@@ -213,5 +224,5 @@ def choose_plan(config: ConvertConfig, partitioner: Partitioner, intermediate_si
         if partitioner.overlapping:
             plan = specialists_plan(config.active, config.memory_factor, intermediate_size)
         else:
-            plan = disjoint_plan(config.active, intermediate_size, config.expert_width)
+            plan = disjoint_plan(config.active, intermediate_size, config.expert_width, config.fine)
     return plan.as_static() if partitioner.static else plan

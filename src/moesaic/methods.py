@@ -25,10 +25,13 @@ class Method:
     router: str | None = None
     groups: int | None = None
     """Of its plan; None for the few that `--active` gives and CPUs run fast."""
+    fine: bool = False
+    """`auto` tries the fine cut too."""
 
 
 METHODS = {
     "default": Method("auto"),
+    "default-fine": Method("auto", fine=True),
     "specialists": Method("specialists"),
     "coactivation": Method("coactivation"),
     "coactivation-fine": Method("coactivation", groups=64),
@@ -65,7 +68,7 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 def may_overlap(name: str) -> bool:
     """Whether memory beyond the dense model's is of use to the method."""
-    if name == NEURONS:
+    if name == NEURONS or METHODS[name].fine:
         return False
     partition = METHODS[name].partition
     return partition == "auto" or registry.build("partition", partition).overlapping

@@ -38,6 +38,7 @@ def convert(
     ] = None,
     plan: Annotated[str | None, typer.Option(help="fixed shape, e.g. S3A3E8: 3 shared + 3 of 8 groups run")] = None,
     expert_width: Annotated[int | None, typer.Option(help="neurons in a group", min=1)] = None,
+    fine: options.Fine = None,
     partition: options.Partition = None,
     router: options.Router = None,
     recovery: options.Recovery = None,
@@ -70,7 +71,7 @@ def convert(
         "active": active, "plan": plan, "expert_width": expert_width, "partition": partition, "router": router,
         "tokens": tokens, "format": format, "seed": seed, "calibration": tuple(calibration) if calibration else None,
         "memory_factor": memory_factor, "recovery": recovery, "window": window, "device": device, "dtype": dtype,
-        "first_tokens": first_tokens,
+        "first_tokens": first_tokens, "fine": fine,
     }  # fmt: skip
     config = make_config(recipe, {name: value for name, value in given.items() if value is not None})
     if dry_run:

@@ -26,6 +26,9 @@ FORMS = ", ".join(name.replace("-", "_") for name in registry.names("export"))
 Partition = Annotated[
     str | None, typer.Option(help=f"auto or one of: {', '.join(registry.names('partition'))} [default: auto]")
 ]
+Fine = Annotated[
+    bool | None, typer.Option("--fine", help="about 64 small groups; auto tries them too: often better, slow on CPUs")
+]
 Router = Annotated[str | None, typer.Option(help=f"one of: {', '.join(registry.names('router'))}")]
 Recovery = Annotated[
     str | None, typer.Option(help=f"one of: {', '.join(registry.names('recovery'))} [default: closed-form]")

@@ -96,7 +96,7 @@ class ResumableOutput:
         self.layers: list[dict[str, Any]] = []
         """The records of finished layers."""
         self.trials: dict[str, float] = {}
-        """Losses of finished trials, by partition."""
+        """Losses of finished trials, by the job's name."""
         if self.folder.exists() and not resume:
             shutil.rmtree(self.folder)
         if (self.folder / STATE).is_file():
