@@ -8,7 +8,7 @@ import torch
 import moesaic
 from conftest import QUICK, small_model
 from moesaic import InputError, choice, convert
-from moesaic.choice import TIE, candidates, choose, trial
+from moesaic.choice import TIE, candidates, choose, trial, trial_windows
 from moesaic.confidence import STEP, fit_confidence
 from moesaic.layer import embed
 from moesaic.models.families import scale_logits
@@ -64,6 +64,14 @@ def test_the_fine_cut_is_tried_where_it_is_asked_for(tmp_path):
 def test_what_no_fine_cut_can_be_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
         candidates("tiny", AUTO.model_copy(update={"fine": True} | changes))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "window", "windows"),
+    [(1_024, 256, 32), (16_384, 256, 32), (65_536, 256, 128), (1_000_000, 256, 128), (16_384, 4_096, 4)],
+)
+def test_a_trial_grows_with_the_calibration(tokens, window, windows):
+    assert trial_windows(tokens, window) == windows
 
 
 def test_finished_trials_are_not_repeated(tmp_path, monkeypatch):

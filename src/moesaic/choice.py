@@ -24,7 +24,8 @@ from .models.writer import ResumableOutput
 CANDIDATES = (("specialists", False), ("coactivation", False), ("coactivation", True))
 """Partitions and whether they are cut fine, which is tried where the configuration says `fine`."""
 EVERY = 3
-FIT_TOKENS, HELD_OUT_TOKENS = 6_144, 2_048
+FEWEST_TOKENS, MOST_TOKENS = 8_192, 32_768
+"""Of a trial; between them half of the calibration's. Few tokens favour cuts that few tokens suffice for."""
 TIE = 0.01
 """Nats of held-out loss (1 % of perplexity), below which the order of two candidates is chance."""
 PART = 4
@@ -92,6 +93,11 @@ def choose(
     return jobs[best], found
 
 
+def trial_windows(tokens: int, window: int) -> int:
+    """Windows of a trial, fitted and held out, for so many calibration tokens."""
+    return max(PART, min(max(tokens // 2, FEWEST_TOKENS), MOST_TOKENS) // window)
+
+
 @torch.no_grad()
 def trial(job: Job, progress: Progress | None = None) -> float:
     """Mean next-token loss in nats on held-out calibration tokens with every `EVERY`-th layer converted.
@@ -99,7 +105,7 @@ def trial(job: Job, progress: Progress | None = None) -> float:
     Half of them are bundled text if the calibration text is the user's.
     """
     window = job.tokens_NL.shape[1]
-    count = min(len(job.tokens_NL), max(PART, (FIT_TOKENS + HELD_OUT_TOKENS) // window))
+    count = min(len(job.tokens_NL), trial_windows(job.config.tokens, window))
     pick = torch.arange(count) * len(job.tokens_NL) // count
     fit = pick[[i for i in range(count) if i % PART != PART - 1]]
     held_out_NL = job.tokens_NL[pick[PART - 1 :: PART]]
