@@ -64,6 +64,10 @@ def test_dry_run_writes_nothing(run, tmp_path):
     assert facts["plan"] == "S1A1E8 or S1A2E12"
     assert facts["partition"] == "specialists or coactivation"
     assert facts["layers"] == 4
+    code, out, _ = run("convert", "tiny", tmp_path / "out", "--active", "0.25", "--fine", "--dry-run", "--json")
+    facts = json.loads(out)
+    assert (code, facts["plan"]) == (0, "S1A1E8 or S1A2E12 or S6A6E48")
+    assert facts["partition"] == "specialists or coactivation"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -95,6 +99,7 @@ def test_recipes_are_read_and_overridden(run, tmp_path):
         (["tiny", "OUT", "--format", "gguf"], "--to gguf"),
         (["tiny", "OUT", "--format", "glm4"], "Did you mean 'glm4-moe'"),
         (["tiny", "OUT", "--calibration", "missing.txt"], "no text file 'missing.txt'"),
+        (["tiny", "OUT", "--fine", "--plan", "S3A3E8"], "--fine asks for about 64 disjoint groups"),
         (["tiny", "OUT", "--memory-factor", "0.3"], "leaves no room for specialists"),
         (["tiny", "/proc/out"], "choose another folder"),
     ],
@@ -211,7 +216,7 @@ def test_texts_are_scored_in_the_dtype_that_is_fast_unless_one_is_asked_for(run,
     ("arguments", "says"),
     [
         (["--active", "half"], "--active 'half' is not a list of numbers"),
-        (["--active", "150"], "at most 1"),
+        (["--active", "150"], "from 1 to 100, such as"),
         (["--methods", "flapp"], "Did you mean 'flap'"),
         (["--tasks", "missing.jsonl"], "no task file"),
         (["--methods", "read-me", "--calibration", "pyproject.toml"], "needs a domain of text for each expert"),

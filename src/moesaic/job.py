@@ -163,7 +163,9 @@ def describe(jobs: list[Job]) -> dict[str, Any]:
     """What a conversion would do: shape, methods, data, sizes; `a or b` where a trial between jobs decides."""
     facts = [_facts(job) for job in jobs]
     return {
-        name: value if all(other[name] == value for other in facts) else " or ".join(str(o[name]) for o in facts)
+        name: value
+        if all(other[name] == value for other in facts)
+        else " or ".join(dict.fromkeys(str(o[name]) for o in facts))
         for name, value in facts[0].items()
     }
 

@@ -148,7 +148,7 @@ def frontier(
     )  # fmt: skip
     with tables.progress(people, "frontier", "conversion") as tick:
         result = run(
-            model, out, active=[share / 100 for share in options.numbers(active, "--active", float)],
+            model, out, active=[share / 100 for share in options.numbers(active, "--active", float, most=100)],
             memory_factors=options.numbers(memory_factor, "--memory-factor", float, least=0.01),
             methods=methods.split(","), seeds=options.numbers(seeds, "--seeds", least=0),
             measurement=measurement, progress=tick,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -71,18 +72,19 @@ Items = Annotated[int | None, typer.Option(help="of each task, at most so many i
 Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cores)", min=1)]
 
 
-def numbers(text: str, option: str, kind: type[Number] = int, least: float = 1) -> list[Number]:
+def numbers(text: str, option: str, kind: type[Number] = int, least: float = 1, most: float = math.inf) -> list[Number]:
     """A comma-separated list of numbers.
 
     Raises:
-        InputError: something else, or a number below `least`.
+        InputError: something else, or a number below `least` or above `most`.
     """
     try:
         found = [kind(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) < least:
-        raise InputError(f"{option} '{text}' is not a list of numbers from {least} up, such as 1,8,32")
+    if not found or min(found) < least or max(found) > most:
+        limits = f"from {least} up" if math.isinf(most) else f"from {least} to {most}"
+        raise InputError(f"{option} '{text}' is not a list of numbers {limits}, such as 1,8,32")
     return found
 
 
