@@ -17,12 +17,14 @@ from moesaic.models.writer import ResumableOutput
 AUTO = QUICK.model_copy(update={"partition": "auto", "active": 0.5})
 
 
-def test_the_better_cut_is_taken_and_both_are_reported(tmp_path):
-    metrics = convert("tiny", tmp_path / "out", AUTO)
-    losses = {t["partition"]: t["held_out_loss"] for t in metrics["trials"]}
-    assert losses.keys() == {"specialists", "coactivation"}
-    assert losses[metrics["partition"]] <= min(losses.values()) + TIE
-    jobs = candidates("tiny", AUTO)
+@pytest.mark.parametrize("fine", [False, True])
+def test_the_better_cut_is_taken_and_all_are_reported(tmp_path, fine):
+    config = AUTO.model_copy(update={"fine": fine})
+    metrics = convert("tiny", tmp_path / "out", config)
+    losses = {f"{t['partition']} {t['plan']}": t["held_out_loss"] for t in metrics["trials"]}
+    jobs = candidates("tiny", config)
+    assert list(losses) == [job.name for job in jobs]
+    assert losses[f"{metrics['partition']} {metrics['plan']}"] <= min(losses.values()) + TIE
     assert [trial(job) for job in jobs] == pytest.approx(list(losses.values()))
 
 

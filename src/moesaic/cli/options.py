@@ -28,7 +28,8 @@ Partition = Annotated[
     str | None, typer.Option(help=f"auto or one of: {', '.join(registry.names('partition'))} [default: auto]")
 ]
 Fine = Annotated[
-    bool | None, typer.Option("--fine", help="about 64 small groups; auto tries them too: often better, slow on CPUs")
+    bool | None,
+    typer.Option("--fine", help="about 64 small groups; auto tries them too: better on some models, slow on CPUs"),
 ]
 Router = Annotated[str | None, typer.Option(help=f"one of: {', '.join(registry.names('router'))}")]
 Recovery = Annotated[
