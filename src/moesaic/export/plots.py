@@ -158,7 +158,7 @@ def write_frontier(summary: list[dict[str, Any]], model: str, folder: Path) -> N
             many = sum(other == number for other, _ in lines) > 1
             shade = colormaps["tab20"](number % 10 * 2 + number // 10 % 2)[:3]  # ten dark ones, then their light ones
             color = (*shade, factor**-0.5)  # paler with more memory
-            name = f"{method}, memory x {factor:g}" if many else method
+            name = f"{method}, memory x {factor:g}" if many or factor != 1 else method
             below = beyond.index(method) if method in beyond else 0
             _frontier_line(panel, rows, key, color, "-" if method.startswith(OURS) else "--", name, below)
         panel.set(xlabel=label, yscale="log", ylim=(0.95, 1.05 * min(TOP, highest)))
