@@ -166,11 +166,16 @@ def test_the_ridge_does_not_depend_on_a_neurons_scale():
     torch.testing.assert_close(plain, scaled, rtol=1e-3, atol=1e-4)
 
 
-def test_ridge_router_equals_weighted_lstsq_with_intercept():
+@pytest.mark.parametrize("tokens", [300, 5_000])  # one chunk, several
+def test_ridge_router_equals_weighted_lstsq_with_intercept(tokens):
     g = torch.Generator().manual_seed(0)
-    x, y, w = torch.randn(300, 8, generator=g), torch.randn(300, 3, generator=g), 0.2 + torch.rand(300, generator=g)
+    x, y, w = (
+        torch.randn(tokens, 8, generator=g) + 1,
+        torch.randn(tokens, 3, generator=g),
+        torch.rand(tokens, generator=g),
+    )
     weight, bias = weighted_ridge(x, y, w, ridge=1e-10)
-    a = np.concatenate([x.numpy(), np.ones((300, 1))], 1) * w.numpy()[:, None]
+    a = np.concatenate([x.numpy(), np.ones((tokens, 1))], 1) * w.numpy()[:, None]
     expected = np.linalg.lstsq(a.astype(np.float64), (y * w[:, None]).numpy().astype(np.float64), rcond=None)[0]
     np.testing.assert_allclose(torch.cat([weight, bias[None]]).numpy(), expected, rtol=1e-3, atol=1e-4)
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..calibration.sample import LayerSample
+from ..calibration.sample import CHUNK_TOKENS, LayerSample
 from ..partition import Partition
 from .base import RouterBuilder
 
@@ -22,8 +22,6 @@ class Linear(RouterBuilder):
 
     ridge: Annotated[float, Field(ge=0)] = 1e-2
     """Relative to the mean diagonal of the normal equations."""
-    max_tokens: Annotated[int, Field(gt=0)] = 8_192
-    """At most so many tokens, evenly spaced: D unknowns need far fewer than recovery does."""
     intercept: bool = True
     """Whether there is a b; of the native forms only glm4_moe has one."""
 
@@ -32,12 +30,9 @@ class Linear(RouterBuilder):
         return self.intercept
 
     def build(self, sample: LayerSample, partition: Partition, active: int) -> dict[str, Tensor]:
-        sample = sample.every(-(-sample.tokens // self.max_tokens))
         target_TE = torch.cat(list(self._norms(sample, partition)))
         target_TE = target_TE - target_TE.mean(1, keepdim=True)
-        weight_DE, bias_E = weighted_ridge(
-            sample.input_TD.float(), target_TE, sample.weight_T, self.ridge, self.intercept
-        )
+        weight_DE, bias_E = weighted_ridge(sample.input_TD, target_TE, sample.weight_T, self.ridge, self.intercept)
         return {"weight": weight_DE.T.contiguous(), "e_score_correction_bias": bias_E}
 
     @staticmethod
@@ -52,13 +47,19 @@ class Linear(RouterBuilder):
 def weighted_ridge(
     x_TD: Tensor, target_TE: Tensor, weight_T: Tensor, ridge: float, intercept: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """(W [D, E], b [E]) of the least squares weighted by `weight_T²`; the intercept b is not penalised, or 0."""
-    square_T = weight_T.double().square()[:, None]
-    means = ((v * square_T).sum(0) / square_T.sum() for v in (x_TD.double(), target_TE.double()))
-    mean_x, mean_y = (mean * intercept for mean in means)
-    scaled_TD = (x_TD - mean_x.float()) * weight_T[:, None]
-    gram_DD = (scaled_TD.T @ scaled_TD).double()
+    """(W [D, E], b [E]) of the least squares weighted by `weight_T²`; the intercept b is not penalised, or 0.
+
+    Summed over chunks of tokens, in float32 each and float64 together.
+    """
+    chunks = list(zip(*(v.split(CHUNK_TOKENS) for v in (x_TD, target_TE, weight_T)), strict=True))
+    share = intercept / weight_T.double().square().sum()
+    mean_x = torch.stack([w_C.double().square() * share @ x_CD.double() for x_CD, _, w_C in chunks]).sum(0)
+    mean_y = torch.stack([w_C.double().square() * share @ y_CE.double() for _, y_CE, w_C in chunks]).sum(0)
+    gram_DD, right_DE = (torch.zeros(len(mean_x), len(m), device=m.device, dtype=m.dtype) for m in (mean_x, mean_y))
+    for x_CD, y_CE, w_C in chunks:
+        scaled_CD = (x_CD - mean_x).float() * w_C[:, None]
+        gram_DD += scaled_CD.T @ scaled_CD
+        right_DE += scaled_CD.T @ ((y_CE - mean_y).float() * w_C[:, None])
     gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean())
-    right_DE = (scaled_TD.T @ ((target_TE - mean_y.float()) * weight_T[:, None])).double()
     weight_DE = torch.linalg.solve(gram_DD, right_DE)
     return weight_DE.float(), (mean_y - mean_x @ weight_DE).float()
