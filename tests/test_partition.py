@@ -7,6 +7,7 @@ from scipy.optimize import linear_sum_assignment
 
 from conftest import random_sample
 from moesaic import Plan, registry
+from moesaic.partition import coactivation
 from moesaic.partition._assignment import balanced_assignment
 from moesaic.partition.cmoe import active_neurons, l1_distance
 from moesaic.partition.specialists import cluster_saliency, spherical_kmeans
@@ -119,6 +120,28 @@ def test_domain_experts_have_the_neurons_of_their_domain():
         own = h[sample.domain_T == domain].square().sum(0).topk(12).indices.sort().values
         assert partition.experts[domain].tolist() == own.tolist()
     assert partition.centroids_ED.norm(dim=1).tolist() == pytest.approx([1.0] * 4)
+
+
+@pytest.mark.parametrize("tokens", [300, 5_000])
+def test_points_multiply_as_the_regressions_predictions_do(tokens):
+    sample = random_sample(tokens=tokens)
+    saliency_F, points_FD = coactivation.predicted_importance(sample, ridge=1e-6)
+    norm_F = sample.ffn.down_DF.norm(dim=0)
+    value_TF = (sample.ffn.hidden(sample.input_TD) * sample.weight_T[:, None] * norm_F).square().double()
+    torch.testing.assert_close(saliency_F.double(), value_TF.mean(0), rtol=1e-4, atol=1e-7)
+    x_TD, centred_TF = (m.double() - m.double().mean(0) for m in (sample.input_TD, value_TF))
+    predicted_TF = x_TD @ torch.linalg.lstsq(x_TD, centred_TF).solution
+    torch.testing.assert_close((points_FD @ points_FD.T).double(), predicted_TF.T @ predicted_TF, rtol=1e-2, atol=1e-3)
+
+
+def test_coactivation_groups_neurons_by_what_the_input_says_of_them():
+    sample = random_sample(neurons=24, tokens=2_000)
+    kind = torch.arange(24) % 4  # neurons of one kind read one channel and answer with signs of their own
+    rows_FD = torch.eye(16)[kind] + 0.01 * torch.randn(24, 16)
+    sample.ffn.gate_FD.copy_(4 * rows_FD)
+    sample.ffn.up_FD.copy_(rows_FD * torch.randn(24, 1).sign())
+    partition = registry.build("partition", "coactivation").split(sample, Plan(0, 1, 4, 6), torch.Generator())
+    assert {tuple(kind[e].unique().tolist()) for e in partition.experts} == {(0,), (1,), (2,), (3,)}
 
 
 def test_moefication_puts_similar_gate_rows_together():

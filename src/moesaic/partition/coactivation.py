@@ -1,6 +1,6 @@
-"""Neurons that matter for the same tokens share an expert: balanced k-means on activation profiles.
+"""Neurons that the input says matter together share an expert: balanced k-means on predicted activation profiles.
 
-Shapes: T tokens, F neurons, R routed neurons, E experts.
+Shapes: T tokens, D hidden size, F neurons, R routed neurons, E experts, X coordinates of a point.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ..calibration.sample import LayerSample
 from ..config import Plan
@@ -18,27 +19,42 @@ from .base import Partition, Partitioner
 
 @dataclass(frozen=True, kw_only=True)
 class Coactivation(Partitioner):
-    """Shared are the most salient neurons; the others are clustered by when they matter (design: moesaic's own).
+    """Shared are the most salient neurons; the others are clustered by when a *linear* function of x says they matter.
 
-    A neuron's profile is the unit-norm centred vector of `(w_t h_t ‖Wd‖)²` over a sample of tokens.
+    A router is linear, so what it cannot predict of a neuron's importance is noise to the cut.
     """
 
-    profile_tokens: Annotated[int, Field(gt=0)] = 2_048
-    """Tokens in a profile."""
+    ridge: Annotated[float, Field(gt=0)] = 1e-2
+    """Of the prediction, relative to the mean variance of the input's channels."""
     iterations: Annotated[int, Field(gt=0)] = 8
     """Rounds of balanced k-means."""
 
     def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
-        few = sample.subsample(self.profile_tokens, generator)
-        h_TF = torch.cat([h_CF.float() for _, h_CF in few.chunks()])
-        value_TF = (few.weight_T[:, None] * h_TF * sample.ffn.down_DF.float().norm(dim=0)).square()
-        return cluster_neurons(value_TF.mean(0), profiles(value_TF), plan, self.iterations, generator)
+        saliency_F, points_FD = predicted_importance(sample, self.ridge)
+        return cluster_neurons(saliency_F, normalize(points_FD, dim=1), plan, self.iterations, generator)
 
 
-def profiles(value_TF: Tensor) -> Tensor:
-    """Each neuron's values over the tokens as a centred unit vector, [F, T]."""
-    centred_FT = (value_TF - value_TF.mean(0)).T
-    return torch.nn.functional.normalize(centred_FT, dim=1)
+def predicted_importance(sample: LayerSample, ridge: float) -> tuple[Tensor, Tensor]:
+    """The saliency `mean v` of each neuron, v = (w h ‖Wd‖)², and what a ridge regression on x knows of it, [F, D].
+
+    With `C = cov(x) + ridge mean(diag cov(x)) I = L L.T` a neuron's point is `L⁻¹ cov(x, v)`: the product of two points
+    is that of their predictions `x C⁻¹ cov(x, v)`, summed over all tokens, as far as the ridge is small.
+    """
+    hidden_size, width = sample.input_TD.shape[1], sample.ffn.intermediate_size
+    device = sample.input_TD.device
+    covariance_DD = torch.zeros(hidden_size, hidden_size, device=device)
+    cross_DF, value_F = torch.zeros(hidden_size, width, device=device), torch.zeros(width, device=device)
+    mean_D = sample.input_TD.mean(0, dtype=torch.float32)
+    norm_F = sample.ffn.down_DF.float().norm(dim=0)
+    for part, h_CF in sample.chunks():
+        x_CD = sample.input_TD[part].float() - mean_D
+        value_CF = (h_CF.float() * sample.weight_T[part, None] * norm_F).square()
+        covariance_DD += x_CD.T @ x_CD
+        cross_DF += x_CD.T @ value_CF
+        value_F += value_CF.sum(0)
+    covariance_DD.diagonal().add_(ridge * covariance_DD.diagonal().mean())
+    factor_DD = torch.linalg.cholesky(covariance_DD)
+    return value_F / sample.tokens, torch.linalg.solve_triangular(factor_DD, cross_DF, upper=False).T
 
 
 def cluster_neurons(
@@ -54,26 +70,26 @@ def cluster_neurons(
     return Partition(shared=shared, experts=groups(expert_R.to(routed.device), routed, plan.num_experts))
 
 
-def balanced_kmeans(points_RT: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:
+def balanced_kmeans(points_RX: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:
     """The cluster of each unit vector, int64 [R], all clusters of equal size (spherical k-means, exact assignment)."""
-    centers_ET = kmeans_plus_plus(points_RT, clusters, generator)
-    expert_R = torch.full((len(points_RT),), -1)
+    centers_EX = kmeans_plus_plus(points_RX, clusters, generator)
+    expert_R = torch.full((len(points_RX),), -1)
     for _ in range(iterations):
         previous = expert_R
-        expert_R = balanced_assignment(1 - points_RT @ centers_ET.T)
+        expert_R = balanced_assignment(1 - points_RX @ centers_EX.T)
         if torch.equal(previous, expert_R):
             break
-        sums_ET = torch.zeros_like(centers_ET).index_add_(0, expert_R.to(points_RT.device), points_RT)
-        centers_ET = torch.nn.functional.normalize(sums_ET, dim=1)
+        sums_EX = torch.zeros_like(centers_EX).index_add_(0, expert_R.to(points_RX.device), points_RX)
+        centers_EX = normalize(sums_EX, dim=1)
     return expert_R
 
 
-def kmeans_plus_plus(points_RT: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
+def kmeans_plus_plus(points_RX: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
     """Seeds drawn one after another with probability proportional to the distance from those before."""
-    chosen = [int(torch.randint(len(points_RT), (), generator=generator))]
-    distance_R = 1 - points_RT @ points_RT[chosen[0]]
+    chosen = [int(torch.randint(len(points_RX), (), generator=generator))]
+    distance_R = 1 - points_RX @ points_RX[chosen[0]]
     while len(chosen) < clusters:
         chances_R = distance_R.clamp(min=1e-12).cpu()
         chosen.append(int(torch.multinomial(chances_R, 1, generator=generator)))
-        distance_R = torch.minimum(distance_R, 1 - points_RT @ points_RT[chosen[-1]])
-    return points_RT[chosen]
+        distance_R = torch.minimum(distance_R, 1 - points_RX @ points_RX[chosen[-1]])
+    return points_RX[chosen]

@@ -9,12 +9,12 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, normalize
 
 from ..calibration.sample import LayerSample
 from ..config import Plan
 from .base import Partition, Partitioner
-from .coactivation import cluster_neurons, profiles
+from .coactivation import cluster_neurons
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,8 @@ class ExpertWeaver(Partitioner):
 
     def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
         gate_TF = gate_activations(sample.subsample(self.profile_tokens, generator))
-        return cluster_neurons(gate_TF.mean(0), profiles(gate_TF), plan, self.iterations, generator)
+        profiles_FT = normalize(gate_TF - gate_TF.mean(0), dim=0).T
+        return cluster_neurons(gate_TF.mean(0), profiles_FT, plan, self.iterations, generator)
 
 
 def gate_activations(sample: LayerSample) -> Tensor:
