@@ -48,7 +48,8 @@ def predicted_importance(sample: LayerSample, ridge: float) -> tuple[Tensor, Ten
     norm_F = sample.ffn.down_DF.float().norm(dim=0)
     for part, h_CF in sample.chunks():
         x_CD = sample.input_TD[part].float() - mean_D
-        value_CF = (h_CF.float() * sample.weight_T[part, None] * norm_F).square()
+        # h is nobody else's
+        value_CF = h_CF.float().mul_(sample.weight_T[part, None]).mul_(norm_F).square_()
         covariance_DD += x_CD.T @ x_CD
         cross_DF += x_CD.T @ value_CF
         value_F += value_CF.sum(0)
