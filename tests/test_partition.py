@@ -8,6 +8,7 @@ from scipy.optimize import linear_sum_assignment
 from conftest import random_sample
 from moesaic import Plan, registry
 from moesaic.partition import coactivation
+from moesaic.partition._alternation import alternate, importance, memberships, router_scores
 from moesaic.partition._assignment import balanced_assignment
 from moesaic.partition.cmoe import active_neurons, l1_distance
 from moesaic.partition.specialists import cluster_saliency, spherical_kmeans
@@ -58,6 +59,15 @@ def test_balanced_assignment_equals_the_square_assignment(experts, each, seed):
     assert cost.gather(1, chosen[:, None]).sum().item() == pytest.approx(square[rows, columns].sum(), rel=1e-5)
 
 
+def test_groups_of_given_sizes_are_assigned_at_the_least_cost():
+    cost, sizes = torch.rand(12, 3, generator=torch.Generator().manual_seed(0)), [2, 3, 7]
+    chosen = balanced_assignment(cost, sizes)
+    assert torch.bincount(chosen).tolist() == sizes
+    square = np.repeat(cost.numpy(), sizes, axis=1)
+    rows, columns = linear_sum_assignment(square)
+    assert cost.gather(1, chosen[:, None]).sum().item() == pytest.approx(square[rows, columns].sum(), rel=1e-5)
+
+
 def test_l1_distance_equals_cdist():
     a = (torch.rand(20, 30) < 0.2).float()
     c = torch.rand(4, 30)
@@ -92,7 +102,8 @@ def test_static_keeps_the_largest_fluctuation_and_compensates_the_mean():
 
 def test_specialists_take_the_neurons_that_matter_in_their_cluster():
     sample = random_sample()
-    partition = registry.build("partition", "specialists").split(sample, Plan(0, 1, 3, 16), torch.Generator())
+    clusters = registry.build("partition", "specialists:alternations=0")
+    partition = clusters.split(sample, Plan(0, 1, 3, 16), torch.Generator())
     cluster = (torch.nn.functional.normalize(sample.input_TD) @ partition.centroids_ED.T).argmax(1)
     saliency = cluster_saliency(sample, cluster, 3)
     for e in range(3):
@@ -142,6 +153,42 @@ def test_coactivation_groups_neurons_by_what_the_input_says_of_them():
     sample.ffn.up_FD.copy_(rows_FD * torch.randn(24, 1).sign())
     partition = registry.build("partition", "coactivation").split(sample, Plan(0, 1, 4, 6), torch.Generator())
     assert {tuple(kind[e].unique().tolist()) for e in partition.experts} == {(0,), (1,), (2,), (3,)}
+
+
+def test_neurons_move_by_what_they_would_catch_of_the_tokens_that_the_router_sends():
+    sample = random_sample(tokens=3_000)
+    experts = torch.arange(36).view(3, 12)
+    seen = []
+    member = memberships(experts, 48)
+    assert torch.equal(alternate(sample, member, 2, 5, lambda caught: seen.append(caught) or member), member)
+    [caught] = seen  # once nothing moves the rounds are over
+    value = (sample.ffn.hidden(sample.input_TD) * sample.ffn.down_DF.norm(dim=0)).square()
+    torch.testing.assert_close(importance(sample), value)
+    norms = torch.stack([value[:, e].sum(1).sqrt() for e in experts], dim=1)
+    x, weight = torch.cat([sample.input_TD, torch.ones(3_000, 1)], 1), sample.weight_T[:, None]
+    slopes = torch.linalg.lstsq(x * weight, (norms - norms.mean(1, keepdim=True)) * weight).solution
+    sent = torch.zeros(3_000, 3).scatter(1, (x @ slopes).topk(2).indices, 1.0)
+    naive = torch.stack([(value * weight.square() * sent[:, [e]]).mean(0) for e in range(3)], dim=1)
+    torch.testing.assert_close(caught[:, :3], naive, rtol=0.05, atol=0.05 * naive.mean().item())
+    torch.testing.assert_close(caught[:, 3], (value * weight.square()).mean(0))
+
+
+@pytest.mark.parametrize("name", ["coactivation", "specialists"])
+@pytest.mark.parametrize("shared", [0, 1])
+def test_alternation_catches_more_of_the_importance(name, shared):
+    sample = random_sample(tokens=2_000)
+    plan = Plan(shared, 1, 4, 12)
+
+    def caught(alternations):
+        partitioner = registry.build("partition", f"{name}:alternations={alternations}")
+        partition = partitioner.split(sample, plan, torch.Generator().manual_seed(0))
+        member = memberships(partition.experts, 48)
+        value = importance(sample)
+        sent = router_scores(sample, (value @ member).sqrt()).topk(1).indices
+        routed = (value @ member).gather(1, sent).squeeze(1) + value[:, partition.shared].sum(1)
+        return (routed * sample.weight_T.square()).sum().item()
+
+    assert caught(20) > caught(0)
 
 
 def test_moefication_puts_similar_gate_rows_together():

@@ -5,6 +5,7 @@ Shapes: R neurons to assign, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,15 @@ import torch
 from torch import Tensor
 
 
-def balanced_assignment(cost_RE: Tensor) -> Tensor:
-    """The expert of each neuron, int64 [R], with R / E neurons each, at the least total cost.
+def balanced_assignment(cost_RE: Tensor, size_E: Sequence[int] | None = None) -> Tensor:
+    """The expert of each neuron, int64 [R], with R / E neurons each, or `size_E`, at the least total cost.
 
     Equals `scipy.optimize.linear_sum_assignment` on the square cost that repeats each expert's column R / E times,
     as CMoE solves it; the transport problem has E columns in place of R and an integral optimal vertex.
     """
     neurons, experts = cost_RE.shape
     supply = np.ones(neurons)
-    capacity = np.full(experts, neurons / experts)
+    capacity = np.full(experts, neurons / experts) if size_E is None else np.array(size_E, float)
     flow_RE: Any = ot.emd(supply, capacity, cost_RE.double().cpu().numpy(), numItermax=10_000_000)
     return torch.from_numpy(flow_RE.argmax(1))
 

@@ -9,10 +9,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, one_hot
 
 from ..calibration.sample import LayerSample
 from ..config import Plan
+from ._alternation import alternate, memberships
 from ._assignment import balanced_assignment, groups
 from .base import Partition, Partitioner
 
@@ -28,10 +29,31 @@ class Coactivation(Partitioner):
     """Of the prediction, relative to the mean variance of the input's channels."""
     iterations: Annotated[int, Field(gt=0)] = 8
     """Rounds of balanced k-means."""
+    alternations: Annotated[int, Field(ge=0)] = 20
+    """Rounds, at most, in which all neurons, the shared ones too, move to where a router fitted to the groups so far
+    sends the tokens that need them."""
+    alternation_tokens: Annotated[int, Field(gt=0)] = 16_384
+    """Tokens that take part in them."""
 
     def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
         saliency_F, points_FD = predicted_importance(sample, self.ridge)
-        return cluster_neurons(saliency_F, normalize(points_FD, dim=1), plan, self.iterations, generator)
+        partition = cluster_neurons(saliency_F, normalize(points_FD, dim=1), plan, self.iterations, generator)
+        if not (self.alternations and plan.num_experts):
+            return partition
+        size_E = [plan.width] * plan.num_experts + [plan.shared_width] * bool(plan.shared)
+
+        def regroup(caught_FX: Tensor) -> Tensor:
+            expert_F = balanced_assignment(-caught_FX[:, : len(size_E)], size_E).to(caught_FX.device)
+            return one_hot(expert_F, plan.num_experts + 1)[:, :-1].float()
+
+        member_FE = alternate(
+            sample.subsample(self.alternation_tokens, generator), memberships(partition.experts, len(saliency_F)),
+            plan.active, self.alternations, regroup,
+        )  # fmt: skip
+        routed_FE = member_FE.bool()
+        return Partition(
+            shared=(~routed_FE.any(1)).nonzero().squeeze(1), experts=routed_FE.T.nonzero()[:, 1].view(-1, plan.width)
+        )
 
 
 def predicted_importance(sample: LayerSample, ridge: float) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from ..calibration.sample import LayerSample
 from ..config import Plan
+from ._alternation import alternate, memberships
 from .base import Partition, Partitioner
 
 
@@ -24,13 +25,16 @@ class Specialists(Partitioner):
     centroids the nearest one is found by a linear, bias-free router.
     """
 
-    default_router: ClassVar[str] = "centroid"
+    default_router: ClassVar[str] = "linear:intercept=False"
     overlapping: ClassVar[bool] = True
 
     profile_tokens: Annotated[int, Field(gt=0)] = 16_384
     """Tokens that are clustered and whose neurons are weighed."""
     iterations: Annotated[int, Field(gt=0)] = 20
     """Rounds of k-means."""
+    alternations: Annotated[int, Field(ge=0)] = 20
+    """Rounds, at most, in which a router fitted to the specialists so far sends the tokens, and each specialist takes
+    the neurons that its new tokens need most; 0 leaves those of the clusters, for `--router centroid`."""
 
     def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
         sample = sample.subsample(self.profile_tokens, generator)
@@ -40,7 +44,15 @@ class Specialists(Partitioner):
         saliency_EF = cluster_saliency(sample, cluster_T, plan.num_experts)
         shared = saliency_EF.sum(0).topk(plan.shared_width).indices.sort().values
         saliency_EF[:, shared] = -torch.inf
-        experts_EI = saliency_EF.topk(plan.width, dim=1).indices.sort(dim=1).values
+        experts_EI = saliency_EF.topk(plan.width, dim=1).indices
+        neurons = sample.ffn.intermediate_size
+
+        def regroup(caught_FX: Tensor) -> Tensor:
+            caught_FX[shared] = -torch.inf
+            return memberships(caught_FX[:, :-1].topk(plan.width, dim=0).indices.T, neurons)
+
+        member_FE = alternate(sample, memberships(experts_EI, neurons), plan.active, self.alternations, regroup)
+        experts_EI = member_FE.T.nonzero()[:, 1].view(-1, plan.width)
         return Partition(shared=shared, experts=experts_EI, centroids_ED=centroids_ED)
 
 
