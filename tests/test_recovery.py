@@ -8,9 +8,9 @@ from conftest import block_for, random_sample
 from moesaic import Plan, registry
 from moesaic.calibration import sample as sample_module
 from moesaic.calibration.layers import relative_error
+from moesaic.calibration.ridge import weighted_ridge
 from moesaic.recovery import closed_form
 from moesaic.recovery.closed_form import HELD_OUT, RIDGES, ClosedForm, add, joint_features, ridge_change, solve_arrows
-from moesaic.routing.linear import weighted_ridge
 
 PLANS = [
     ("random", Plan(1, 2, 4, 12)),

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..calibration.ridge import weighted_ridge
 from ..calibration.sample import CHUNK_TOKENS, LayerSample
-from ..routing.linear import weighted_ridge
 
 RIDGE = 1e-2
 """Of the router, as that of `routing/linear.py`."""
