@@ -286,6 +286,7 @@ def test_bad_wishes_are_refused_before_any_work(folders, tmp_path):
         ({"partition": "specialists", "expert_width": 8}, "drop --expert-width"),
         ({"partition": "specialists", "plan": "S0A1E4", "memory_factor": 2.0}, "give one of them"),
         ({"router": "centroid"}, "with 'coactivation' use 'linear'"),
+        ({"partition": "specialists", "router": "centroid"}, "specialists:alternations=0"),
         ({"partition": "coactivatoin"}, "Did you mean 'coactivation'"),
         ({"tokens": 32}, "less than one window"),
         ({"tokens": 10_000_000}, "give more text"),

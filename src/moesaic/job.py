@@ -105,9 +105,10 @@ def prepare(model: str | Path, config: ConvertConfig) -> Job:
     recovery = registry.build("recovery", config.recovery)
     if router.gate == "oracle" and config.recovery != "none":
         raise InputError("router 'oracle' ranks by norms that recovery changes; use it with --recovery none")
-    if router.token_clusters and not partitioner.overlapping:
+    if router.token_clusters and not partitioner.token_clusters:
         raise InputError(
-            f"router '{router_name}' needs clusters of tokens (specialists); with '{config.partition}' use 'linear'"
+            f"router '{router_name}' needs clusters of tokens (specialists:alternations=0); with '{config.partition}' "
+            "use 'linear'"
         )
     source = resolve(str(model))
     device = choose_device(config.device)

@@ -62,3 +62,8 @@ def memberships(experts_EI: Tensor, neurons: int) -> Tensor:
     """The index sets as columns of 0 and 1, [F, E]."""
     member_FE = torch.zeros(neurons, len(experts_EI), device=experts_EI.device)
     return member_FE.scatter_(0, experts_EI.T, 1.0)
+
+
+def index_sets(member_FE: Tensor, width: int) -> Tensor:
+    """The members of each column in ascending order, int64 [E, width]."""
+    return member_FE.T.nonzero()[:, 1].view(-1, width)

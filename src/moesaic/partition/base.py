@@ -61,6 +61,11 @@ class Partitioner(ABC):
     static: ClassVar[bool] = False
     """Whether nothing is routed: shared groups stay, the others are dropped."""
 
+    @property
+    def token_clusters(self) -> bool:
+        """Whether its experts are those of clusters of tokens, whose centroids the partition has."""
+        return False
+
     @abstractmethod
     def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
         """The neurons of the shared expert (`plan.shared_width`) and of `plan.num_experts` routed experts."""

@@ -1,4 +1,4 @@
-"""Neurons that the input says matter together share an expert: balanced k-means on predicted activation profiles.
+"""Neurons that the input says matter together share an expert, and move to where the router sends their tokens.
 
 Shapes: T tokens, D hidden size, F neurons, R routed neurons, E experts, X coordinates of a point.
 """
@@ -13,16 +13,17 @@ from torch.nn.functional import normalize, one_hot
 
 from ..calibration.sample import LayerSample
 from ..config import Plan
-from ._alternation import alternate, memberships
+from ._alternation import alternate, index_sets, memberships
 from ._assignment import balanced_assignment, groups
 from .base import Partition, Partitioner
 
 
 @dataclass(frozen=True, kw_only=True)
 class Coactivation(Partitioner):
-    """Shared are the most salient neurons; the others are clustered by when a *linear* function of x says they matter.
+    """Balanced k-means of neurons by when a *linear* function of x says they matter, the most salient ones shared.
 
-    A router is linear, so what it cannot predict of a neuron's importance is noise to the cut.
+    A router is linear, so what it cannot predict of a neuron's importance is noise to the cut. From there neurons and
+    router alternate (`_alternation.py`); shared are in the end those that any router would miss most.
     """
 
     ridge: Annotated[float, Field(gt=0)] = 1e-2
@@ -50,10 +51,8 @@ class Coactivation(Partitioner):
             sample.subsample(self.alternation_tokens, generator), memberships(partition.experts, len(saliency_F)),
             plan.active, self.alternations, regroup,
         )  # fmt: skip
-        routed_FE = member_FE.bool()
-        return Partition(
-            shared=(~routed_FE.any(1)).nonzero().squeeze(1), experts=routed_FE.T.nonzero()[:, 1].view(-1, plan.width)
-        )
+        shared = (member_FE.sum(1) == 0).nonzero().squeeze(1)
+        return Partition(shared=shared, experts=index_sets(member_FE, plan.width))
 
 
 def predicted_importance(sample: LayerSample, ridge: float) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ class Domains(Partitioner):
     default_router: ClassVar[str] = "centroid"
     overlapping: ClassVar[bool] = True
     labelled: ClassVar[bool] = True
+    token_clusters = True
 
     def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
         expert_T = sample.domain_T % plan.num_experts

@@ -1,4 +1,4 @@
-"""Experts for regions of the input space: clusters of *tokens*, each with the neurons that matter most to it.
+"""Experts for kinds of token, each with the neurons that matter most to its tokens.
 
 Shapes: T tokens, D hidden size, F neurons, E specialists, I neurons of one.
 """
@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from ..calibration.sample import LayerSample
 from ..config import Plan
-from ._alternation import alternate, memberships
+from ._alternation import alternate, index_sets, memberships
 from .base import Partition, Partitioner
 
 
@@ -21,8 +21,8 @@ from .base import Partition, Partitioner
 class Specialists(Partitioner):
     """Spherical k-means on the FFN's input; a specialist has the most salient neurons of its cluster, overlap allowed.
 
-    Shared neurons, if the plan has any, are the most salient over all tokens and are in no specialist. With unit
-    centroids the nearest one is found by a linear, bias-free router.
+    From there neurons and a linear router without constants, which every native form can say, alternate
+    (`_alternation.py`). Shared neurons are the most salient over all tokens and are in no specialist.
     """
 
     default_router: ClassVar[str] = "linear:intercept=False"
@@ -36,6 +36,10 @@ class Specialists(Partitioner):
     """Rounds, at most, in which a router fitted to the specialists so far sends the tokens, and each specialist takes
     the neurons that its new tokens need most; 0 leaves those of the clusters, for `--router centroid`."""
 
+    @property
+    def token_clusters(self) -> bool:
+        return not self.alternations
+
     def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
         sample = sample.subsample(self.profile_tokens, generator)
         unit_TD = normalize(sample.input_TD.float(), dim=1)
@@ -44,7 +48,9 @@ class Specialists(Partitioner):
         saliency_EF = cluster_saliency(sample, cluster_T, plan.num_experts)
         shared = saliency_EF.sum(0).topk(plan.shared_width).indices.sort().values
         saliency_EF[:, shared] = -torch.inf
-        experts_EI = saliency_EF.topk(plan.width, dim=1).indices
+        experts_EI = saliency_EF.topk(plan.width, dim=1).indices.sort(dim=1).values
+        if self.token_clusters:
+            return Partition(shared=shared, experts=experts_EI, centroids_ED=centroids_ED)
         neurons = sample.ffn.intermediate_size
 
         def regroup(caught_FX: Tensor) -> Tensor:
@@ -52,8 +58,7 @@ class Specialists(Partitioner):
             return memberships(caught_FX[:, :-1].topk(plan.width, dim=0).indices.T, neurons)
 
         member_FE = alternate(sample, memberships(experts_EI, neurons), plan.active, self.alternations, regroup)
-        experts_EI = member_FE.T.nonzero()[:, 1].view(-1, plan.width)
-        return Partition(shared=shared, experts=experts_EI, centroids_ED=centroids_ED)
+        return Partition(shared=shared, experts=index_sets(member_FE, plan.width))
 
 
 def spherical_kmeans(unit_TD: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:
