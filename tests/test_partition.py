@@ -7,6 +7,7 @@ from scipy.optimize import linear_sum_assignment
 
 from conftest import random_sample
 from moesaic import Plan, registry
+from moesaic.calibration.ridge import WeightedRidge
 from moesaic.partition import coactivation
 from moesaic.partition._alternation import alternate, importance, memberships, router_scores
 from moesaic.partition._assignment import balanced_assignment
@@ -184,7 +185,8 @@ def test_alternation_catches_more_of_the_importance(name, shared):
         partition = partitioner.split(sample, plan, torch.Generator().manual_seed(0))
         member = memberships(partition.experts, 48)
         value = importance(sample)
-        sent = router_scores(sample, (value @ member).sqrt()).topk(1).indices
+        ridge = WeightedRidge(sample.input_TD, sample.weight_T, ridge=1e-2)
+        sent = router_scores(ridge, (value @ member).sqrt()).topk(1).indices
         routed = (value @ member).gather(1, sent).squeeze(1) + value[:, partition.shared].sum(1)
         return (routed * sample.weight_T.square()).sum().item()
 

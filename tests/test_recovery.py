@@ -8,7 +8,7 @@ from conftest import block_for, random_sample
 from moesaic import Plan, registry
 from moesaic.calibration import sample as sample_module
 from moesaic.calibration.layers import relative_error
-from moesaic.calibration.ridge import weighted_ridge
+from moesaic.calibration.ridge import WeightedRidge
 from moesaic.recovery import closed_form
 from moesaic.recovery.closed_form import HELD_OUT, RIDGES, ClosedForm, add, joint_features, ridge_change, solve_arrows
 
@@ -174,7 +174,7 @@ def test_ridge_router_equals_weighted_lstsq_with_intercept(tokens):
         torch.randn(tokens, 3, generator=g),
         torch.rand(tokens, generator=g),
     )
-    weight, bias = weighted_ridge(x, y, w, ridge=1e-10)
+    weight, bias = WeightedRidge(x, w, ridge=1e-10).fit(y)
     a = np.concatenate([x.numpy(), np.ones((tokens, 1))], 1) * w.numpy()[:, None]
     expected = np.linalg.lstsq(a.astype(np.float64), (y * w[:, None]).numpy().astype(np.float64), rcond=None)[0]
     np.testing.assert_allclose(torch.cat([weight, bias[None]]).numpy(), expected, rtol=1e-3, atol=1e-4)

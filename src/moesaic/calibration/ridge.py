@@ -3,28 +3,49 @@
 Shapes: T tokens, C tokens of one chunk, D hidden size, E targets.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from .sample import CHUNK_TOKENS
 
 
-def weighted_ridge(
-    x_TD: Tensor, target_TE: Tensor, weight_T: Tensor, ridge: float, intercept: bool = True
-) -> tuple[Tensor, Tensor]:
-    """(W [D, E], b [E]) of the least squares weighted by `weight_T²`; the intercept b is not penalised, or 0.
+class WeightedRidge:
+    """`min_{W,b} sum_t w_t² ‖x_t W + b - y_t‖² + λ ‖W‖²`, λ = ridge × the mean diagonal of the normal equations.
 
-    Summed over chunks of tokens, in float32 each and float64 together.
+    They are summed and factored once, for any number of targets: float32 in each chunk, float64 together. The
+    intercept b is not penalised, or 0.
     """
-    chunks = list(zip(*(v.split(CHUNK_TOKENS) for v in (x_TD, target_TE, weight_T)), strict=True))
-    share = intercept / weight_T.double().square().sum()
-    mean_x = torch.stack([w_C.double().square() * share @ x_CD.double() for x_CD, _, w_C in chunks]).sum(0)
-    mean_y = torch.stack([w_C.double().square() * share @ y_CE.double() for _, y_CE, w_C in chunks]).sum(0)
-    gram_DD, right_DE = (torch.zeros(len(mean_x), len(m), device=m.device, dtype=m.dtype) for m in (mean_x, mean_y))
-    for x_CD, y_CE, w_C in chunks:
-        scaled_CD = (x_CD - mean_x).float() * w_C[:, None]
-        gram_DD += scaled_CD.T @ scaled_CD
-        right_DE += scaled_CD.T @ ((y_CE - mean_y).float() * w_C[:, None])
-    gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean())
-    weight_DE = torch.linalg.solve(gram_DD, right_DE)
-    return weight_DE.float(), (mean_y - mean_x @ weight_DE).float()
+
+    def __init__(self, x_TD: Tensor, weight_T: Tensor, ridge: float, intercept: bool = True) -> None:
+        self.x_TD, self.weight_T = x_TD, weight_T
+        self.square_T = weight_T.double().square()
+        self.share = intercept / self.square_T.sum()
+        self.mean_D = self._mean(x_TD)
+        gram_DD = self.mean_D.new_zeros(len(self.mean_D), len(self.mean_D))
+        for _, scaled_CD in self._scaled():
+            gram_DD += scaled_CD.T @ scaled_CD
+        gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean())
+        self.factor = torch.linalg.lu_factor(gram_DD)
+
+    def fit(self, target_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """(W [D, E], b [E]) in float32 for targets [T, E]."""
+        mean_E = self._mean(target_TE)
+        right_DE = mean_E.new_zeros(len(self.mean_D), len(mean_E))
+        for part, scaled_CD in self._scaled():
+            rest_CE = target_TE[part].float() - mean_E.float()
+            right_DE += scaled_CD.T @ (rest_CE * self.weight_T[part, None])
+        weight_DE = torch.linalg.lu_solve(*self.factor, right_DE)
+        return weight_DE.float(), (mean_E - self.mean_D @ weight_DE).float()
+
+    def _mean(self, value_TX: Tensor) -> Tensor:
+        """Weighted mean of each column in float64, or zeros without an intercept."""
+        parts = zip(value_TX.split(CHUNK_TOKENS), self.square_T.split(CHUNK_TOKENS), strict=True)
+        return torch.stack([square_C * self.share @ value_CX.double() for value_CX, square_C in parts]).sum(0)
+
+    def _scaled(self) -> Iterator[tuple[slice, Tensor]]:
+        """(slice of tokens, w (x - mean)) of each chunk, float32."""
+        for first in range(0, len(self.x_TD), CHUNK_TOKENS):
+            part = slice(first, first + CHUNK_TOKENS)
+            yield part, (self.x_TD[part].float() - self.mean_D.float()) * self.weight_T[part, None]

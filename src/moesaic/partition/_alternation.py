@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..calibration.ridge import weighted_ridge
+from ..calibration.ridge import WeightedRidge
 from ..calibration.sample import CHUNK_TOKENS, LayerSample
 
 RIDGE = 1e-2
@@ -27,10 +27,10 @@ def alternate(sample: LayerSample, member_FE: Tensor, active: int, rounds: int, 
     `active` greatest scores are each token's experts, and in expert e a neuron would catch `sum_{t sent to e} w_t²
     v_ti`, in the shared one that of all tokens; `regroup` decides by these. All v are kept, in the activations' dtype.
     """
-    value_TF = importance(sample)
+    value_TF, ridge = importance(sample), WeightedRidge(sample.input_TD, sample.weight_T, RIDGE)
     weight_T1 = sample.weight_T.square()[:, None]
     for _ in range(rounds):
-        score_TE = router_scores(sample, (value_TF @ member_FE.to(value_TF.dtype)).float().sqrt())
+        score_TE = router_scores(ridge, (value_TF @ member_FE.to(value_TF.dtype)).float().sqrt())
         sent_TE = torch.zeros_like(score_TE).scatter_(1, score_TE.topk(active, dim=1).indices, 1.0)
         sent_TX = (torch.cat([sent_TE, torch.ones_like(weight_T1)], dim=1) * weight_T1).to(value_TF.dtype)
         caught_FX = torch.zeros(value_TF.shape[1], sent_TX.shape[1], device=value_TF.device)
@@ -51,11 +51,10 @@ def importance(sample: LayerSample) -> Tensor:
     return value_TF
 
 
-def router_scores(sample: LayerSample, target_TE: Tensor) -> Tensor:
-    """What a ridge regression on x says of the targets, which are centred per token, [T, E]."""
-    target_TE = target_TE - target_TE.mean(1, keepdim=True)
-    weight_DE, bias_E = weighted_ridge(sample.input_TD, target_TE, sample.weight_T, RIDGE)
-    return torch.addmm(bias_E, sample.input_TD.float(), weight_DE)
+def router_scores(ridge: WeightedRidge, target_TE: Tensor) -> Tensor:
+    """What the regression says of the targets, which are centred per token, [T, E]."""
+    weight_DE, bias_E = ridge.fit(target_TE - target_TE.mean(1, keepdim=True))
+    return torch.addmm(bias_E, ridge.x_TD.float(), weight_DE)
 
 
 def memberships(experts_EI: Tensor, neurons: int) -> Tensor:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..calibration.ridge import weighted_ridge
+from ..calibration.ridge import WeightedRidge
 from ..calibration.sample import LayerSample
 from ..partition import Partition
 from .base import RouterBuilder
@@ -33,7 +33,8 @@ class Linear(RouterBuilder):
     def build(self, sample: LayerSample, partition: Partition, active: int) -> dict[str, Tensor]:
         target_TE = torch.cat(list(self._norms(sample, partition)))
         target_TE = target_TE - target_TE.mean(1, keepdim=True)
-        weight_DE, bias_E = weighted_ridge(sample.input_TD, target_TE, sample.weight_T, self.ridge, self.intercept)
+        ridge = WeightedRidge(sample.input_TD, sample.weight_T, self.ridge, self.intercept)
+        weight_DE, bias_E = ridge.fit(target_TE)
         return {"weight": weight_DE.T.contiguous(), "e_score_correction_bias": bias_E}
 
     @staticmethod
