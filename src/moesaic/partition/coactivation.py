@@ -62,21 +62,20 @@ def predicted_importance(sample: LayerSample, ridge: float) -> tuple[Tensor, Ten
     is that of their predictions `x C⁻¹ cov(x, v)`, summed over all tokens, as far as the ridge is small.
     """
     hidden_size, width = sample.input_TD.shape[1], sample.ffn.intermediate_size
-    device = sample.input_TD.device
+    device, dtype = sample.input_TD.device, sample.input_TD.dtype
     covariance_DD = torch.zeros(hidden_size, hidden_size, device=device)
-    cross_DF, value_F = torch.zeros(hidden_size, width, device=device), torch.zeros(width, device=device)
+    cross_XF = torch.zeros(hidden_size + 1, width, device=device)
     mean_D = sample.input_TD.mean(0, dtype=torch.float32)
-    norm_F = sample.ffn.down_DF.float().norm(dim=0)
+    norm_F = sample.ffn.down_DF.float().norm(dim=0).to(dtype)
     for part, h_CF in sample.chunks():
         x_CD = sample.input_TD[part].float() - mean_D
-        # h is nobody else's
-        value_CF = h_CF.float().mul_(sample.weight_T[part, None]).mul_(norm_F).square_()
         covariance_DD += x_CD.T @ x_CD
-        cross_DF += x_CD.T @ value_CF
-        value_F += value_CF.sum(0)
+        x_CX = torch.cat([x_CD, torch.ones_like(x_CD[:, :1])], dim=1) * sample.weight_T[part, None].square()
+        cross_XF += x_CX.to(dtype).T @ h_CF.mul_(norm_F).square_()  # h is nobody else's
     covariance_DD.diagonal().add_(ridge * covariance_DD.diagonal().mean())
     factor_DD = torch.linalg.cholesky(covariance_DD)
-    return value_F / sample.tokens, torch.linalg.solve_triangular(factor_DD, cross_DF, upper=False).T
+    points_DF = torch.linalg.solve_triangular(factor_DD, cross_XF[:-1], upper=False)
+    return cross_XF[-1] / sample.tokens, points_DF.T
 
 
 def cluster_neurons(
