@@ -59,13 +59,22 @@ def test_the_fine_cut_is_tried_where_it_is_asked_for(tmp_path):
     [
         ({"active": None, "plan": "S3A3E8"}, "--fine asks for about 64 disjoint groups, --plan S3A3E8 for something"),
         ({"expert_width": 16}, "--expert-width 16 for something else"),
-        ({"memory_factor": 2.0}, "needs experts that overlap"),
+        ({"memory_factor": 0.5}, "needs experts that overlap"),
         ({"partition": "specialists"}, "--partition specialists for something else"),
     ],
 )
 def test_what_no_fine_cut_can_be_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
         candidates("tiny", AUTO.model_copy(update={"fine": True} | changes))
+
+
+@pytest.mark.parametrize(
+    ("fine", "names"), [(False, ["S1A1E8", "S3A3E12"]), (True, ["S1A1E8", "S3A3E12", "S12A12E48"])]
+)
+def test_a_memory_budget_need_not_be_spent(fine, names):
+    jobs = candidates("tiny", AUTO.model_copy(update={"memory_factor": 2.0, "fine": fine}))
+    assert [str(job.plan) for job in jobs] == names
+    assert [job.config.memory_factor for job in jobs] == [2.0] + [1.0] * (len(jobs) - 1)
 
 
 @pytest.mark.parametrize(
@@ -91,9 +100,8 @@ def test_finished_trials_are_not_repeated(tmp_path, monkeypatch):
 
 def test_a_named_partition_or_one_that_fits_alone_needs_no_trial():
     assert len(candidates("tiny", QUICK)) == 1
-    assert [job.config.partition for job in candidates("tiny", AUTO.model_copy(update={"memory_factor": 2.0}))] == [
-        "specialists"
-    ]
+    [smaller] = candidates("tiny", AUTO.model_copy(update={"active": 0.25, "memory_factor": 0.75}))
+    assert smaller.config.partition == "specialists"
     with pytest.raises(InputError, match="1 calibration windows are too few"):
         candidates("tiny", AUTO.model_copy(update={"tokens": 4, "window": 4}))
     with pytest.raises(InputError, match="at most 1"):

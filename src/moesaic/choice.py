@@ -49,8 +49,11 @@ def candidates(model: str, config: ConvertConfig) -> list[Job]:
     for name, fine in CANDIDATES:
         if fine > config.fine:
             continue
+        changes: dict[str, Any] = {"partition": name, "fine": fine}
+        if name == "coactivation" and config.memory_factor > 1:
+            changes["memory_factor"] = 1.0  # a budget is no duty, and disjoint experts may be better all the same
         try:
-            job = prepare(model, config.model_copy(update={"partition": name, "fine": fine}))
+            job = prepare(model, config.model_copy(update=changes))
             jobs.append(replace(job, stream=jobs[0].stream) if jobs else job)  # its outer weights once in memory
         except InputError as error:
             if fine:

@@ -70,7 +70,7 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 def may_overlap(name: str) -> bool:
     """Whether memory beyond the dense model's is of use to the method."""
-    if name == NEURONS or METHODS[name].fine:
+    if name == NEURONS:
         return False
     partition = METHODS[name].partition
     return partition == "auto" or registry.build("partition", partition).overlapping
