@@ -180,7 +180,7 @@ class ConvertConfig(BaseModel):
     active: float | None = None
     """Share of each FFN that one token runs; the shape follows from it."""
     memory_factor: float = Field(1.0, gt=0)
-    """Size of all experts relative to the dense FFN; of more than 1 only `specialists` make use, and `auto` may decline."""
+    """Size of all experts relative to the dense FFN; `specialists` alone use more than 1, and `auto` may decline it."""
     plan: str | None = None
     """A fixed disjoint shape such as `S3A3E8`, instead of `active`."""
     expert_width: int | None = None
