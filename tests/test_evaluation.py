@@ -1,5 +1,8 @@
 import json
 import math
+import os
+import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from moesaic import InputError
 from moesaic.evaluation.active import active_weights, ffn_of
 from moesaic.evaluation.benchmark import benchmark
 from moesaic.evaluation.inspect import prompt_tokens
+from moesaic.evaluation.machine import give_back_memory
 from moesaic.evaluation.perplexity import PROTOCOLS, perplexity
 from moesaic.evaluation.tasks import evaluate_tasks, read_tasks, score_pairs
 from moesaic.models.families import decoder_layers
@@ -225,3 +229,19 @@ def test_better_methods_are_better_on_a_real_model(tmp_path):
     best = ratio["coactivation", "closed-form"]
     assert 1 < best < ratio["static", "closed-form"] < ratio["static", "none"]
     assert best < ratio["cmoe", "none"]
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other allocators keep nothing back, or have no such call"
+)
+def test_freed_memory_goes_back_to_the_system():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    blocks = [bytearray(b"x" * 60_000) for _ in range(4_000)]  # 240 MB, each too small for a map of its own
+    pins = blocks[::100]
+    full = resident()
+    del blocks
+    give_back_memory()
+    assert len(pins) == 40
+    assert resident() < full - 150_000_000

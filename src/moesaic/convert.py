@@ -20,7 +20,7 @@ from .choice import Progress, candidates, choose
 from .confidence import fit_confidence
 from .config import ConvertConfig
 from .errors import WorkError
-from .evaluation.machine import machine, peak_rss_bytes, versions
+from .evaluation.machine import give_back_memory, machine, peak_rss_bytes, versions
 from .export.check import check
 from .export.native import export, write_facts, write_outer
 from .job import Job, fingerprint
@@ -88,6 +88,8 @@ def convert(
     check_collapse(metrics, job.config, partial, force)
     write_rest(job, partial, metrics, norm)
     job.stream.drop_outer()  # the check needs the room
+    del states
+    give_back_memory()
     return finish(job, partial, metrics)
 
 

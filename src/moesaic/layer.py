@@ -16,7 +16,7 @@ from .calibration.first import first_targets
 from .calibration.layers import AttentionTape, Tap, calibrate, drift, expert_load, relative_error, replaced_ffn
 from .calibration.sample import CHUNK_TOKENS, LayerSample
 from .errors import WorkError
-from .evaluation.machine import peak_rss_bytes
+from .evaluation.machine import give_back_memory, peak_rss_bytes
 from .job import Job
 from .models.moe import MoE
 from .partition import Partition
@@ -94,6 +94,7 @@ def convert_layer(
             tensors = {name: tensor.to("cpu", job.dtype) for name, tensor in layer.state_dict().items()}
     load_E = expert_load(moe, sample)
     rates = few.activation_rates()
+    give_back_memory()
     laps("run_converted")
     record = {
         "layer": index,
