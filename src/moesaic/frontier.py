@@ -217,7 +217,7 @@ def _measure(model: str, point: Point, measurement: Measurement, dense: float, o
 
     Each conversion has its own folder, so that one that was stopped waits for its turn.
     """
-    row: dict[str, Any] = asdict(point) | {"machine": machine(), "speedup": None}
+    row: dict[str, Any] = asdict(point) | {"machine": machine(), "versions": versions(), "speedup": None}
     if point.method == NEURONS:
         found = _evaluate(model, measurement, keep=point.active)
         row |= {"plan": None, "ffn_active": point.active}

@@ -105,7 +105,7 @@ def calibrate(
         input_TD=input_TD,
         output_TD=output_TD,
         weight_T=weight_T / mean,
-        domain_T=domain_N.repeat_interleave(hidden_NLD.shape[1]),
+        domain_T=domain_N.to(input_TD.device).repeat_interleave(hidden_NLD.shape[1]),
     )
     if first is None:
         return sample

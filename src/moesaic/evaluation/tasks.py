@@ -122,24 +122,15 @@ def _score_batch(model: PreTrainedModel, encoded: list[tuple[list[int], int]]) -
     for tokens_L, mask_L, (ids, _) in zip(tokens_BL, mask_BL, encoded, strict=True):
         tokens_L[longest - len(ids) :] = torch.tensor(ids)
         mask_L[longest - len(ids) :] = 1
+    tokens_BL, mask_BL = tokens_BL.to(model.device), mask_BL.to(model.device)
     keep = max(len(ids) - start for ids, start in encoded) + 1
-    output = model(
-        input_ids=tokens_BL.to(model.device),
-        attention_mask=mask_BL.to(model.device),
-        use_cache=False,
-        logits_to_keep=keep,
-    )
-    scores = []
-    for logits_KV, (ids, start) in zip(output.logits, encoded, strict=True):
-        predicted_CV = logits_KV[-(len(ids) - start) - 1 : -1].float().cpu()
-        target_C = torch.tensor(ids[start:])
-        scores.append(
-            (
-                -cross_entropy(predicted_CV, target_C, reduction="sum").item(),
-                bool((predicted_CV.argmax(-1) == target_C).all()),
-            )
-        )
-    return scores
+    output = model(input_ids=tokens_BL, attention_mask=mask_BL, use_cache=False, logits_to_keep=keep)
+    losses, greedy = [], []  # read together at the end: a GPU is not waited for at every pair
+    for logits_KV, tokens_L, (ids, start) in zip(output.logits, tokens_BL, encoded, strict=True):
+        predicted_CV, target_C = logits_KV[start - len(ids) - 1 : -1].float(), tokens_L[start - len(ids) :]
+        losses.append(cross_entropy(predicted_CV, target_C, reduction="sum"))
+        greedy.append((predicted_CV.argmax(-1) == target_C).all())
+    return list(zip((-torch.stack(losses)).tolist(), torch.stack(greedy).tolist(), strict=True))
 
 
 def _encode(tokenizer: Any, context: str, continuation: str, longest: int) -> tuple[list[int], int]:
