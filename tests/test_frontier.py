@@ -61,6 +61,7 @@ def test_rows_and_charts_are_kept_and_not_measured_again(measured, monkeypatch):
     out, result = measured
     assert {"frontier.json", "frontier.png", "frontier.svg"} == {p.name for p in out.iterdir()}
     assert json.loads((out / "frontier.json").read_text()) == json.loads(json.dumps(result))
+    assert all(row["machine"] and row["versions"]["torch"] == torch.__version__ for row in result["rows"])
     monkeypatch.setattr("moesaic.frontier.convert", None)
     again = frontier("tiny", out, active=[0.25], methods=["flap", "cmoe"], measurement=MEASUREMENT)
     assert again["rows"] == result["rows"]
