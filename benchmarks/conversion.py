@@ -25,8 +25,8 @@ from scipy.optimize import linear_sum_assignment
 from transformers import AutoTokenizer, LlamaConfig
 
 from moesaic import ConvertConfig, convert
-from moesaic.evaluation.machine import machine, versions
-from moesaic.models.builtin import tiny_folder
+from moesaic.checkpoint.builtin import tiny_folder
+from moesaic.machine import machine, versions
 from moesaic.partition._assignment import balanced_assignment
 from moesaic.partition.cmoe import l1_distance
 

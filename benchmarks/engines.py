@@ -23,16 +23,16 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import moesaic
-from moesaic.evaluation.active import active_weights, body_weights
-from moesaic.evaluation.machine import machine, versions
-from moesaic.export.gguf import OUTER, OUTTYPES, RENAMED, kind_of
-from moesaic.export.gguf_config import write_rope
-from moesaic.export.gguf_vocab import write_vocabulary
-from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.converted import HEAD, Converted
-from moesaic.models.loading import load_tokenizer
-from moesaic.models.native._decoder import head_dim
-from moesaic.models.sources import resolve
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.sources import resolve
+from moesaic.evaluation.cost import active_weights, body_weights
+from moesaic.formats.architectures._decoder import head_dim
+from moesaic.formats.converted import HEAD, Converted
+from moesaic.formats.gguf.config import write_rope
+from moesaic.formats.gguf.vocabulary import write_vocabulary
+from moesaic.formats.gguf.writer import OUTER, OUTTYPES, RENAMED, kind_of
+from moesaic.formats.loading import load_tokenizer
+from moesaic.machine import machine, versions
 
 ROOT = Path(__file__).parent.parent
 FFN = {"post_attention_layernorm.weight": "ffn_norm.weight"} | {

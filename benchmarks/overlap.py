@@ -11,8 +11,8 @@ import torch
 
 from moesaic import ConvertConfig
 from moesaic.calibration.layers import calibrate
-from moesaic.job import prepare
-from moesaic.layer import embed
+from moesaic.conversion.layer import embed
+from moesaic.conversion.prepare import prepare
 
 EVERY, FIRST = 6, 3
 BUDGETS = ((0.25, 1.0), (0.5, 1.0), (0.5, 2.0), (0.25, 4.0))
@@ -22,19 +22,19 @@ BUDGETS = ((0.25, 1.0), (0.5, 1.0), (0.5, 2.0), (0.25, 4.0))
 @torch.no_grad()
 def distinct(model: str, config: ConvertConfig) -> tuple[str, list[float]]:
     """(plan, different neurons over kept ones in every `EVERY`-th layer) of the dense model's own activations."""
-    job = prepare(model, config)
-    job.stream.load_outer()
-    hidden_NLD = embed(job)["calibration"]
+    conversion = prepare(model, config)
+    conversion.stream.load_embeddings_and_head()
+    hidden_NLD = embed(conversion)["calibration"]
     generator, shares = torch.Generator().manual_seed(config.seed), []
-    for index in range(len(job.stream.layers)):
-        with job.stream.layer(index) as layer:
+    for index in range(len(conversion.stream.layers)):
+        with conversion.stream.layer(index) as layer:
             if index % EVERY == FIRST:
-                sample = calibrate(job.stream, index, layer, hidden_NLD, job.domain_N)
-                found = job.partitioner.split(sample, job.plan, generator)
+                sample = calibrate(conversion.stream, index, layer, hidden_NLD, conversion.domain_N)
+                found = conversion.partitioner.split(sample, conversion.plan, generator)
                 shared = len(found.shared)
                 shares.append((len(found.experts.unique()) + shared) / (found.experts.numel() + shared))
-            hidden_NLD = job.stream.run(index, layer, hidden_NLD)
-    return str(job.plan), shares
+            hidden_NLD = conversion.stream.run(index, layer, hidden_NLD)
+    return str(conversion.plan), shares
 
 
 if __name__ == "__main__":

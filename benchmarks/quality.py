@@ -15,9 +15,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moesaic import tables
-from moesaic.frontier import Measurement, frontier
-from moesaic.methods import METHODS, NEURONS
+from moesaic.comparison.frontier import Measurement, frontier
+from moesaic.comparison.recipes import METHODS, NEURONS
+from moesaic.report import tables
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -27,9 +27,9 @@ from matplotlib.ticker import LogLocator
 import moesaic
 from moesaic import ConvertConfig, FinetuneConfig
 from moesaic.calibration.text import Document, read_documents, text_hash
-from moesaic.evaluation.machine import machine, versions
 from moesaic.evaluation.perplexity import perplexity
 from moesaic.evaluation.tasks import evaluate_tasks, read_tasks
+from moesaic.machine import machine, versions
 from moesaic.training.config import make_config
 
 CMOE = Path(__file__).parent.parent / "recipes" / "cmoe.yaml"

@@ -30,12 +30,12 @@ from torch.nn.functional import linear, silu
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
 import moesaic
-from moesaic.evaluation.active import active_block_weights
 from moesaic.evaluation.benchmark import benchmark
+from moesaic.evaluation.cost import active_block_weights
 from moesaic.evaluation.inspect import prompt_tokens
-from moesaic.evaluation.machine import machine, versions
-from moesaic.models.moe import Experts, MoE
-from moesaic.runtime.experts import experts_forward
+from moesaic.machine import machine, versions
+from moesaic.moe.block import Experts, MoE
+from moesaic.moe.kernels import experts_forward
 
 SHAPES = {"demo": (896, 4_864), "demo-1.5b": (1_536, 8_960), "llama-2-7b": (4_096, 11_008)}
 """(hidden size, FFN neurons)."""
@@ -61,7 +61,7 @@ def cmoe_loop(self: Any, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> T
 
 def triton_kernels(*args: Any) -> Tensor:
     """Ours, where Triton is."""
-    from moesaic.runtime.triton_experts import triton_experts_forward
+    from moesaic.moe.triton import triton_experts_forward
 
     return triton_experts_forward(*args)
 

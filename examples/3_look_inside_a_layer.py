@@ -4,18 +4,18 @@ import torch
 
 import moesaic
 from moesaic.calibration.layers import calibrate, expert_load, relative_error
-from moesaic.job import prepare
-from moesaic.layer import build_moe
+from moesaic.conversion.layer import build_moe
+from moesaic.conversion.prepare import prepare
 from moesaic.partition.coactivation import Coactivation
 
-job = prepare("tiny", moesaic.ConvertConfig(plan="S2A2E8", tokens=4_096, partition=Coactivation(iterations=4)))
-job.stream.load_outer()
-with torch.no_grad(), job.stream.layer(0) as layer:
-    sample = calibrate(job.stream, 0, layer, job.stream.embed(job.tokens_NL), job.domain_N)
-    partition = job.partitioner.split(sample, job.plan, torch.Generator().manual_seed(0))
-    moe = build_moe(job, sample, partition)
-    print("all experts on:", relative_error(sample, moe.all_on(sample.input_TD)))
+conversion = prepare("tiny", moesaic.ConvertConfig(plan="S2A2E8", tokens=4_096, partition=Coactivation(iterations=4)))
+conversion.stream.load_embeddings_and_head()
+with torch.no_grad(), conversion.stream.layer(0) as layer:
+    sample = calibrate(conversion.stream, 0, layer, conversion.stream.embed(conversion.tokens_NL), conversion.domain_N)
+    partition = conversion.partitioner.split(sample, conversion.plan, torch.Generator().manual_seed(0))
+    moe = build_moe(conversion, sample, partition)
+    print("all experts on:", relative_error(sample, moe.forward_all_experts(sample.input_TD)))
     print("routed:        ", relative_error(sample, moe(sample.input_TD)))
-    job.recovery.recover(moe, sample, partition)
+    conversion.recovery.recover(moe, sample, partition)
     print("recovered:     ", relative_error(sample, moe(sample.input_TD)))
     print("tokens of each expert:", expert_load(moe, sample).tolist())

@@ -1,4 +1,4 @@
-"""SHA-256 of the weights that conversions of `tiny` and a short training give, to see that a refactoring changes no bit.
+"""Hash the weights that conversions of `tiny` and a short training give: a refactoring changes no bit of them.
 
     python scripts/conversion_hashes.py                    # compare all with tests/data/conversion_hashes.json
     python scripts/conversion_hashes.py --only static      # those whose name contains this
@@ -23,6 +23,7 @@ PORTABLE = {
 }  # fmt: skip
 RECORDED = Path(__file__).parent.parent / "tests" / "data" / "conversion_hashes.json"
 DISJOINT, OVERLAPPING = ("S3A3E8", "S1A1E4"), ("S1A1E4", "S2A1E6")
+SHORT = {"dtype": "float32", "tokens": 4_096, "held_out_tokens": 512}
 TUNED = "finetune-lora-4-steps"
 
 
@@ -68,14 +69,13 @@ def measure(only: str = "") -> dict[str, str]:
         for name, settings in cases().items():
             if only in name:
                 out = Path(scratch) / name
-                config = moesaic.ConvertConfig(dtype="float32", tokens=4_096, held_out_tokens=512, **settings)
-                moesaic.convert("tiny", out, config, force=True)
+                moesaic.convert("tiny", out, moesaic.ConvertConfig(**SHORT, **settings), force=True)
                 hashes[name] = weights_sha256(out)
                 print(name, hashes[name][:12], file=sys.stderr)
         if only in TUNED:
             out = Path(scratch) / "source"
-            moesaic.convert("tiny", out, moesaic.ConvertConfig(
-                dtype="float32", tokens=4_096, held_out_tokens=512, partition="coactivation", plan="S3A3E8"))  # fmt: skip
+            settings = {"partition": "coactivation", "plan": "S3A3E8"}
+            moesaic.convert("tiny", out, moesaic.ConvertConfig(**SHORT, **settings))
             moesaic.finetune(out, Path(scratch) / TUNED, moesaic.FinetuneConfig(steps=4, samples=32, window=128))
             hashes[TUNED] = weights_sha256(Path(scratch) / TUNED)
     return hashes

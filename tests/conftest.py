@@ -24,9 +24,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from moesaic.calibration.sample import LayerSample
+from moesaic.calibration.activations import LayerActivations
+from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.config import ConvertConfig
-from moesaic.models.builtin import tiny_folder
 from moesaic.models.families import GatedFFN
 
 FAMILIES = {
@@ -98,18 +98,19 @@ def random_sample(tokens=200, hidden=16, neurons=48, seed=0, dtype=torch.float32
     ffn = GatedFFN(gate.to(dtype), up.to(dtype), down.to(dtype), torch.nn.SiLU())
     x = torch.randn(tokens, hidden, generator=g).to(dtype)
     weight, domain = 0.5 + torch.rand(tokens, generator=g), torch.arange(tokens) % 4
-    return LayerSample(ffn=ffn, input_TD=x, output_TD=ffn(x), weight_T=weight, domain_T=domain)
+    return LayerActivations(ffn=ffn, input_TD=x, output_TD=ffn(x), weight_T=weight, domain_T=domain)
 
 
 def block_for(sample, plan, gate="linear", bias=False):
     """An unfilled MoE block for a sample and a plan."""
     from types import SimpleNamespace
 
-    from moesaic.models.moe import MoE
+    from moesaic.moe.block import MoE
 
     config = SimpleNamespace(
-        hidden_size=sample.input_TD.shape[1], num_experts=plan.num_experts, num_experts_per_tok=plan.active,
-        moe_intermediate_size=plan.width, shared_expert_intermediate_size=plan.shared_width, shared_expert_bias=bias,
+        hidden_size=sample.input_TD.shape[1], num_experts=plan.num_experts,
+        num_experts_per_tok=plan.num_experts_per_tok, moe_intermediate_size=plan.width,
+        shared_expert_intermediate_size=plan.shared_width, shared_expert_bias=bias,
         router=gate, router_hidden_size=16, router_threshold=0.5, _experts_implementation="eager",
     )  # fmt: skip
     return MoE(config, sample.ffn.act_fn).to(sample.input_TD.dtype).requires_grad_(False)

@@ -7,12 +7,13 @@ import torch
 
 import moesaic
 from conftest import QUICK, small_model
-from moesaic import InputError, choice, convert
-from moesaic.choice import TIE, candidates, choose, trial, trial_windows
-from moesaic.confidence import STEP, fit_confidence
-from moesaic.layer import embed
+from moesaic import InputError, convert
+from moesaic.checkpoint.writer import ResumableOutput
+from moesaic.conversion import auto as choice
+from moesaic.conversion.auto import TIE, candidates, choose, trial, trial_windows
+from moesaic.conversion.layer import embed
+from moesaic.conversion.temperature import STEP, fit_temperature
 from moesaic.models.families import scale_logits
-from moesaic.models.writer import ResumableOutput
 
 AUTO = QUICK.model_copy(update={"partition": "auto", "active": 0.5})
 
@@ -22,10 +23,10 @@ def test_the_better_cut_is_taken_and_all_are_reported(tmp_path, fine):
     config = AUTO.model_copy(update={"fine": fine})
     metrics = convert("tiny", tmp_path / "out", config)
     losses = {f"{t['partition']} {t['plan']}": t["held_out_loss"] for t in metrics["trials"]}
-    jobs = candidates("tiny", config)
-    assert list(losses) == [job.name for job in jobs]
+    conversions = candidates("tiny", config)
+    assert list(losses) == [conversion.name for conversion in conversions]
     assert losses[f"{metrics['partition']} {metrics['plan']}"] <= min(losses.values()) + TIE
-    assert [trial(job) for job in jobs] == pytest.approx(list(losses.values()))
+    assert [trial(conversion) for conversion in conversions] == pytest.approx(list(losses.values()))
 
 
 @pytest.mark.parametrize(
@@ -33,25 +34,29 @@ def test_the_better_cut_is_taken_and_all_are_reported(tmp_path, fine):
     [((3.0, 2.9), "coactivation"), ((3.0, 3.0 - TIE / 2), "specialists"), ((2.9, 3.0), "specialists")],
 )
 def test_the_faster_cut_wins_a_tie(tmp_path, losses, taken):
-    jobs = candidates("tiny", AUTO)
+    conversions = candidates("tiny", AUTO)
     partial = ResumableOutput(tmp_path / "out", {}, resume=False)
-    for job, loss in zip(jobs, losses, strict=True):
-        partial.add_trial(job.name, loss)
-    job, trials = choose(jobs, partial)
-    assert job.config.partition == taken
+    for conversion, loss in zip(conversions, losses, strict=True):
+        partial.add_trial(conversion.name, loss)
+    conversion, trials = choose(conversions, partial)
+    assert conversion.config.partition == taken
     assert tuple(t["held_out_loss"] for t in trials) == losses
 
 
 def test_the_fine_cut_is_tried_where_it_is_asked_for(tmp_path):
-    jobs = candidates("tiny", AUTO.model_copy(update={"fine": True}))
-    assert [job.name for job in jobs] == ["specialists S1A1E4", "coactivation S3A3E12", "coactivation S12A12E48"]
+    conversions = candidates("tiny", AUTO.model_copy(update={"fine": True}))
+    assert [conversion.name for conversion in conversions] == [
+        "specialists S1A1E4",
+        "coactivation S3A3E12",
+        "coactivation S12A12E48",
+    ]
     partial = ResumableOutput(tmp_path / "out", {}, resume=False)
-    for job, loss in zip(jobs, (3.0, 2.9, 2.8), strict=True):
-        partial.add_trial(job.name, loss)
-    job, trials = choose(jobs, partial)
-    assert (job.name, job.config.fine, len(trials)) == ("coactivation S12A12E48", True, 3)
+    for conversion, loss in zip(conversions, (3.0, 2.9, 2.8), strict=True):
+        partial.add_trial(conversion.name, loss)
+    conversion, trials = choose(conversions, partial)
+    assert (conversion.name, conversion.config.fine, len(trials)) == ("coactivation S12A12E48", True, 3)
     [named] = candidates("tiny", AUTO.model_copy(update={"partition": "coactivation", "fine": True}))
-    assert named.plan == job.plan
+    assert named.plan == conversion.plan
 
 
 @pytest.mark.parametrize(
@@ -72,9 +77,9 @@ def test_what_no_fine_cut_can_be_is_refused(changes, message):
     ("fine", "names"), [(False, ["S1A1E8", "S3A3E12"]), (True, ["S1A1E8", "S3A3E12", "S12A12E48"])]
 )
 def test_a_memory_budget_need_not_be_spent(fine, names):
-    jobs = candidates("tiny", AUTO.model_copy(update={"memory_factor": 2.0, "fine": fine}))
-    assert [str(job.plan) for job in jobs] == names
-    assert [job.config.memory_factor for job in jobs] == [2.0] + [1.0] * (len(jobs) - 1)
+    conversions = candidates("tiny", AUTO.model_copy(update={"memory_factor": 2.0, "fine": fine}))
+    assert [str(conversion.plan) for conversion in conversions] == names
+    assert [conversion.config.memory_factor for conversion in conversions] == [2.0] + [1.0] * (len(conversions) - 1)
 
 
 @pytest.mark.parametrize(
@@ -122,16 +127,16 @@ def test_logits_scale_in_every_family(family):
 
 @torch.no_grad()
 def test_confidence_is_the_best_factor_on_the_grid():
-    [job] = candidates("tiny", QUICK.model_copy(update={"active": 0.5, "tokens": 4_096}))
-    job.stream.load_outer()
-    hidden = embed(job)["validation"]
-    for index in range(len(job.stream.layers)):
-        with job.stream.layer(index) as layer:
-            hidden = job.stream.run(index, layer, hidden)
-    weight = job.stream.model.base_model.norm.weight
+    [conversion] = candidates("tiny", QUICK.model_copy(update={"active": 0.5, "tokens": 4_096}))
+    conversion.stream.load_embeddings_and_head()
+    hidden = embed(conversion)["validation"]
+    for index in range(len(conversion.stream.layers)):
+        with conversion.stream.layer(index) as layer:
+            hidden = conversion.stream.run(index, layer, hidden)
+    weight = conversion.stream.model.base_model.norm.weight
     weight *= 1.5  # too sure of itself
     before = weight.clone()
-    factor, tensors = fit_confidence(job, hidden)
+    factor, tensors = fit_temperature(conversion, hidden)
     assert torch.equal(weight, before)
     assert factor < 0.8
     [scaled] = tensors.values()
@@ -139,7 +144,7 @@ def test_confidence_is_the_best_factor_on_the_grid():
 
     def loss(value):
         weight.copy_(before * value)
-        found = job.stream.token_losses(job.validation_NL, hidden).mean().item()
+        found = conversion.stream.token_losses(conversion.validation_NL, hidden).mean().item()
         weight.copy_(before)
         return found
 

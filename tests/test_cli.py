@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from moesaic import cli, tables
+from moesaic import cli
+from moesaic.report import tables
 
 SMALL = ["--tokens", "1024", "--plan", "S1A2E8"]
 
@@ -206,7 +207,7 @@ def test_a_frontier_fits_eighty_columns_and_shows_only_what_was_measured():
 
 @pytest.mark.parametrize(("asked", "used"), [([], "float16"), (["--dtype", "float32"], "float32")])
 def test_texts_are_scored_in_the_dtype_that_is_fast_unless_one_is_asked_for(run, monkeypatch, asked, used):
-    monkeypatch.setattr("moesaic.models.loading.compute_dtype", lambda dtype, device: torch.float16)
+    monkeypatch.setattr("moesaic.formats.loading.compute_dtype", lambda dtype, device: torch.float16)
     code, out, err = run("evaluate", "tiny", "--window", "64", "--max-tokens", "64", *asked, "--json")
     assert code == 0, err
     assert json.loads(out)["dtype"] == used

@@ -3,13 +3,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic import ConvertConfig, InputError, Plan
-from moesaic.config import FEWEST, disjoint_plan, parse_plan, specialists_plan
 from moesaic.partition.cmoe import CMoE
+from moesaic.plan import FEWEST, disjoint_plan, parse_plan, specialists_plan
 
 
 def test_plan_reads_and_writes():
     plan = parse_plan("S3A3E8", 4864)
-    assert (plan.shared, plan.active, plan.groups, plan.width) == (3, 3, 8, 608)
+    assert (plan.shared, plan.num_experts_per_tok, plan.groups, plan.width) == (3, 3, 8, 608)
     assert str(plan) == "S3A3E8"
     assert plan.ffn_active(4864) == 0.75
     assert plan.num_experts == 5
@@ -37,14 +37,14 @@ def test_bad_plans_say_the_way_out(text, width, says):
 def test_chosen_plan_is_near_the_wish(active, size):
     plan = disjoint_plan(active, size)
     assert plan.groups * plan.width == size
-    assert plan.shared + plan.active <= plan.groups
+    assert plan.shared + plan.num_experts_per_tok <= plan.groups
     assert abs(plan.ffn_active(size) - active) <= 0.5 * plan.width / size + 1e-9
 
 
 @given(active=st.floats(0.05, 0.95), factor=st.floats(1, 8), size=st.sampled_from([768, 4864, 8960]))
 def test_specialists_stay_within_memory(active, factor, size):
     plan = specialists_plan(active, factor, size)
-    assert plan.active == 1
+    assert plan.num_experts_per_tok == 1
     assert plan.shared >= 1
     assert plan.num_experts >= FEWEST
     assert plan.memory_factor(size) <= factor + 1e-6

@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM
 
 import moesaic
 from conftest import QUICK
-from moesaic import InputError, WorkError, convert, job, registry
+from moesaic import InputError, WorkError, convert, registry
 from moesaic.calibration.text import bundled, token_windows
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.checkpoint.writer import ResumableOutput, check_space
+from moesaic.conversion import prepare as conversion
+from moesaic.formats.converted import moesaic_fields
 from moesaic.models import devices
-from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.converted import working_fields
-from moesaic.models.writer import ResumableOutput, check_space
 
 KEYS = {
     "output", "format", "plan", "ffn_active", "total_parameters", "active_parameters", "perplexity_dense", "perplexity",
@@ -62,7 +63,7 @@ def test_what_is_written_does_not_depend_on_what_is_calculated_in(folders, tmp_p
     config = QUICK.model_copy(update={"plan": "S1A2E8", "dtype": "bfloat16", "format": "moesaic"})
     made = {}
     for compute in (torch.bfloat16, torch.float32):
-        monkeypatch.setattr(job, "compute_dtype", lambda dtype, device, compute=compute: compute)
+        monkeypatch.setattr(conversion, "compute_dtype", lambda dtype, device, compute=compute: compute)
         made[compute] = convert(folders("qwen2"), tmp_path / str(compute), config)
         assert made[compute]["compute_dtype"] == str(compute).removeprefix("torch.")
     half, wide = (weights(tmp_path / str(compute)) for compute in made)
@@ -162,7 +163,7 @@ def test_every_partition_with_every_recovery(folders, tmp_path, partition, recov
 def test_every_router(folders, tmp_path, router):
     config = QUICK.model_copy(update={"active": 0.5, "router": router, "recovery": "none"})
     convert(folders("llama"), tmp_path / "out", config)
-    assert working_fields(Checkpoint(tmp_path / "out"))["router"] == router
+    assert moesaic_fields(Checkpoint(tmp_path / "out"))["router"] == router
 
 
 class Killed(BaseException):
@@ -251,7 +252,7 @@ def test_an_unfinished_conversion_of_something_else_is_refused(folders, tmp_path
     with pytest.raises(InputError, match="another model"):
         convert(folders("llama"), out, QUICK)
     convert(folders("llama"), out, QUICK, resume=False)
-    assert working_fields(Checkpoint(out))["dense_model_type"] == "llama"
+    assert moesaic_fields(Checkpoint(out))["dense_model_type"] == "llama"
 
 
 def test_existing_output_is_kept_unless_told(folders, tmp_path, made):
@@ -259,9 +260,9 @@ def test_existing_output_is_kept_unless_told(folders, tmp_path, made):
     shutil.copytree(made[0], out)
     with pytest.raises(InputError, match="exists; choose another folder or pass --overwrite"):
         convert(folders("llama"), out, QUICK)
-    assert working_fields(Checkpoint(out))["dense_model_type"] == "qwen2"
+    assert moesaic_fields(Checkpoint(out))["dense_model_type"] == "qwen2"
     convert(folders("llama"), out, QUICK, overwrite=True)
-    assert working_fields(Checkpoint(out))["dense_model_type"] == "llama"
+    assert moesaic_fields(Checkpoint(out))["dense_model_type"] == "llama"
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import FAMILIES, QUICK, SMALL, small_model
 from moesaic import convert, export, load
-from moesaic.models.builtin import tiny_folder
+from moesaic.checkpoint.builtin import tiny_folder
 
 ROOT = Path(__file__).parent.parent
 NATIVE_FAMILIES = ["llama", "llama3-rope", "mistral", "qwen2", "qwen3"]

@@ -10,12 +10,12 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 import moesaic
 from moesaic import InputError
-from moesaic.evaluation.active import active_weights, ffn_of
 from moesaic.evaluation.benchmark import benchmark
+from moesaic.evaluation.cost import active_weights, ffn_of
 from moesaic.evaluation.inspect import prompt_tokens
-from moesaic.evaluation.machine import give_back_memory
 from moesaic.evaluation.perplexity import PROTOCOLS, perplexity
 from moesaic.evaluation.tasks import evaluate_tasks, read_tasks, score_pairs
+from moesaic.machine import give_back_memory
 from moesaic.models.families import decoder_layers
 
 

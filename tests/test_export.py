@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 import moesaic
 from conftest import QUICK, SMALL, small_model
 from moesaic import InputError, WorkError, convert, evaluate, export, registry
-from moesaic.export import check
-from moesaic.models.builtin import tiny_folder
-from moesaic.models.converted import Converted
-from moesaic.models.native import _decoder
-from moesaic.models.working import working_config
+from moesaic.checkpoint.builtin import tiny_folder
+from moesaic.formats import verify as check
+from moesaic.formats.architectures import _decoder
+from moesaic.formats.converted import Converted
+from moesaic.moe.modeling import moesaic_config
 
-pipeline = sys.modules["moesaic.convert"]  # `moesaic.convert` is the function
+pipeline = sys.modules["moesaic.conversion.convert"]
 CELLS = {
     "glm4_moe": ["llama", "llama3-rope", "mistral", "qwen2", "qwen3", "phi3", "tied"],
     "qwen2_moe": ["llama", "qwen2", "phi3", "tied"],
@@ -288,7 +288,7 @@ def test_what_a_form_cannot_say_is_refused_before_anything_is_written(
     ],
 )
 def test_configurations_that_it_cannot_say(family, change, reason):
-    working = working_config(small_model(family).config, moesaic.Plan(1, 2, 8, 12), "linear")
+    working = moesaic_config(small_model(family).config, moesaic.Plan(1, 2, 8, 12), "linear")
     FORM.config(working)
     for name, value in change.items():
         setattr(working, name, value)
@@ -297,7 +297,7 @@ def test_configurations_that_it_cannot_say(family, change, reason):
 
 
 def test_forms_that_turn_whole_heads_refuse_models_that_turn_parts():
-    working = working_config(small_model("phi3").config, moesaic.Plan(0, 1, 8, 12), "linear")
+    working = moesaic_config(small_model("phi3").config, moesaic.Plan(0, 1, 8, 12), "linear")
     mixtral = registry.build("export", "mixtral")
     mixtral.config(working)
     working.rope_parameters = working.rope_parameters | {"partial_rotary_factor": 0.5}
@@ -306,7 +306,7 @@ def test_forms_that_turn_whole_heads_refuse_models_that_turn_parts():
 
 
 def test_a_window_as_long_as_the_model_reaches_is_none():
-    working = working_config(small_model("mistral").config, moesaic.Plan(1, 2, 8, 12), "linear")
+    working = moesaic_config(small_model("mistral").config, moesaic.Plan(1, 2, 8, 12), "linear")
     working.sliding_window = SMALL["max_position_embeddings"]
     FORM.config(working)
 

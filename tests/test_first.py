@@ -10,12 +10,12 @@ from transformers import AutoTokenizer
 
 from conftest import QUICK, block_for, random_sample
 from moesaic import Plan, convert, registry
-from moesaic.calibration.first import CHAT_SHARE, SHARE, ffn_factor, first_targets, first_tokens
 from moesaic.calibration.layers import replaced_ffn
-from moesaic.job import prepare
-from moesaic.layer import convert_layer, embed
-from moesaic.models.builtin import tiny_folder
-from moesaic.models.stream import LayerStream
+from moesaic.calibration.sinks import CHAT_SHARE, SHARE, ffn_factor, opening_targets, opening_tokens
+from moesaic.checkpoint.builtin import tiny_folder
+from moesaic.conversion.layer import convert_layer, embed
+from moesaic.conversion.prepare import prepare
+from moesaic.models.layerwise import LayerwiseModel
 from moesaic.recovery.closed_form import ClosedForm
 
 CPU = torch.device("cpu")
@@ -33,26 +33,26 @@ def no_bos():
 
 def test_openings_are_spread_over_the_text_and_some_open_a_chat(no_bos):
     tokens = torch.arange(2, 2 + 128).view(2, 64)
-    assert first_tokens(tokens, no_bos, None).tolist() == [[2 + SHARE * i] for i in range(128 // SHARE)]
-    assert len(first_tokens(tokens, no_bos, 0)) == 0
-    assert first_tokens(tokens, no_bos, 10_000).flatten().equal(tokens.flatten())
+    assert opening_tokens(tokens, no_bos, None).tolist() == [[2 + SHARE * i] for i in range(128 // SHARE)]
+    assert len(opening_tokens(tokens, no_bos, 0)) == 0
+    assert opening_tokens(tokens, no_bos, 10_000).flatten().equal(tokens.flatten())
     no_bos.chat_template = "Q: {{ messages[0].content }}"
-    opened = first_tokens(tokens, no_bos, None).flatten()
+    opened = opening_tokens(tokens, no_bos, None).flatten()
     assert set(opened[::CHAT_SHARE].tolist()) == {no_bos("Q")["input_ids"][0]}
     assert opened[1].item() == 2 + SHARE
     no_bos.chat_template = "{{ raise_exception('a system message first') }}"
-    assert first_tokens(tokens, no_bos, None)[0].item() == 2
+    assert opening_tokens(tokens, no_bos, None)[0].item() == 2
 
 
 def test_a_tokenizer_with_a_bos_needs_none():
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder())
-    assert first_tokens(torch.arange(64).view(1, 64), tokenizer, None).shape == (0, 1)
+    assert opening_tokens(torch.arange(64).view(1, 64), tokenizer, None).shape == (0, 1)
 
 
 def first_layer(folder):
     """(stream, hidden states of texts of 9 tokens and of their first tokens alone)."""
-    stream = LayerStream(folder, torch.float32, CPU)
-    stream.load_outer()
+    stream = LayerwiseModel(folder, torch.float32, CPU)
+    stream.load_embeddings_and_head()
     tokens = torch.randint(2, 1024, (5, 9), generator=torch.Generator().manual_seed(0))
     return stream, stream.embed(tokens), stream.embed(tokens[:, :1])
 
@@ -72,7 +72,7 @@ def test_with_the_target_as_ffn_output_the_layer_gives_the_dense_stream(folders,
         expected = stream.run(1, layer, dense)
         expected_factor = 0 if family in NORM_BEHIND else {"granite": 0.5}.get(family, 1)
         assert ffn_factor(stream, 1, layer, dense[:1]) == pytest.approx(expected_factor, abs=1e-5)
-        (_, target), after = first_targets(stream, 1, layer, moved, dense)
+        (_, target), after = opening_targets(stream, 1, layer, moved, dense)
         torch.testing.assert_close(after, expected)
         if family in NORM_BEHIND:
             return
@@ -93,8 +93,8 @@ def test_recovery_fits_openings_as_so_many_more_rows(name, plan):
     partitioner = registry.build("partition", name)
     partition = partitioner.split(sample, plan, torch.Generator().manual_seed(0))
     moe = block_for(sample, plan)
-    gate = registry.build("router", partitioner.default_router).build(sample, partition, plan.active)
-    moe.fill(sample.ffn, partition.shared, partition.experts, gate)
+    gate = registry.build("router", partitioner.default_router).build(sample, partition, plan.num_experts_per_tok)
+    moe.load_dense(sample.ffn, partition.shared, partition.experts, gate)
     blocks = [partition.shared, *partition.experts]
 
     def rows(part):
@@ -106,7 +106,7 @@ def test_recovery_fits_openings_as_so_many_more_rows(name, plan):
 
     (z, y), (z_first, y_first) = rows(sample), rows(opening)
     expected = np.linalg.lstsq(torch.cat([z, z_first]).numpy(), torch.cat([y, y_first]).numpy(), rcond=None)[0]
-    ClosedForm(ridge=0).recover(moe, replace(sample, first=opening), partition)
+    ClosedForm(ridge=0).recover(moe, replace(sample, opening=opening), partition)
     found = torch.cat([down.T for _, _, (_, _, down) in moe.parts(partition.shared, partition.experts)])
     torch.testing.assert_close(found, torch.from_numpy(expected), rtol=2e-2, atol=2e-3)
 
@@ -122,14 +122,14 @@ def no_bos_folder(folders, no_bos, tmp_path):
 def test_a_converted_layer_loses_less_of_first_tokens(no_bos_folder):
     errors = {}
     for count in (0, 256):
-        job = prepare(
+        conversion = prepare(
             no_bos_folder, QUICK.model_copy(update={"partition": "specialists", "active": 0.5, "first_tokens": count})
         )
-        assert len(job.first_N1) == count
-        job.stream.load_outer()
-        states = embed(job)
+        assert len(conversion.opening_N1) == count
+        conversion.stream.load_embeddings_and_head()
+        states = embed(conversion)
         for index in range(2):
-            _, states, _ = convert_layer(job, index, states)
+            _, states, _ = convert_layer(conversion, index, states)
         dense, ours = states["dense"][:, 0], states["converted"][:, 0]
         errors[count] = ((ours - dense).norm(dim=1) / dense.norm(dim=1)).mean().item()
     assert errors[256] < errors[0]

@@ -8,14 +8,14 @@ import torch
 
 from conftest import FAMILIES, small_model
 from moesaic import InputError
-from moesaic.choice import candidates
-from moesaic.config import Plan
-from moesaic.evaluation.active import active_weights, ffn_of
-from moesaic.evaluation.neurons import TopNeurons, top_neurons
-from moesaic.evaluation.shape_speed import shaped
-from moesaic.frontier import Measurement, Point, _shape, frontier, summarise
-from moesaic.methods import METHODS
+from moesaic.comparison.bounds import TopNeurons, top_neurons
+from moesaic.comparison.frontier import Measurement, Point, _shape, frontier, summarise
+from moesaic.comparison.recipes import METHODS
+from moesaic.comparison.speed import shaped
+from moesaic.conversion.auto import candidates
+from moesaic.evaluation.cost import active_weights, ffn_of
 from moesaic.models.families import decoder_layers, ffn_name, gated_ffn
+from moesaic.plan import Plan
 
 MEASUREMENT = Measurement(tokens=2_048, max_tokens=4_096, speed=False)
 
@@ -62,7 +62,7 @@ def test_rows_and_charts_are_kept_and_not_measured_again(measured, monkeypatch):
     assert {"frontier.json", "frontier.png", "frontier.svg"} == {p.name for p in out.iterdir()}
     assert json.loads((out / "frontier.json").read_text()) == json.loads(json.dumps(result))
     assert all(row["machine"] and row["versions"]["torch"] == torch.__version__ for row in result["rows"])
-    monkeypatch.setattr("moesaic.frontier.convert", None)
+    monkeypatch.setattr("moesaic.comparison.frontier.convert", None)
     again = frontier("tiny", out, active=[0.25], methods=["flap", "cmoe"], measurement=MEASUREMENT)
     assert again["rows"] == result["rows"]
     with pytest.raises(InputError, match=r"another .*tokens"):
@@ -71,7 +71,7 @@ def test_rows_and_charts_are_kept_and_not_measured_again(measured, monkeypatch):
 
 def test_speed_is_measured_later_and_once_a_shape(measured, monkeypatch):
     out, before = measured
-    monkeypatch.setattr("moesaic.frontier.convert", None)
+    monkeypatch.setattr("moesaic.comparison.frontier.convert", None)
     ask = {"active": [0.25], "methods": ["flap"], "measurement": replace(MEASUREMENT, speed=True)}
     result = frontier("tiny", out, **ask)
     speedup = {row["method"]: row["speedup"] for row in result["rows"]}
@@ -81,15 +81,15 @@ def test_speed_is_measured_later_and_once_a_shape(measured, monkeypatch):
     assert {(speed["plan"], speed["expert_width"]) for speed in result["speeds"]} == shapes
     assert len(result["speeds"]) == len(shapes) < len(before["rows"])
     assert {row["method"]: row["speedup"] for row in result["summary"]}["cmoe"] == speedup["cmoe"] > 0
-    monkeypatch.setattr("moesaic.frontier.shape_speed", None)
+    monkeypatch.setattr("moesaic.comparison.frontier.shape_speed", None)
     assert frontier("tiny", out, **ask)["speeds"] == result["speeds"]
     file = out / "frontier.json"
     rows = [row | {"speedup": None} for row in result["rows"]]
     file.write_text(json.dumps(result | {"rows": rows}))
     unmeasured = frontier("tiny", out, **ask | {"measurement": MEASUREMENT})
     assert unmeasured["rows"] == result["rows"]  # a shape that is known is not lost on rows that came later
-    monkeypatch.setattr("moesaic.frontier.machine", lambda: "another machine")
-    monkeypatch.setattr("moesaic.frontier.shape_speed", lambda *_, **__: {"speedup": 7.0})
+    monkeypatch.setattr("moesaic.comparison.frontier.machine", lambda: "another machine")
+    monkeypatch.setattr("moesaic.comparison.frontier.shape_speed", lambda *_, **__: {"speedup": 7.0})
     assert {row["speedup"] for row in frontier("tiny", out, **ask)["rows"]} == {7.0, None}
 
 
@@ -106,7 +106,7 @@ def test_a_shape_reads_the_bytes_of_a_conversion_and_is_dense_outside_its_ffns(f
     dense = small_model(family)
     model = shaped(dense, plan)
     outside = active_weights(dense) - sum(p.numel() for b in map(ffn_of, decoder_layers(dense)) for p in b.parameters())
-    neurons = (plan.shared + plan.active) * plan.width
+    neurons = (plan.shared + plan.num_experts_per_tok) * plan.width
     routers = plan.num_experts * (dense.config.hidden_size + 1)
     layer = 3 * dense.config.hidden_size * neurons + routers
     assert active_weights(model) == outside + dense.config.num_hidden_layers * layer
@@ -138,12 +138,12 @@ def test_the_summary_has_means_and_deviations_over_seeds():
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "read-me"])
 def test_every_method_fits_tiny(name):
-    for job in candidates("tiny", Point(name, 0.25, 1.0, 0).config(MEASUREMENT)):
-        assert job.plan.ffn_active(job.stream.config.intermediate_size) == pytest.approx(0.25, abs=0.01)
+    for conversion in candidates("tiny", Point(name, 0.25, 1.0, 0).config(MEASUREMENT)):
+        assert conversion.plan.ffn_active(conversion.stream.config.intermediate_size) == pytest.approx(0.25, abs=0.01)
 
 
 def test_all_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr("moesaic.frontier._measure", lambda model, point, *_: row_of(point))
+    monkeypatch.setattr("moesaic.comparison.frontier._measure", lambda model, point, *_: row_of(point))
     result = frontier("tiny", tmp_path, active=[0.25], methods=["all"], measurement=MEASUREMENT)
     assert {row["method"] for row in result["rows"]} == {*METHODS, "neurons"} - {"read-me"}
     [(name, reason)] = result["unfit"].items()
@@ -167,7 +167,7 @@ def test_a_stopped_conversion_waits_for_its_turn(tmp_path, monkeypatch):
         folders.append(output)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moesaic.frontier.convert", stop)
+    monkeypatch.setattr("moesaic.comparison.frontier.convert", stop)
     for method in ("cmoe", "flap", "cmoe"):
         with pytest.raises(KeyboardInterrupt):
             frontier("tiny", tmp_path, active=[0.25], methods=[method], measurement=MEASUREMENT)

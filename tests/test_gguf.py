@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from conftest import QUICK, small_model
 from moesaic import InputError, Plan, WorkError, convert, export
 from moesaic.cli import app
-from moesaic.export import gguf as gguf_export
-from moesaic.export.gguf_vocab import adds, pre_tokenizer, scores, token_list
-from moesaic.models.working import working_config
+from moesaic.formats.gguf import writer as gguf_export
+from moesaic.formats.gguf.vocabulary import adds, pre_tokenizer, scores, token_list
+from moesaic.moe.modeling import moesaic_config
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +106,11 @@ def test_what_llama_cpp_lacks_is_refused(folders, tmp_path, family, settings, ou
     ],
 )
 def test_what_llama_cpp_lacks_of_a_rope_is_refused(rope, reason):
-    working = working_config(small_model("qwen2").config, Plan(1, 2, 8, 12), "linear")
-    assert gguf_export.gguf_form(working, has_bias=True).name == "glm4_moe"
+    working = moesaic_config(small_model("qwen2").config, Plan(1, 2, 8, 12), "linear")
+    assert gguf_export.gguf_format(working, has_bias=True).name == "glm4_moe"
     working.rope_parameters = working.rope_parameters | rope
     with pytest.raises(InputError, match=reason):
-        gguf_export.gguf_form(working, has_bias=True)
+        gguf_export.gguf_format(working, has_bias=True)
 
 
 def test_k_quants_need_llama_quantize(converted, tmp_path, monkeypatch):

@@ -12,12 +12,12 @@ from transformers.activations import ACT2FN
 import moesaic
 from conftest import QUICK, SMALL, block_for, random_sample
 from moesaic import InputError, Plan, registry
-from moesaic.calibration.layers import AttentionTape, calibrate, drift
-from moesaic.evaluation.active import active_block_weights
-from moesaic.job import prepare
-from moesaic.models.builtin import tiny_folder
-from moesaic.models.gates import GATES
-from moesaic.models.loading import choose_experts
+from moesaic.calibration.layers import AttentionTape, calibrate, residual_stream_error
+from moesaic.checkpoint.builtin import tiny_folder
+from moesaic.conversion.prepare import prepare
+from moesaic.evaluation.cost import active_block_weights
+from moesaic.formats.loading import choose_experts
+from moesaic.routing._gates import GATES
 
 ROUTED = [n for n in registry.names("partition") if not registry.method("partition", n).static]
 DISJOINT = [n for n in ROUTED if not registry.method("partition", n).overlapping]
@@ -26,23 +26,30 @@ DISJOINT = [n for n in ROUTED if not registry.method("partition", n).overlapping
 @pytest.mark.parametrize("name", DISJOINT)
 @torch.no_grad()
 def test_all_on_equals_dense_for_every_family(folders, family, name):
-    job = prepare(folders(family), QUICK.model_copy(update={"partition": name, "plan": "S1A2E8"}))
-    job.stream.load_outer()
-    hidden = job.stream.embed(job.tokens_NL)
-    with job.stream.layer(1) as layer:
-        sample = calibrate(job.stream, 1, layer, hidden, job.domain_N)
-        partition = job.partitioner.split(sample, job.plan, torch.Generator().manual_seed(0))
-    moe = block_for(sample, job.plan, job.router.gate)
-    moe.fill(sample.ffn, partition.shared, partition.experts, job.router.build(sample, partition, job.plan.active))
-    torch.testing.assert_close(moe.all_on(sample.input_TD), sample.output_TD, rtol=1e-4, atol=1e-5)
+    conversion = prepare(folders(family), QUICK.model_copy(update={"partition": name, "plan": "S1A2E8"}))
+    conversion.stream.load_embeddings_and_head()
+    hidden = conversion.stream.embed(conversion.tokens_NL)
+    with conversion.stream.layer(1) as layer:
+        sample = calibrate(conversion.stream, 1, layer, hidden, conversion.domain_N)
+        partition = conversion.partitioner.split(sample, conversion.plan, torch.Generator().manual_seed(0))
+    moe = block_for(sample, conversion.plan, conversion.router.gate)
+    moe.load_dense(
+        sample.ffn,
+        partition.shared,
+        partition.experts,
+        conversion.router.build(sample, partition, conversion.plan.num_experts_per_tok),
+    )
+    torch.testing.assert_close(moe.forward_all_experts(sample.input_TD), sample.output_TD, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_tokens_count_relative_to_their_output():
-    job = prepare("tiny", QUICK)
-    job.stream.load_outer()
-    with job.stream.layer(0) as layer:
-        sample = calibrate(job.stream, 0, layer, job.stream.embed(job.tokens_NL), job.domain_N)
+    conversion = prepare("tiny", QUICK)
+    conversion.stream.load_embeddings_and_head()
+    with conversion.stream.layer(0) as layer:
+        sample = calibrate(
+            conversion.stream, 0, layer, conversion.stream.embed(conversion.tokens_NL), conversion.domain_N
+        )
     norm = sample.output_TD.float().norm(dim=1)
     relative = sample.weight_T * norm.clamp(min=norm.median() / 20)
     torch.testing.assert_close(relative, relative[0].expand_as(relative))
@@ -51,32 +58,32 @@ def test_tokens_count_relative_to_their_output():
 
 @torch.no_grad()
 def test_attention_runs_once_and_is_played_again_in_every_family(folders, family):
-    job = prepare(folders(family), QUICK)
-    job.stream.load_outer()
-    hidden = job.stream.embed(job.tokens_NL)
+    conversion = prepare(folders(family), QUICK)
+    conversion.stream.load_embeddings_and_head()
+    hidden = conversion.stream.embed(conversion.tokens_NL)
     runs = []
-    with job.stream.layer(0) as layer:
+    with conversion.stream.layer(0) as layer:
         layer.self_attn.o_proj.register_forward_hook(lambda *_: runs.append(1))
         tape = AttentionTape(layer)
         with tape.recording():
-            once = job.stream.run(0, layer, hidden)
+            once = conversion.stream.run(0, layer, hidden)
         batches = len(runs)
         assert batches == len(tape.outputs) > 0
         with tape.playing():
-            assert torch.equal(job.stream.run(0, layer, hidden), once)
+            assert torch.equal(conversion.stream.run(0, layer, hidden), once)
         assert len(runs) == batches
         assert not tape.outputs
-        assert torch.equal(job.stream.run(0, layer, hidden), once)
+        assert torch.equal(conversion.stream.run(0, layer, hidden), once)
         assert len(runs) == 2 * batches
 
 
 def test_drift_tells_the_stream_and_its_sinks():
     dense = torch.ones(2, 5, 4)
-    assert drift(dense, 1.5 * dense) == pytest.approx({"residual_error": 0.5, "sink_norm": None})
+    assert residual_stream_error(dense, 1.5 * dense) == pytest.approx({"residual_error": 0.5, "sink_norm": None})
     dense[0, 0] = 100
     converted = dense.clone()
     converted[0, 0] = 80
-    assert drift(dense, converted) == pytest.approx({"residual_error": 0.02, "sink_norm": 0.8})
+    assert residual_stream_error(dense, converted) == pytest.approx({"residual_error": 0.02, "sink_norm": 0.8})
 
 
 def filled(plan, gate="linear", dtype=torch.float32, name="random"):
@@ -85,7 +92,7 @@ def filled(plan, gate="linear", dtype=torch.float32, name="random"):
     moe = block_for(sample, plan, gate)
     g = torch.Generator().manual_seed(2)
     weights = {n: torch.randn(p.shape, generator=g) for n, p in moe.gate.named_parameters()} if moe.gate else {}
-    moe.fill(sample.ffn, partition.shared, partition.experts, weights)
+    moe.load_dense(sample.ffn, partition.shared, partition.experts, weights)
     return moe, sample, partition
 
 
@@ -107,7 +114,7 @@ def test_block_equals_masking_the_dense_activations(plan):
     mask[:, partition.shared] = 1
     if moe.gate is not None:
         index, _ = moe.gate(x, moe.experts)
-        for k in range(plan.active):
+        for k in range(plan.num_experts_per_tok):
             mask.scatter_(1, partition.experts[index[:, k]], 1.0)
     torch.testing.assert_close(moe(x), linear(mask * ffn.hidden(x), ffn.down_DF))
 
@@ -153,7 +160,7 @@ def test_our_experts_equal_the_naive_loop_for_any_choice(poisoned, tokens, choic
 @pytest.mark.parametrize("act_fn", [torch.nn.SiLU(), ACT2FN["gelu_pytorch_tanh"]])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_triton_kernels_equal_the_naive_loop(poisoned, tokens, act_fn, dtype):
-    kernels = pytest.importorskip("moesaic.runtime.triton_experts")
+    kernels = pytest.importorskip("moesaic.moe.triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     moe, sample, _ = filled(Plan(0, 2, 4, 12), dtype=dtype)
     moe.to(device).experts.act_fn = act_fn

@@ -6,7 +6,7 @@ import torch
 
 from conftest import block_for, random_sample
 from moesaic import Plan, registry
-from moesaic.calibration import sample as sample_module
+from moesaic.calibration import activations as sample_module
 from moesaic.calibration.layers import relative_error
 from moesaic.calibration.ridge import WeightedRidge
 from moesaic.recovery import closed_form
@@ -27,8 +27,8 @@ def converted(name, plan, tokens=400):
     partition = partitioner.split(sample, plan, torch.Generator().manual_seed(0))
     moe = block_for(sample, plan, bias=partitioner.static)
     router = registry.build("router", partitioner.default_router)
-    gate = router.build(sample, partition, plan.active) if plan.num_experts else {}
-    moe.fill(sample.ffn, partition.shared, partition.experts, gate, partition.bias_D)
+    gate = router.build(sample, partition, plan.num_experts_per_tok) if plan.num_experts else {}
+    moe.load_dense(sample.ffn, partition.shared, partition.experts, gate, partition.bias_D)
     return moe, sample, partition
 
 

@@ -5,7 +5,7 @@ from torch.nn.functional import linear
 
 from conftest import random_sample
 from moesaic import Plan, registry
-from moesaic.models.gates import MLPGate
+from moesaic.routing._gates import MLPGate
 from moesaic.routing.base import unit_scores
 from moesaic.routing.representative import balance
 

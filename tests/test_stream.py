@@ -9,15 +9,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 from conftest import small_model
 from moesaic import InputError
-from moesaic.models.checkpoint import INDEX, Checkpoint
-from moesaic.models.stream import LayerStream
+from moesaic.checkpoint.reader import INDEX, Checkpoint
+from moesaic.models.layerwise import LayerwiseModel
 
 CPU = torch.device("cpu")
 
 
 @torch.no_grad()
 def run_all(stream, tokens):
-    stream.load_outer()
+    stream.load_embeddings_and_head()
     hidden = stream.embed(tokens)
     for index in range(len(stream.layers)):
         with stream.layer(index) as layer:
@@ -34,7 +34,7 @@ def test_streamed_losses_equal_transformers(folders, family, shards):
     with torch.no_grad():
         logits = model(tokens).logits[:, :-1]
     expected = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(3, -1)
-    losses = run_all(LayerStream(folder, torch.float32, CPU), tokens)
+    losses = run_all(LayerwiseModel(folder, torch.float32, CPU), tokens)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -44,18 +44,18 @@ def test_other_architectures_are_refused_with_what_was_found(tmp_path):
         tmp_path / "gpt2"
     )
     with pytest.raises(InputError, match=r"not one stack of decoder layers.*found wte, wpe"):
-        LayerStream(tmp_path / "gpt2", torch.float32, CPU)
+        LayerwiseModel(tmp_path / "gpt2", torch.float32, CPU)
     moe = MixtralConfig(
         **small, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2
     )
     AutoModelForCausalLM.from_config(moe).save_pretrained(tmp_path / "mixtral")
     with pytest.raises(InputError, match=r"no dense gated FFN.*MixtralSparseMoeBlock.*Missing"):
-        LayerStream(tmp_path / "mixtral", torch.float32, CPU)
+        LayerwiseModel(tmp_path / "mixtral", torch.float32, CPU)
     llama = small_model("llama").config
     llama.mlp_bias = True
     AutoModelForCausalLM.from_config(llama).save_pretrained(tmp_path / "bias")
     with pytest.raises(InputError, match="bias in gate_proj, up_proj, down_proj"):
-        LayerStream(tmp_path / "bias", torch.float32, CPU)
+        LayerwiseModel(tmp_path / "bias", torch.float32, CPU)
 
 
 def test_damaged_folders_are_refused(tmp_path, folders):

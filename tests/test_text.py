@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 
 from moesaic import InputError
 from moesaic.calibration.text import Document, bos, bundled, read_documents, text_hash, token_windows
-from moesaic.models.builtin import tiny_folder
+from moesaic.checkpoint.builtin import tiny_folder
 
 DOMAINS = {"c4", "stackexchange", "github", "book", "wikipedia", "math_tex"}
 

@@ -14,18 +14,18 @@ import moesaic
 from conftest import QUICK
 from moesaic import FinetuneConfig, InputError, WorkError, registry
 from moesaic.calibration.text import Document, bundled, read_documents
-from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.converted import Converted
-from moesaic.models.loading import load_tokenizer
-from moesaic.models.working import moe_blocks
-from moesaic.runtime.experts import _by_transformers
+from moesaic.checkpoint.reader import Checkpoint
+from moesaic.formats.converted import Converted
+from moesaic.formats.loading import load_tokenizer
+from moesaic.moe.kernels import _by_transformers
+from moesaic.moe.modeling import moe_blocks
 from moesaic.training.balance import balance_loss, load, move_bias, summary, watched
 from moesaic.training.config import make_config
-from moesaic.training.loop import schedule, training_mode
-from moesaic.training.method.factorllm import labels
-from moesaic.training.objective import Objective, distance, layer_distance, next_token
+from moesaic.training.data import make_samples
+from moesaic.training.losses import Objective, distance, layer_distance, next_token
+from moesaic.training.methods.factorllm import labels
 from moesaic.training.parts import check_gradients, counts, same_dtype, trainable
-from moesaic.training.text import make_samples
+from moesaic.training.trainer import schedule, training_mode
 
 SHORT = FinetuneConfig(window=64, samples=64, batch=4, held_out=8, steps=8, evaluations=4, device="cpu", teacher="tiny")
 RATES = {"lora": 1e-3, "rmoe": 1e-3, "full": 2e-4, "factorllm": 2e-4}
@@ -356,7 +356,7 @@ def test_what_rounding_spoils_is_not_written(converted, tmp_path, monkeypatch):
         same_dtype(model, dtype)
         model.get_parameter("lm_head.weight").data.zero_()
 
-    module = sys.modules["moesaic.finetune"]  # the package has the function by that name
+    module = sys.modules["moesaic.training.finetune"]
     monkeypatch.setattr(module.parts, "same_dtype", spoil)
     monkeypatch.setattr(module, "write", lambda run, trained, facts, state: facts)
     config = SHORT.model_copy(update={"learning_rate": 1e-3})
@@ -488,7 +488,7 @@ def test_bad_input_is_refused_before_any_work(converted, tmp_path, folders):
 def test_a_training_that_does_not_fit_in_memory_is_refused(converted, tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    monkeypatch.setattr("moesaic.training.run.virtual_memory", lambda: SimpleNamespace(available=10_000_000))
+    monkeypatch.setattr("moesaic.training.prepare.virtual_memory", lambda: SimpleNamespace(available=10_000_000))
     with pytest.raises(InputError, match=r"would need about [\d.]+ GB of memory, 0.0 GB are free"):
         moesaic.finetune(converted, tmp_path / "out", SHORT)
 

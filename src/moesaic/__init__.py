@@ -7,20 +7,21 @@ model, tokenizer = moesaic.load("out")
 
 __version__ = "0.1.0"
 
-from .config import ConvertConfig, Plan
-from .convert import convert
+from .config import ConvertConfig
+from .conversion.convert import convert
+from .conversion.plans import plans
 from .errors import InputError, WorkError
 from .evaluation.benchmark import benchmark
 from .evaluation.evaluate import evaluate
-from .evaluation.generate import complete
 from .evaluation.inspect import inspect
-from .export.native import export
-from .finetune import finetune
-from .models.loading import load
-from .models.working import register as _register_models
-from .runtime.experts import register as _register_experts
-from .shapes import plans
+from .formats.export import export
+from .formats.loading import load
+from .moe.kernels import register as _register_experts
+from .moe.modeling import register as _register_models
+from .plan import Plan
+from .serving.generate import complete
 from .training.config import FinetuneConfig
+from .training.finetune import finetune
 
 _register_experts()
 _register_models()

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from .config import ConvertConfig
-from .convert import convert
+from .conversion.convert import convert
 from .evaluation.benchmark import benchmark
-from .evaluation.generate import complete
 from .evaluation.inspect import prompt_tokens
-from .export.plots import write_speed
-from .models.loading import load
-from .tables import note
+from .formats.loading import load
+from .report.plots import write_speed
+from .report.tables import note
+from .serving.generate import complete
 
 PROMPT = 'def fibonacci(n: int) -> list[int]:\n    """The first n Fibonacci numbers."""\n'
 

@@ -24,8 +24,8 @@ STAGES = {
     "partition": "moesaic.partition",
     "router": "moesaic.routing",
     "recovery": "moesaic.recovery",
-    "export": "moesaic.models.native",
-    "method": "moesaic.training.method",
+    "export": "moesaic.formats.architectures",
+    "method": "moesaic.training.methods",
 }
 WITH_AUTO = {"partition", "export"}
 """Stages where `auto`, resolved elsewhere, is a choice too."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.families import ffn_name, gated_ffn
-from ..models.moe import MoE
-from ..models.stream import LayerStream
-from .sample import CHUNK_TOKENS, LayerSample
+from ..models.layerwise import LayerwiseModel
+from ..moe.block import MoE
+from .activations import CHUNK_TOKENS, LayerActivations
 
 SINK = 4
 """Times the median norm, from which a token is an attention sink."""
@@ -83,13 +83,13 @@ class AttentionTape:
 
 
 def calibrate(
-    stream: LayerStream,
+    stream: LayerwiseModel,
     index: int,
     layer: nn.Module,
     hidden_NLD: Tensor,
     domain_N: Tensor,
     first: tuple[Tensor, Tensor] | None = None,
-) -> LayerSample:
+) -> LayerActivations:
     """Run the dense layer on the calibration tokens and keep what concerns its FFN.
 
     `first` has the FFN inputs and the targets, [M, D] each, of tokens that open a text; their weights follow the same
@@ -100,7 +100,7 @@ def calibrate(
     least = max(MIN_NORM * norm_T.median().item(), 1e-30)
     weight_T = norm_T.clamp(min=least).reciprocal()
     mean = weight_T.mean()
-    sample = LayerSample(
+    sample = LayerActivations(
         ffn=gated_ffn(layer.get_submodule(ffn_name(layer))),
         input_TD=input_TD,
         output_TD=output_TD,
@@ -112,12 +112,12 @@ def calibrate(
     input_MD, target_MD = first
     weight_M = target_MD.float().norm(dim=1).clamp(min=least).reciprocal() / mean
     domain_M = torch.zeros(len(input_MD), dtype=torch.int64, device=input_MD.device)
-    opening = LayerSample(sample.ffn, input_MD, target_MD, weight_M, domain_M)
-    return replace(sample, first=opening)
+    opening = LayerActivations(sample.ffn, input_MD, target_MD, weight_M, domain_M)
+    return replace(sample, opening=opening)
 
 
 def tapped(
-    stream: LayerStream, index: int, layer: nn.Module, hidden_NLD: Tensor, ffn: nn.Module | None = None
+    stream: LayerwiseModel, index: int, layer: nn.Module, hidden_NLD: Tensor, ffn: nn.Module | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(what enters the layer's FFN, or `ffn` in its place, [T, D], what leaves it [T, D] and the layer [N, L, D])."""
     tap = Tap(ffn or layer.get_submodule(ffn_name(layer)))
@@ -126,7 +126,7 @@ def tapped(
     return torch.cat(tap.inputs), torch.cat(tap.outputs), after_NLD
 
 
-def relative_error(sample: LayerSample, output_TD: Tensor) -> float:
+def relative_error(sample: LayerActivations, output_TD: Tensor) -> float:
     """`sqrt(sum w² ‖y - output‖² / sum w² ‖y‖²)` over the sample's tokens."""
     wrong = right = 0.0
     for first in range(0, sample.tokens, CHUNK_TOKENS):
@@ -137,7 +137,7 @@ def relative_error(sample: LayerSample, output_TD: Tensor) -> float:
     return (wrong / max(right, 1e-30)) ** 0.5
 
 
-def drift(dense_NLD: Tensor, converted_NLD: Tensor) -> dict[str, float | None]:
+def residual_stream_error(dense_NLD: Tensor, converted_NLD: Tensor) -> dict[str, float | None]:
     """How far converted layers have taken the residual stream from the dense one's, over tokens t.
 
     `residual_error`: the mean of `‖c_t - d_t‖ / ‖d_t‖`. `sink_norm`: the mean of `‖c_t‖ / ‖d_t‖` over attention sinks,
@@ -152,7 +152,7 @@ def drift(dense_NLD: Tensor, converted_NLD: Tensor) -> dict[str, float | None]:
 
 
 @torch.no_grad()
-def expert_load(moe: MoE, sample: LayerSample) -> Tensor:
+def expert_load(moe: MoE, sample: LayerActivations) -> Tensor:
     """How many of the sample's tokens run each routed expert, int64 [E]."""
     if moe.gate is None or moe.experts is None:
         return torch.zeros(0, dtype=torch.int64)

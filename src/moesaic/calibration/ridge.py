@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .sample import CHUNK_TOKENS
+from .activations import CHUNK_TOKENS
 
 
 class WeightedRidge:

@@ -9,19 +9,23 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
 from ..errors import InputError, WorkError
-from .options import people
+from . import benchmark, convert, demo, evaluate, export, finetune, frontier, generate, inspect, plan
+from .options import stderr
 
 app = typer.Typer(
-    help="Turn a dense language model into a Mixture-of-Experts, without training, and measure what that gives.",
+    help="Make Mixture-of-Experts models cheap to get and cheap to run, on the engines people already use.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+for verb in (plan, convert, finetune, export, generate, evaluate, benchmark, inspect, frontier, demo):
+    app.command()(getattr(verb, verb.__name__.rpartition(".")[2]))
 
 
 def main() -> None:
@@ -29,10 +33,10 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except (InputError, WorkError, OSError) as error:  # OSError: a disk fills up, a file goes away under our hands
-        people.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        stderr.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
-        people.print("interrupted")
+        stderr.print("interrupted")
         sys.exit(130)
 
 
@@ -40,8 +44,20 @@ def _escape(text: str) -> str:
     return text.replace("[", "\\[")
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from ..machine import versions
+
+        print(", ".join(f"{name} {version}" for name, version in versions().items()))
+        raise typer.Exit
+
+
 @app.callback()
-def _quiet() -> None:
+def _quiet(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print versions and stop")
+    ] = False,
+) -> None:
     """Keep libraries' progress bars and notices out of our output."""
     import transformers
     from transformers.utils import logging as transformers_logging

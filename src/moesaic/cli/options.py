@@ -16,8 +16,8 @@ from ..errors import InputError
 
 PICTURES = (".png", ".svg", ".pdf")
 Number = TypeVar("Number", int, float)
-people = Console(stderr=True)
-"""Standard error: everything that is for people."""
+stderr = Console(stderr=True)
+"""Standard error: everything that is for stderr."""
 
 ModelArgument = Annotated[
     str,
@@ -35,7 +35,9 @@ Router = Annotated[str | None, typer.Option(help=f"one of: {', '.join(registry.n
 Recovery = Annotated[
     str | None, typer.Option(help=f"one of: {', '.join(registry.names('recovery'))} [default: closed-form]")
 ]
-Method = Annotated[str | None, typer.Option(help=f"what learns: {', '.join(registry.names('method'))} [default: lora]")]
+Method = Annotated[
+    str | None, typer.Option(help=f"what trainable_names: {', '.join(registry.names('method'))} [default: lora]")
+]
 Objective = Annotated[
     str | None, typer.Option(help="lm (next token), distill (the dense model) or both [default: both]")
 ]
@@ -96,27 +98,27 @@ def check_plot(path: Path | None) -> None:
 
 
 def load_model(
-    model: str, device: str, dtype: str, threads: int | None, experts: str | None = None, many_tokens: bool = False
+    model: str, device: str, dtype: str, threads: int | None, experts: str | None = None, for_scoring: bool = False
 ) -> tuple[Any, Any]:
     """(model, tokenizer) as the options ask for."""
     import torch
 
+    from ..checkpoint.sources import resolve
+    from ..formats.loading import check_experts, load
     from ..models.devices import choose_device, choose_dtype
-    from ..models.loading import check_experts, load
-    from ..models.sources import resolve
 
     if threads:
         torch.set_num_threads(threads)
     check_experts(experts)
     where = choose_device(device)
-    folder = resolve(model, people)  # may take long, so after the checks
+    folder = resolve(model, stderr)  # may take long, so after the checks
     wanted = None if dtype == "auto" else choose_dtype(dtype, folder)
-    with people.status(f"loading {model}"):
-        return load(folder, dtype=wanted, device=where, experts=experts, many_tokens=many_tokens)
+    with stderr.status(f"loading {model}"):
+        return load(folder, dtype=wanted, device=where, experts=experts, for_scoring=for_scoring)
 
 
-def emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
-    """Print a result: one JSON object, or what `show` prints for people."""
+def print_result(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    """Print a result: one JSON object, or what `show` prints for stderr."""
     if as_json:
         print(json.dumps(result))
     else:

@@ -18,10 +18,10 @@ from torch.nn.functional import linear
 from transformers import DynamicCache, PreTrainedModel
 
 from ..errors import InputError
+from ..machine import machine, peak_rss_bytes, versions
 from ..models.families import decoder_layers
-from ..models.moe import MoE
-from .active import active_block_weights, active_weights, body_weights, ffn_of
-from .machine import machine, peak_rss_bytes, versions
+from ..moe.block import MoE
+from .cost import active_block_weights, active_weights, body_weights, ffn_of
 
 BLOCK_TOKENS = (1, 8, 32, 512)
 PROMPT_TOKENS = 2_048
@@ -63,16 +63,16 @@ def benchmark(
     if model.dtype != dense.dtype:
         raise InputError(f"the models have different dtypes, {model.dtype} and {dense.dtype}; choose one with --dtype")
     tokens_L = tokens_BL[0]
-    jobs: list[tuple[str, int]] = [("decode", b) for b in batches] + [("prefill", len(tokens_L))]
-    jobs += [("block", min(t, len(tokens_L))) for t in BLOCK_TOKENS]
+    conversions: list[tuple[str, int]] = [("decode", b) for b in batches] + [("prefill", len(tokens_L))]
+    conversions += [("block", min(t, len(tokens_L))) for t in BLOCK_TOKENS]
     result: dict[str, Any] = {"decode": {}, "prefill": {}, "block": {}}
-    for done, (kind, size) in enumerate(jobs):
+    for done, (kind, size) in enumerate(conversions):
         if progress:
-            progress(done, len(jobs))
+            progress(done, len(conversions))
         case = CASES[kind](model, dense, tokens_BL, size, new)
         result[kind][str(size)] = case.measure(model.dtype.itemsize, rounds)
     if progress:
-        progress(len(jobs), len(jobs))
+        progress(len(conversions), len(conversions))
     return result | {
         "roof": roof(model.device, model.dtype),
         "machine": machine(),

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from .machine import versions
+from ..machine import versions
 from .perplexity import check_protocol, perplexity
 from .tasks import evaluate_tasks, read_tasks
 

@@ -11,9 +11,9 @@ import yaml
 from torch import Tensor
 
 from ..calibration.text import bundled
+from ..checkpoint.reader import Checkpoint
 from ..errors import InputError
-from ..models.checkpoint import Checkpoint
-from ..models.converted import working_fields
+from ..formats.converted import moesaic_fields
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "model": facts["model"],
         "architecture": checkpoint.config["architectures"][0],
         "bytes": checkpoint.size(),
-        "moe": {name: working_fields(checkpoint)[name] for name in moe},
+        "moe": {name: moesaic_fields(checkpoint)[name] for name in moe},
         "config": facts["config"],
         **json.loads((folder / "metrics.json").read_text()),
     }

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
+from ..checkpoint.reader import Checkpoint
 from ..errors import InputError
-from .checkpoint import Checkpoint
 
 FASTER = 1.25
 """How much faster float32 must be to be worth twice the memory."""

@@ -10,39 +10,39 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..calibration.activations import CHUNK_TOKENS, LayerActivations
 from ..calibration.ridge import WeightedRidge
-from ..calibration.sample import CHUNK_TOKENS, LayerSample
 
 RIDGE = 1e-2
 """Of the router, as that of `routing/linear.py`."""
-Regroup = Callable[[Tensor], Tensor]
+Reassign = Callable[[Tensor], Tensor]
 """Who is in which expert, 0 or 1 [F, E], from what each neuron would catch in each expert and in the shared one,
 [F, E + 1]."""
 
 
-def alternate(sample: LayerSample, member_FE: Tensor, active: int, rounds: int, regroup: Regroup) -> Tensor:
+def alternate(sample: LayerActivations, member_FE: Tensor, active: int, rounds: int, reassign: Reassign) -> Tensor:
     """Members of experts, 0 or 1 [F, E], that catch more importance than those given, by at most so many rounds.
 
     With `v_ti = (h_ti ‖Wd_i‖)²` a router is fitted by ridge regression to each expert's `sqrt(sum_{i in e} v_ti)`, its
     `active` greatest scores are each token's experts, and in expert e a neuron would catch `sum_{t sent to e} w_t²
-    v_ti`, in the shared one that of all tokens; `regroup` decides by these. All v are kept, in the activations' dtype.
+    v_ti`, in the shared one that of all tokens; `reassign` decides by these. All v are kept, in the activations' dtype.
     """
     value_TF, ridge = importance(sample), WeightedRidge(sample.input_TD, sample.weight_T, RIDGE)
     weight_T1 = sample.weight_T.square()[:, None]
     for _ in range(rounds):
         score_TE = router_scores(ridge, (value_TF @ member_FE.to(value_TF.dtype)).float().sqrt())
-        sent_TE = torch.zeros_like(score_TE).scatter_(1, score_TE.topk(active, dim=1).indices, 1.0)
-        sent_TX = (torch.cat([sent_TE, torch.ones_like(weight_T1)], dim=1) * weight_T1).to(value_TF.dtype)
-        caught_FX = torch.zeros(value_TF.shape[1], sent_TX.shape[1], device=value_TF.device)
-        for value_CF, sent_CX in zip(value_TF.split(CHUNK_TOKENS), sent_TX.split(CHUNK_TOKENS), strict=True):
-            caught_FX += value_CF.T @ sent_CX
-        previous, member_FE = member_FE, regroup(caught_FX / sample.tokens)
+        dispatch_TE = torch.zeros_like(score_TE).scatter_(1, score_TE.topk(active, dim=1).indices, 1.0)
+        dispatch_TX = (torch.cat([dispatch_TE, torch.ones_like(weight_T1)], dim=1) * weight_T1).to(value_TF.dtype)
+        captured_FX = torch.zeros(value_TF.shape[1], dispatch_TX.shape[1], device=value_TF.device)
+        for value_CF, dispatch_CX in zip(value_TF.split(CHUNK_TOKENS), dispatch_TX.split(CHUNK_TOKENS), strict=True):
+            captured_FX += value_CF.T @ dispatch_CX
+        previous, member_FE = member_FE, reassign(captured_FX / sample.tokens)
         if torch.equal(previous, member_FE):
             break
     return member_FE
 
 
-def importance(sample: LayerSample) -> Tensor:
+def importance(sample: LayerActivations) -> Tensor:
     """`(h_ti ‖Wd_i‖)²` of all tokens and neurons, [T, F]."""
     value_TF = sample.input_TD.new_empty(sample.tokens, sample.ffn.intermediate_size)
     norm_F = sample.ffn.down_DF.float().norm(dim=0).to(value_TF.dtype)

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..calibration.sample import LayerSample
-from ..config import Plan
+from ..calibration.activations import LayerActivations
+from ..plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Partitioner(ABC):
         return False
 
     @abstractmethod
-    def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
+    def split(self, sample: LayerActivations, plan: Plan, generator: torch.Generator) -> Partition:
         """The neurons of the shared expert (`plan.shared_width`) and of `plan.num_experts` routed experts."""
 
 

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..calibration.sample import LayerSample
-from ..config import Plan
+from ..calibration.activations import LayerActivations
+from ..plan import Plan
 from ._assignment import balanced_assignment, groups
 from .base import Partition, Partitioner
 
@@ -35,7 +35,7 @@ class CMoE(Partitioner):
     iterations: Annotated[int, Field(gt=0)] = 4
     """Rounds of balanced k-means."""
 
-    def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
+    def split(self, sample: LayerActivations, plan: Plan, generator: torch.Generator) -> Partition:
         active_FT = active_neurons(sample, self.top_k)
         rate_F = active_FT.float().mean(1)
         order_F = rate_F.argsort(descending=True, stable=True)
@@ -60,7 +60,7 @@ class CMoE(Partitioner):
         )
 
 
-def active_neurons(sample: LayerSample, top_k: int) -> Tensor:
+def active_neurons(sample: LayerActivations, top_k: int) -> Tensor:
     """Which neurons are among a token's `top_k` largest |h| of normalised input and weights, bool [F, T]."""
     ffn = sample.ffn
     unit = replace(ffn, gate_FD=normalize(ffn.gate_FD.float()), up_FD=normalize(ffn.up_FD.float()))

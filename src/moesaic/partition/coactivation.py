@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from ..calibration.sample import LayerSample
-from ..config import Plan
+from ..calibration.activations import LayerActivations
+from ..plan import Plan
 from ._alternation import alternate, index_sets, memberships
 from ._assignment import balanced_assignment, groups
 from .base import Partition, Partitioner
@@ -36,26 +36,26 @@ class Coactivation(Partitioner):
     alternation_tokens: Annotated[int, Field(gt=0)] = 16_384
     """Tokens that take part in them."""
 
-    def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
+    def split(self, sample: LayerActivations, plan: Plan, generator: torch.Generator) -> Partition:
         saliency_F, points_FD = predicted_importance(sample, self.ridge)
         partition = cluster_neurons(saliency_F, normalize(points_FD, dim=1), plan, self.iterations, generator)
         if not (self.alternations and plan.num_experts):
             return partition
         size_E = [plan.width] * plan.num_experts + [plan.shared_width] * bool(plan.shared)
 
-        def regroup(caught_FX: Tensor) -> Tensor:
-            expert_F = balanced_assignment(-caught_FX[:, : len(size_E)], size_E).to(caught_FX.device)
+        def reassign(captured_FX: Tensor) -> Tensor:
+            expert_F = balanced_assignment(-captured_FX[:, : len(size_E)], size_E).to(captured_FX.device)
             return one_hot(expert_F, plan.num_experts + 1)[:, :-1].float()
 
         member_FE = alternate(
             sample.subsample(self.alternation_tokens, generator), memberships(partition.experts, len(saliency_F)),
-            plan.active, self.alternations, regroup,
+            plan.num_experts_per_tok, self.alternations, reassign,
         )  # fmt: skip
         shared = (member_FE.sum(1) == 0).nonzero().squeeze(1)
         return Partition(shared=shared, experts=index_sets(member_FE, plan.width))
 
 
-def predicted_importance(sample: LayerSample, ridge: float) -> tuple[Tensor, Tensor]:
+def predicted_importance(sample: LayerActivations, ridge: float) -> tuple[Tensor, Tensor]:
     """The saliency `mean v` of each neuron, v = (w h ‖Wd‖)², and what a ridge regression on x knows of it, [F, D].
 
     With `C = cov(x) + ridge mean(diag cov(x)) I = L L.T` a neuron's point is `L⁻¹ cov(x, v)`: the product of two points

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..calibration.sample import LayerSample
-from ..config import Plan
+from ..calibration.activations import LayerActivations
+from ..plan import Plan
 from .base import Partition, Partitioner, disjoint
 
 
@@ -13,5 +13,5 @@ from .base import Partition, Partitioner, disjoint
 class Contiguous(Partitioner):
     """Neurons 0, 1, 2, ... cut into groups."""
 
-    def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
+    def split(self, sample: LayerActivations, plan: Plan, generator: torch.Generator) -> Partition:
         return disjoint(torch.arange(sample.ffn.intermediate_size), plan)

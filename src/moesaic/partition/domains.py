@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..calibration.sample import LayerSample
-from ..config import Plan
+from ..calibration.activations import LayerActivations
+from ..plan import Plan
 from .base import Partition, Partitioner
 from .specialists import cluster_saliency
 
@@ -29,7 +29,7 @@ class Domains(Partitioner):
     labelled: ClassVar[bool] = True
     token_clusters = True
 
-    def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
+    def split(self, sample: LayerActivations, plan: Plan, generator: torch.Generator) -> Partition:
         expert_T = sample.domain_T % plan.num_experts
         saliency_EF = cluster_saliency(sample, expert_T, plan.num_experts)
         shared = saliency_EF.sum(0).topk(plan.shared_width).indices.sort().values

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
-from ..calibration.sample import LayerSample
-from ..config import Plan
+from ..calibration.activations import LayerActivations
+from ..plan import Plan
 from .base import Partition, Partitioner
 from .coactivation import cluster_neurons
 
@@ -32,12 +32,12 @@ class ExpertWeaver(Partitioner):
     iterations: Annotated[int, Field(gt=0)] = 8
     """Rounds of balanced k-means."""
 
-    def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
+    def split(self, sample: LayerActivations, plan: Plan, generator: torch.Generator) -> Partition:
         gate_TF = gate_activations(sample.subsample(self.profile_tokens, generator))
         profiles_FT = normalize(gate_TF - gate_TF.mean(0), dim=0).T
         return cluster_neurons(gate_TF.mean(0), profiles_FT, plan, self.iterations, generator)
 
 
-def gate_activations(sample: LayerSample) -> Tensor:
+def gate_activations(sample: LayerActivations) -> Tensor:
     """`|act(x gate.T)|`, float32 [T, F]."""
     return sample.ffn.act_fn(linear(sample.input_TD, sample.ffn.gate_FD)).float().abs()

@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 from torch.nn.functional import normalize
 
-from ..calibration.sample import LayerSample
-from ..config import Plan
+from ..calibration.activations import LayerActivations
+from ..plan import Plan
 from .base import Partition, Partitioner
 from .coactivation import cluster_neurons
 
@@ -25,7 +25,7 @@ class MoEfication(Partitioner):
     iterations: Annotated[int, Field(gt=0)] = 8
     """Rounds of balanced k-means."""
 
-    def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
+    def split(self, sample: LayerActivations, plan: Plan, generator: torch.Generator) -> Partition:
         _, _, saliency_F = sample.moments()
         rows_FD = normalize(sample.ffn.gate_FD.float(), dim=1)
         return cluster_neurons(saliency_F, rows_FD, plan, self.iterations, generator)

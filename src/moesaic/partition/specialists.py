@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..calibration.sample import LayerSample
-from ..config import Plan
+from ..calibration.activations import LayerActivations
+from ..plan import Plan
 from ._alternation import alternate, index_sets, memberships
 from .base import Partition, Partitioner
 
@@ -40,7 +40,7 @@ class Specialists(Partitioner):
     def token_clusters(self) -> bool:
         return not self.alternations
 
-    def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
+    def split(self, sample: LayerActivations, plan: Plan, generator: torch.Generator) -> Partition:
         sample = sample.subsample(self.profile_tokens, generator)
         unit_TD = normalize(sample.input_TD.float(), dim=1)
         centroids_ED = spherical_kmeans(unit_TD, plan.num_experts, self.iterations, generator)
@@ -53,11 +53,13 @@ class Specialists(Partitioner):
             return Partition(shared=shared, experts=experts_EI, centroids_ED=centroids_ED)
         neurons = sample.ffn.intermediate_size
 
-        def regroup(caught_FX: Tensor) -> Tensor:
-            caught_FX[shared] = -torch.inf
-            return memberships(caught_FX[:, :-1].topk(plan.width, dim=0).indices.T, neurons)
+        def reassign(captured_FX: Tensor) -> Tensor:
+            captured_FX[shared] = -torch.inf
+            return memberships(captured_FX[:, :-1].topk(plan.width, dim=0).indices.T, neurons)
 
-        member_FE = alternate(sample, memberships(experts_EI, neurons), plan.active, self.alternations, regroup)
+        member_FE = alternate(
+            sample, memberships(experts_EI, neurons), plan.num_experts_per_tok, self.alternations, reassign
+        )
         return Partition(shared=shared, experts=index_sets(member_FE, plan.width))
 
 
@@ -74,7 +76,7 @@ def spherical_kmeans(unit_TD: Tensor, clusters: int, iterations: int, generator:
     return centroids_ED
 
 
-def cluster_saliency(sample: LayerSample, cluster_T: Tensor, clusters: int) -> Tensor:
+def cluster_saliency(sample: LayerActivations, cluster_T: Tensor, clusters: int) -> Tensor:
     """`sum_{t in e} (w_t h_ti)² ‖Wd_i‖²` of each neuron in each cluster, float32 [clusters, F]."""
     saliency_EF = torch.zeros(clusters, sample.ffn.intermediate_size, device=sample.input_TD.device)
     for part, h_CF in sample.chunks():

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from ..calibration.sample import LayerSample
-from ..config import Plan
+from ..calibration.activations import LayerActivations
+from ..plan import Plan
 from .base import Partition, Partitioner
 
 
@@ -22,7 +22,7 @@ class Static(Partitioner):
     weighted: bool = False
     """Keep those of largest saliency `mean (w h)² ‖Wd‖²` instead, as our own cuts do; not FLAP's."""
 
-    def split(self, sample: LayerSample, plan: Plan, generator: torch.Generator) -> Partition:
+    def split(self, sample: LayerActivations, plan: Plan, generator: torch.Generator) -> Partition:
         mean_F, square_F, saliency_F = sample.moments()
         down_DF = sample.ffn.down_DF.float()
         fluctuation_F = (square_F - mean_F.square()) * down_DF.square().sum(0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from ..calibration.sample import LayerSample
-from ..models.moe import MoE
+from ..calibration.activations import LayerActivations
+from ..moe.block import MoE
 from ..partition import Partition
 
 
@@ -15,5 +15,5 @@ class Recovery(ABC):
     """A method that improves one converted layer in place; hyper-parameters are its fields."""
 
     @abstractmethod
-    def recover(self, moe: MoE, sample: LayerSample, partition: Partition) -> None:
+    def recover(self, moe: MoE, sample: LayerActivations, partition: Partition) -> None:
         """Change the block's weights so that its output on the sample is nearer to the dense FFN's."""

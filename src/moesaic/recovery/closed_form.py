@@ -16,8 +16,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..calibration.sample import CHUNK_TOKENS, LayerSample
-from ..models.moe import MoE
+from ..calibration.activations import CHUNK_TOKENS, LayerActivations
+from ..moe.block import MoE
 from ..partition import Partition
 from .base import Recovery
 
@@ -53,12 +53,12 @@ class ClosedForm(Recovery):
     """Weight of the other specialists' tokens (τ), which pulls to the static solution; the own count 1."""
 
     @torch.no_grad()
-    def recover(self, moe: MoE, sample: LayerSample, partition: Partition) -> None:
+    def recover(self, moe: MoE, sample: LayerActivations, partition: Partition) -> None:
         blocks = [partition.shared] * bool(len(partition.shared)) + list(partition.experts)
         shared = len(partition.shared) if top_one(moe) else 0
         spare = sample.tokens - (sample.tokens // HELD_OUT if self.ridge is None else 0)
         systems: Systems = {}
-        for part in (sample.take(slice(spare)), sample.first):
+        for part in (sample.take(slice(spare)), sample.opening):
             for number, z_CX, rest_CD in self._features(moe, part, blocks) if part else ():
                 add(systems, number, z_CX, rest_CD)
         ridge = self.ridge
@@ -70,7 +70,7 @@ class ClosedForm(Recovery):
         for (_, neurons, (_, _, down_DI)), change_ID in zip(parts, changes, strict=True):
             down_DI.copy_(sample.ffn.down_DF[:, neurons].float() + change_ID.T)
 
-    def _features(self, moe: MoE, sample: LayerSample, blocks: list[Tensor]) -> Features:
+    def _features(self, moe: MoE, sample: LayerActivations, blocks: list[Tensor]) -> Features:
         """Of top-1 experts the parts of an arrow, with nothing between two experts; else all blocks at once."""
         if not top_one(moe):
             yield from joint_features(moe, sample, blocks)
@@ -165,7 +165,7 @@ def chosen(moe: MoE, x_CD: Tensor) -> tuple[Tensor, Tensor]:
     return moe.gate(x_CD, moe.experts)
 
 
-def joint_features(moe: MoE, sample: LayerSample, blocks: list[Tensor]) -> Features:
+def joint_features(moe: MoE, sample: LayerActivations, blocks: list[Tensor]) -> Features:
     """Chunks (0, Z [C, W], R [C, D]) of all blocks together.
 
     Z holds the weighted activations times the gate's weights, zero where an expert does not run. Regressing the rest,

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 
-from ..calibration.sample import LayerSample
-from ..models.moe import MoE
+from ..calibration.activations import LayerActivations
+from ..moe.block import MoE
 from ..partition import Partition
 from .base import Recovery
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nothing(Recovery):
+class NoRecovery(Recovery):
     """Leaves the block as it is."""
 
-    def recover(self, moe: MoE, sample: LayerSample, partition: Partition) -> None:
+    def recover(self, moe: MoE, sample: LayerActivations, partition: Partition) -> None:
         return

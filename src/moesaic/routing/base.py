@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..calibration.sample import LayerSample
+from ..calibration.activations import LayerActivations
 from ..partition import Partition
 
 
@@ -29,7 +29,7 @@ class RouterBuilder(ABC):
         return False
 
     @abstractmethod
-    def build(self, sample: LayerSample, partition: Partition, active: int) -> dict[str, Tensor]:
+    def build(self, sample: LayerActivations, partition: Partition, active: int) -> dict[str, Tensor]:
         """The parameters by name of a gate that lets `active` experts run."""
 
 

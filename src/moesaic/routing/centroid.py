@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..calibration.sample import LayerSample
+from ..calibration.activations import LayerActivations
 from ..partition import Partition
 from .base import RouterBuilder
 
@@ -16,6 +16,6 @@ class Centroid(RouterBuilder):
 
     token_clusters: ClassVar[bool] = True
 
-    def build(self, sample: LayerSample, partition: Partition, active: int) -> dict[str, Tensor]:
+    def build(self, sample: LayerActivations, partition: Partition, active: int) -> dict[str, Tensor]:
         assert partition.centroids_ED is not None
         return {"weight": partition.centroids_ED}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..calibration.sample import LayerSample
+from ..calibration.activations import LayerActivations
 from ..partition import Partition
 from .base import RouterBuilder
 
@@ -13,5 +13,5 @@ from .base import RouterBuilder
 class GateCentroid(RouterBuilder):
     """`x · mean of the expert's rows of Wg`."""
 
-    def build(self, sample: LayerSample, partition: Partition, active: int) -> dict[str, Tensor]:
+    def build(self, sample: LayerActivations, partition: Partition, active: int) -> dict[str, Tensor]:
         return {"weight": sample.ffn.gate_FD.float()[partition.experts].mean(1)}

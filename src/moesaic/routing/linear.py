@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..calibration.activations import LayerActivations
 from ..calibration.ridge import WeightedRidge
-from ..calibration.sample import LayerSample
 from ..partition import Partition
 from .base import RouterBuilder
 
@@ -30,7 +30,7 @@ class Linear(RouterBuilder):
     def has_bias(self) -> bool:
         return self.intercept
 
-    def build(self, sample: LayerSample, partition: Partition, active: int) -> dict[str, Tensor]:
+    def build(self, sample: LayerActivations, partition: Partition, active: int) -> dict[str, Tensor]:
         target_TE = torch.cat(list(self._norms(sample, partition)))
         target_TE = target_TE - target_TE.mean(1, keepdim=True)
         ridge = WeightedRidge(sample.input_TD, sample.weight_T, self.ridge, self.intercept)
@@ -38,7 +38,7 @@ class Linear(RouterBuilder):
         return {"weight": weight_DE.T.contiguous(), "e_score_correction_bias": bias_E}
 
     @staticmethod
-    def _norms(sample: LayerSample, partition: Partition):  # noqa: ANN205
+    def _norms(sample: LayerActivations, partition: Partition):  # noqa: ANN205
         """‖h_e Wd_e‖ of each expert, [C, E] a chunk."""
         for _, h_CF in sample.chunks():
             yield torch.stack(

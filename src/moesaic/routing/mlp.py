@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from ..calibration.sample import LayerSample
+from ..calibration.activations import LayerActivations
 from ..partition import Partition
 from .base import RouterBuilder
 
@@ -29,7 +29,7 @@ class MLP(RouterBuilder):
     """Steps of 1,024 tokens."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-2
 
-    def build(self, sample: LayerSample, partition: Partition, active: int) -> dict[str, Tensor]:
+    def build(self, sample: LayerActivations, partition: Partition, active: int) -> dict[str, Tensor]:
         target_TE = torch.cat([h_CF.float().abs()[:, partition.experts].sum(2) for _, h_CF in sample.chunks()])
         target_TE /= target_TE.amax(1, keepdim=True).clamp(min=1e-12)
         x_TD = sample.input_TD.float()

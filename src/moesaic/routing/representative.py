@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
-from ..calibration.sample import LayerSample
+from ..calibration.activations import LayerActivations
 from ..partition import Partition
 from .base import RouterBuilder
 
@@ -30,7 +30,7 @@ class Representative(RouterBuilder):
     balance_step: Annotated[float, Field(gt=0)] = 1e-3
     """CMoE's γ."""
 
-    def build(self, sample: LayerSample, partition: Partition, active: int) -> dict[str, Tensor]:
+    def build(self, sample: LayerActivations, partition: Partition, active: int) -> dict[str, Tensor]:
         neurons = partition.representatives
         if neurons is None:
             _, _, saliency_F = sample.moments()

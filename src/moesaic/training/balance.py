@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.moe import MoE
+from ..moe.block import MoE
 from .shards import like
 
 Watch = Callable[[int, MoE, Tensor, Tensor], None]

@@ -17,7 +17,7 @@ class FinetuneConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str = "lora"
-    """What learns: `lora`, `full`, `router`, or a published method; with options, `lora:rank=16`."""
+    """What trainable_names: `lora`, `full`, `router`, or a published method; with options, `lora:rank=16`."""
     objective: Literal["lm", "distill", "both"] = "both"
     """Next-token loss, the distance from the teacher's distribution, or the mean of both."""
     teacher: str | None = None

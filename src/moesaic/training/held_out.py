@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..models.moe import MoE
-from . import balance, objective
-from .text import Samples
+from ..moe.block import MoE
+from . import balance
+from . import losses as objective
+from .data import Samples
 
 MICRO_TOKENS = 2_048
 """Tokens that run forward and back at once; their logits take 10 bytes times the vocabulary each."""

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..checkpoint.writer import write_whole
 from ..errors import InputError
-from ..models.writer import write_whole
 
 if TYPE_CHECKING:
-    from .loop import State
+    from .trainer import State
 
 FINGERPRINT, STATE, BEST, LOG = "fingerprint.json", "state.pt", "best.safetensors", "metrics.jsonl"
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.sources import resolve
 from ..errors import InputError
-from ..models.checkpoint import Checkpoint
-from ..models.loading import load, load_tokenizer
-from ..models.sources import resolve
-from .objective import CHUNK
-from .text import Samples
+from ..formats.loading import load, load_tokenizer
+from .data import Samples
+from .losses import CHUNK
 
 
 class Teacher:

@@ -1,0 +1,41 @@
+"""Built-in models: `tiny` ships in the package, the others are fetched once from the hub or, failing that, a mirror."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A model that can be named without knowing where it is."""
+
+    hub_id: str
+    terms: str
+    """Who made it, under which licence."""
+
+
+BUILTINS = {
+    "demo": Builtin("Qwen/Qwen2.5-Coder-0.5B-Instruct", "Qwen2.5-Coder-0.5B-Instruct by the Qwen team, Apache 2.0"),
+    "demo-1.5b": Builtin(
+        "Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen2.5-Coder-1.5B-Instruct by the Qwen team, Apache 2.0"
+    ),
+    "gemma-270m": Builtin(
+        "google/gemma-3-270m",
+        "Gemma 3 270M by Google, under the Gemma Terms of Use (ai.google.dev/gemma/terms); by using it you accept them",
+    ),
+}
+NAMES = ("tiny", *BUILTINS)
+
+
+def cache_folder() -> Path:
+    """Where fetched models are kept: `$MOESAIC_CACHE`, else `$XDG_CACHE_HOME/moesaic`, else `~/.cache/moesaic`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MOESAIC_CACHE") or Path(base) / "moesaic")
+
+
+def tiny_folder() -> Path:
+    """The folder of the bundled `tiny` model."""
+    return Path(str(files("moesaic"))) / "data" / "tiny"

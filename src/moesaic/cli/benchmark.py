@@ -1,0 +1,44 @@
+"""`moesaic benchmark`: speed against the dense model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..report import tables
+from . import options
+from .options import print_result, stderr
+
+
+def benchmark(
+    model: options.ModelArgument,
+    against: options.Against = None,
+    prompt: Annotated[int, typer.Option(help="prompt tokens", min=2)] = 512,
+    new: Annotated[int, typer.Option(help="new tokens", min=1)] = 32,
+    batch: Annotated[str, typer.Option(help="sequences decoded at once, comma-separated")] = "1",
+    rounds: Annotated[int, typer.Option(help="timed rounds", min=1)] = 5,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
+    experts: options.Experts = None,
+    plot: options.Plot = None,
+    as_json: options.Json = False,
+) -> None:
+    """Decode and prefill speed against the dense model, alternating in one process."""
+    from ..evaluation.benchmark import benchmark as run
+    from ..evaluation.inspect import dense_origin, prompt_tokens
+
+    options.check_plot(plot)
+    sizes = options.numbers(batch, "--batch")
+    against = against or dense_origin(model)
+    loaded, tokenizer = options.load_model(model, device, dtype, threads, experts)
+    tokens_BL = prompt_tokens(tokenizer, prompt, max(sizes))
+    dense, _ = options.load_model(against, device, str(loaded.dtype).removeprefix("torch."), threads)
+    with tables.progress(stderr, "measuring", "measurement") as tick:
+        result = run(loaded, dense, tokens_BL, new=new, batches=sizes, rounds=rounds, progress=tick)
+    if plot:
+        from ..report.plots import write_roofline  # matplotlib is slow to import
+
+        write_roofline(result, plot)
+    print_result(result, as_json, lambda: tables.show_benchmark(stderr, result))

@@ -1,0 +1,30 @@
+"""`moesaic export`: write a converted model in another format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..report import tables
+from . import options
+from .options import print_result, stderr
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="a converted model's folder", metavar="MODEL")],
+    out: Annotated[Path, typer.Argument(help="folder (or .gguf file) to make", metavar="OUT")],
+    to: options.Target = "auto",
+    outtype: options.Outtype = None,
+    resume: Annotated[bool, typer.Option(help="go on with an unfinished export")] = True,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a converted model as an architecture that stock engines load, and check that it says the same."""
+    from ..formats.export import export as run
+
+    with tables.progress(stderr, "exporting", "layer") as tick:
+        facts = run(model, out, to, outtype=outtype, resume=resume, overwrite=overwrite, progress=tick)
+    done = "read back" if facts["target"] == "gguf" else "checked"
+    print_result(facts, as_json, lambda: tables.show_facts(stderr, f"{out}: written and {done}", facts))

@@ -1,0 +1,54 @@
+"""`moesaic finetune`: train a converted model a little."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..report import tables
+from . import options
+from .options import print_result, stderr
+
+
+def finetune(
+    model: Annotated[str, typer.Argument(help="a converted model's folder", metavar="MODEL")],
+    out: options.OutArgument,
+    teacher: Annotated[str | None, typer.Option(help="the dense model [default: what MODEL was made of]")] = None,
+    data: options.Data = None,
+    method: options.Method = None,
+    objective: options.Objective = None,
+    steps: Annotated[int | None, typer.Option(help="steps [default: one pass over the samples]", min=1)] = None,
+    minutes: Annotated[float | None, typer.Option(help="stop after so many minutes")] = None,
+    samples: Annotated[int | None, typer.Option(help="sequences to train on [default: 2000]", min=1)] = None,
+    window: Annotated[int | None, typer.Option(help="tokens in a sequence [default: 512]", min=2)] = None,
+    batch: Annotated[int | None, typer.Option(help="sequences in a step [default: 2]", min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="[default: the method's]")] = None,
+    rank: Annotated[int | None, typer.Option(help="of low-rank adapters [default: 8]", min=1)] = None,
+    alpha: Annotated[int | None, typer.Option(help="of low-rank adapters [default: 32]", min=1)] = None,
+    balance: options.Balance = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML with any of these settings; options override it")] = None,
+    teacher_cache: Annotated[Path | None, typer.Option(help="keep the teacher's logits there, for other runs")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... [default: auto]")] = None,
+    shard: Annotated[bool | None, typer.Option(help="cut parameters over the processes (FSDP)")] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of everything random [default: 0]")] = None,
+    resume: Annotated[bool, typer.Option(help="go on with an unfinished training")] = True,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Train a converted model a little, taught by the dense one; never worse than it came."""
+    from ..training.config import make_config
+    from ..training.finetune import finetune as run
+
+    given = {
+        "teacher": teacher, "data": tuple(data) if data else None, "method": method, "objective": objective,
+        "steps": steps, "minutes": minutes, "samples": samples, "window": window, "batch": batch, "rank": rank,
+        "learning_rate": learning_rate, "alpha": alpha, "balance": balance, "device": device, "shard": shard,
+        "seed": seed,
+    }  # fmt: skip
+    config = make_config(recipe, {name: value for name, value in given.items() if value is not None})
+    with tables.progress(stderr, "training", "per cent", "") as tick:
+        facts = run(model, out, config, resume=resume, overwrite=overwrite, teacher_cache=teacher_cache, progress=tick)
+    if "output" in facts:  # the others of several processes have nothing to say
+        print_result(facts, as_json, lambda: tables.show_training(stderr, facts))

@@ -1,0 +1,48 @@
+"""`moesaic frontier`: methods at equal cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..report import tables
+from . import options
+from .options import print_result, stderr
+
+
+def frontier(
+    model: options.ModelArgument,
+    out: Annotated[Path, typer.Option(help="folder for rows and chart; finished rows are kept")] = Path("frontier"),
+    active: Annotated[str, typer.Option(help="per cent of each FFN that run, comma-separated")] = "25,50,75",
+    memory_factor: Annotated[str, typer.Option(help="sizes of all experts relative to the dense FFN")] = "1",
+    methods: Annotated[
+        str, typer.Option(help="comma-separated, or all that fit")
+    ] = "default,static+closed-form,flap,cmoe",
+    seeds: Annotated[str, typer.Option(help="seeds, comma-separated")] = "0",
+    text: Annotated[Path | None, typer.Option(help="raw text file [default: bundled held-out text]")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="stop the perplexity after so many tokens")] = None,
+    tasks: Annotated[Path | None, typer.Option(help="multiple-choice items, .jsonl")] = None,
+    items: options.Items = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="text; repeat for more [default: bundled]")] = None,
+    tokens: Annotated[int, typer.Option(help="calibration tokens", min=1)] = 16_384,
+    speed: Annotated[bool, typer.Option(help="measure decode speed")] = True,
+    as_json: options.Json = False,
+) -> None:
+    """Methods x budgets x memory on one model: a table and a chart of quality against speed."""
+    from ..comparison.frontier import Measurement
+    from ..comparison.frontier import frontier as run
+
+    measurement = Measurement(
+        text=str(text) if text else None, max_tokens=max_tokens, tasks=str(tasks) if tasks else None,
+        items=items, calibration=tuple(calibration or ()), tokens=tokens, speed=speed,
+    )  # fmt: skip
+    with tables.progress(stderr, "frontier", "conversion") as tick:
+        result = run(
+            model, out, active=[share / 100 for share in options.numbers(active, "--active", float, most=100)],
+            memory_factors=options.numbers(memory_factor, "--memory-factor", float, least=0.01),
+            methods=methods.split(","), seeds=options.numbers(seeds, "--seeds", least=0),
+            measurement=measurement, progress=tick,
+        )  # fmt: skip
+    print_result(result, as_json, lambda: tables.show_frontier(stderr, result, str(out)))

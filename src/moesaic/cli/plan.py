@@ -1,0 +1,25 @@
+"""`moesaic plan`: shapes near a budget."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..report import tables
+from . import options
+from .options import print_result, stderr
+
+
+def plan(
+    model: options.ModelArgument,
+    active: Annotated[float, typer.Option(help="wanted share of each FFN that one token runs")] = 0.5,
+    memory_factor: Annotated[float, typer.Option(help="size of all experts relative to the dense FFN")] = 1.0,
+    as_json: options.Json = False,
+) -> None:
+    """Shapes near a budget: memory, possible speed, and which engines run each."""
+    from ..conversion.plans import plans
+
+    with stderr.status("counting"):
+        found = plans(model, active, memory_factor)
+    print_result(found, as_json, lambda: tables.show_plans(stderr, found))

@@ -1,0 +1,1 @@
+"""Methods x budgets x memory on one model, measured in one way."""

@@ -1,0 +1,46 @@
+"""Decode speed of a shape without converting anything: weights decide quality, bytes decide speed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..evaluation.benchmark import decode_speed
+from ..evaluation.inspect import prompt_tokens
+from ..machine import versions
+from ..moe.modeling import DEFAULT_EXPERTS, moe_blocks, moesaic_config
+from ..plan import Plan
+
+SPEED = {"prompt": 64, "new": 16, "rounds": 3}
+"""Tokens before and while decoding, and timed rounds."""
+
+
+@torch.no_grad()
+def shaped(dense: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """The dense model with random FFNs of that shape behind linear gates; everything else is shared with it.
+
+    Random gates choose experts evenly, which is what a decoding step's bytes depend on.
+    """
+    working = moesaic_config(dense.config, plan, "linear")
+    working._experts_implementation = DEFAULT_EXPERTS
+    with init_empty_weights(include_buffers=False):  # rotary frequencies are buffers that no checkpoint holds
+        model = AutoModelForCausalLM.from_config(working, dtype=dense.dtype)
+    model.load_state_dict(dense.state_dict(), strict=False, assign=True)
+    model.tie_weights()
+    for block in moe_blocks(model):
+        block.to_empty(device=dense.device)
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=dense.config.initializer_range)
+    return model.to(dense.device).eval()
+
+
+def shape_speed(dense: PreTrainedModel, tokenizer: Any, plan: Plan) -> dict[str, Any]:
+    """What `decode_speed` gives for any conversion of the dense model to that shape, and how it was measured."""
+    tokens_1L = prompt_tokens(tokenizer, SPEED["prompt"])
+    found = decode_speed(shaped(dense, plan), dense, tokens_1L, new=SPEED["new"], rounds=SPEED["rounds"])
+    facts = {"threads": torch.get_num_threads(), "dtype": str(dense.dtype).removeprefix("torch.")}
+    return found | facts | SPEED | {"versions": versions()}

@@ -1,0 +1,1 @@
+"""From a dense checkpoint to a Mixture-of-Experts, layer by layer."""

@@ -1,0 +1,138 @@
+"""Which way to cut a model: the candidates are tried on part of it, and the one that speaks best is taken.
+
+Layer errors do not rank methods as perplexity does, so whole models are compared: every `EVERY`-th layer converted, the
+others dense, and the loss on calibration tokens that the trial was not fitted to. Cuts that are equal on the
+calibration's own domain may differ by far on another, so bundled text of six domains counts as much. A tie goes to the
+first candidate, whose few wide products run faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..calibration.text import bundled, token_windows
+from ..checkpoint.writer import ResumableOutput
+from ..config import ConvertConfig
+from ..errors import InputError
+from .layer import convert_layer, embed
+from .prepare import Conversion, prepare
+
+CANDIDATES = (("specialists", False), ("coactivation", False), ("coactivation", True))
+"""Partitions and whether they are cut fine, which is tried where the configuration says `fine`."""
+EVERY = 3
+FEWEST_TOKENS, MOST_TOKENS = 8_192, 32_768
+"""Of a trial; between them half of the calibration's. Few tokens favour cuts that few tokens suffice for."""
+TIE = 0.01
+"""Nats of held-out loss (1 % of perplexity), below which the order of two candidates is chance."""
+PART = 4
+"""One window in this many is held out."""
+Progress = Callable[[int, int, dict[str, Any] | None], None]
+"""Called with (finished layers, all layers, record of the last); a trial's is `{"trial": "coactivation S2A2E8"}`."""
+
+
+def candidates(model: str, config: ConvertConfig) -> list[Conversion]:
+    """A checked conversion for each way to cut that the configuration leaves open; one if it names a partition.
+
+    Raises:
+        InputError: none of them fits (the error is that of the first), or the fine one that was asked for does not.
+    """
+    if config.active is None and config.plan is None:
+        config = config.model_copy(update={"active": 0.5})
+    if config.partition != "auto":
+        return [prepare(model, config)]
+    conversions: list[Conversion] = []
+    errors: list[InputError] = []
+    for name, fine in CANDIDATES:
+        if fine > config.fine:
+            continue
+        changes: dict[str, Any] = {"partition": name, "fine": fine}
+        if name == "coactivation" and config.memory_factor > 1:
+            changes["memory_factor"] = 1.0  # a budget is no duty, and disjoint experts may be better all the same
+        try:
+            conversion = prepare(model, config.model_copy(update=changes))
+            conversions.append(
+                replace(conversion, stream=conversions[0].stream) if conversions else conversion
+            )  # its outer weights once in memory
+        except InputError as error:
+            if fine:
+                raise
+            errors.append(error)
+    if not conversions:
+        raise errors[0]
+    windows = len(conversions[0].tokens_NL)
+    if len(conversions) > 1 and windows < PART:
+        raise InputError(
+            f"{windows} calibration windows are too few for --partition auto, which holds out one in {PART}; raise "
+            "--tokens or name a partition"
+        )
+    return conversions
+
+
+def choose(
+    conversions: list[Conversion], partial: ResumableOutput, progress: Progress | None = None
+) -> tuple[Conversion, list[dict[str, Any]]]:
+    """The first conversion within `TIE` of the least held-out loss, and what each trial gave.
+
+    Finished trials are kept in the partial output.
+    """
+    if len(conversions) == 1:
+        return conversions[0], []
+    for conversion in conversions:
+        if conversion.name not in partial.trials:
+            partial.add_trial(conversion.name, trial(conversion, progress))
+    found = [
+        {
+            "partition": conversion.config.partition, "plan": str(conversion.plan), "width": conversion.plan.width,
+            "held_out_loss": partial.trials[conversion.name],
+        }
+        for conversion in conversions
+    ]  # fmt: skip
+    least = min(result["held_out_loss"] for result in found)
+    best = next(
+        (i for i, result in enumerate(found) if result["held_out_loss"] <= least + TIE), 0
+    )  # 0: none is a number
+    return conversions[best], found
+
+
+def trial_windows(tokens: int, window: int) -> int:
+    """Windows of a trial, fitted and held out, for so many calibration tokens."""
+    return max(PART, min(max(tokens // 2, FEWEST_TOKENS), MOST_TOKENS) // window)
+
+
+@torch.no_grad()
+def trial(conversion: Conversion, progress: Progress | None = None) -> float:
+    """Mean next-token loss in nats on held-out calibration tokens with every `EVERY`-th layer converted.
+
+    Half of them are bundled text if the calibration text is the user's.
+    """
+    window = conversion.tokens_NL.shape[1]
+    count = min(len(conversion.tokens_NL), trial_windows(conversion.config.tokens, window))
+    pick = torch.arange(count) * len(conversion.tokens_NL) // count
+    fit = pick[[i for i in range(count) if i % PART != PART - 1]]
+    held_out_NL = conversion.tokens_NL[pick[PART - 1 :: PART]]
+    if conversion.config.calibration:
+        other_NL = token_windows(bundled("calibration"), conversion.tokenizer, held_out_NL.numel(), window)
+        held_out_NL = torch.cat([held_out_NL, other_NL])
+    tokens_NL = conversion.tokens_NL[fit]
+    opening_N1 = conversion.opening_N1[: len(conversion.opening_N1) * len(fit) // len(conversion.tokens_NL)]
+    conversion = replace(
+        conversion, tokens_NL=tokens_NL, domain_N=conversion.domain_N[fit], opening_N1=opening_N1,
+        validation_NL=tokens_NL[:0], held_out_NL=held_out_NL,
+    )  # fmt: skip
+    stream = conversion.stream
+    stream.load_embeddings_and_head()
+    states = embed(conversion)
+    del states["dense"]  # nothing is compared with it
+    for index in range(len(stream.layers)):
+        if progress:
+            progress(index, len(stream.layers), {"trial": conversion.name})
+        if index % EVERY == EVERY - 1:
+            _, states, _ = convert_layer(conversion, index, states)
+            continue
+        with stream.layer(index) as layer:
+            states = {name: stream.run(index, layer, hidden_NLD) for name, hidden_NLD in states.items()}
+    return stream.token_losses(conversion.held_out_NL, states["converted"]).mean().item()

@@ -1,1 +1,0 @@
-"""What stands beside a converted model's weights: the model card and plots."""

@@ -1,0 +1,7 @@
+"""Stock transformers architectures that can say what a converted model says: one a file, both directions."""
+
+from ..base import Format
+
+Base = Format
+
+__all__ = ["Base", "Format"]

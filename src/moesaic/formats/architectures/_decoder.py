@@ -1,0 +1,174 @@
+"""What the native forms share: attention, rope, experts as engines name them, and reasons to refuse.
+
+Shapes: D hidden size, E routed experts, I neurons of one, X = 2 I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from ..base import Format, Tensors
+
+ROUTER_SCALE = 2.0**-10
+"""Of the working form's scores, which are about 1: small enough that a softmax or sigmoid of them is flat."""
+WHY_NOT = {
+    "gemma2": "Gemma has GeGLU and norms after attention and FFN",
+    "gemma3_text": "Gemma has GeGLU and norms after attention and FFN",
+    "granite": "Granite has four multipliers; write it as granitemoeshared",
+    "olmo2": "OLMo-2 has norms after attention and FFN only; write it as flex_olmo",
+}
+COPIED_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "initializer_range", "rms_norm_eps", "attention_dropout", "bos_token_id", "eos_token_id",
+    "pad_token_id",
+)  # fmt: skip
+
+
+def common_config(working: Any, model_type: str, architecture: str) -> dict[str, Any]:
+    """The part of `config.json` that every form has, as transformers 5 and as older engines read it."""
+    rope = dict(working.rope_parameters)
+    rope.setdefault("partial_rotary_factor", 1.0)
+    dtype = str(working.dtype).removeprefix("torch.")
+    return {name: getattr(working, name, None) for name in COPIED_FIELDS} | {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_act": "silu",
+        "num_experts_per_tok": working.num_experts_per_tok,
+        "rope_theta": rope["rope_theta"],
+        "partial_rotary_factor": rope["partial_rotary_factor"],
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "rope_parameters": rope,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def check(form: Format, working: Any, *reasons: tuple[Any, str]) -> None:
+    """Raises InputError for what no form, or by one of `reasons` (whether it holds, what to say) not this one, says."""
+    family, biased = working.dense_model_type, getattr(working, "attention_bias", False)
+    length, window = working.max_position_embeddings, getattr(working, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(working, "layer_types", None) or ()) or (
+        family != "qwen2" and window is not None and window < length
+    )
+    act = getattr(working, "hidden_act", None)
+    other = f"its attention was made for {', '.join(form.sources)}, not for {family}"
+    common = (
+        (family not in form.sources, WHY_NOT.get(family, other)),
+        (act != "silu", f"its experts have SiLU, the model has {act}"),
+        (slides, f"it has no sliding window, the model attends to {window} tokens only"),
+        (family != "qwen2" and biased, "it has no bias in o_proj, the model does"),
+        (
+            form.name != "glm4_moe" and working.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0,
+            "it turns whole heads, the model parts of them",
+        ),
+        (working.rope_parameters.get("rope_type") == "longrope", "engines read longrope for other architectures only"),
+        (working.router != "linear", f"its router is linear, the model's is {working.router}"),
+        (
+            not working.num_experts,
+            "the model has no routed experts; a statically pruned one is no Mixture-of-Experts",
+        ),
+        (working.shared_expert_bias, "its shared expert has no bias"),
+    )
+    for holds, reason in (*common, *reasons):
+        if holds:
+            raise InputError(f"this model cannot be written as {form.name}: {reason}. The working form runs everywhere "
+                             "transformers does")  # fmt: skip
+
+
+def renormalised_scale(working: Any) -> float:
+    """ε for gates that are divided by their sum: of one expert that is 1 whatever its score."""
+    return 1.0 if working.num_experts_per_tok == 1 else ROUTER_SCALE
+
+
+def too_small(working: Any, scale: float) -> tuple[bool, str]:
+    """The reason of forms that hold the scaled gate in the model's dtype."""
+    short = scale < 1 and working.dtype == torch.float16
+    return short, "float16 cannot hold its gates, which are scaled down; convert with --dtype bfloat16"
+
+
+def unlike_heads(working: Any) -> tuple[bool, str]:
+    """The reason of forms that take the size of a head from the hidden size."""
+    size = working.hidden_size // working.num_attention_heads
+    return head_dim(working) != size, f"its heads are of {size} dimensions, the model's of {head_dim(working)}"
+
+
+def not_power(number: int, what: str) -> tuple[bool, str]:
+    """The reason of forms that weigh experts by 1 / number, which only powers of two undo without rounding."""
+    return number & (number - 1) != 0, f"its gates undo {number} {what} exactly only if that is a power of two"
+
+
+def head_dim(working: Any) -> int:
+    """Size of one attention head."""
+    return getattr(working, "head_dim", None) or working.hidden_size // working.num_attention_heads
+
+
+def split_attention(tensors: Tensors, working: Any) -> Tensors:
+    """The layer's tensors with q, k and v apart (Phi-3 has them fused)."""
+    split = dict(tensors)
+    if (fused := split.pop("self_attn.qkv_proj.weight", None)) is not None:
+        queries, keys = (n * head_dim(working) for n in (working.num_attention_heads, working.num_key_value_heads))
+        parts = fused.split([queries, keys, keys])
+        split |= {f"self_attn.{n}_proj.weight": part for n, part in zip("qkv", parts, strict=True)}
+    return split
+
+
+def join_attention(tensors: Tensors, working: Any) -> Tensors:
+    """The inverse of `split_attention`."""
+    joined = dict(tensors)
+    if working.dense_model_type == "phi3":
+        parts = [joined.pop(f"self_attn.{n}_proj.weight") for n in "qkv"]
+        joined["self_attn.qkv_proj.weight"] = torch.cat(parts)
+    return joined
+
+
+def split_experts(gate_up_EXD: Tensor, down_EDI: Tensor, prefix: str, names: Sequence[str]) -> Tensors:
+    """Each expert's gate, up and down projection under its own name."""
+    split = {}
+    for expert, (gate_up_XD, down_DI) in enumerate(zip(gate_up_EXD, down_EDI, strict=True)):
+        parts = (*gate_up_XD.chunk(2), down_DI)
+        split |= {f"{prefix}{expert}.{name}.weight": part for name, part in zip(names, parts, strict=True)}
+    return split
+
+
+def join_experts(layer: Tensors, experts: int, prefix: str, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The inverse of `split_experts`, which takes the parts out of `layer`."""
+    gates, ups, downs = ([layer.pop(f"{prefix}{e}.{name}.weight") for e in range(experts)] for name in names)
+    gate_up = [torch.cat([gate, up]) for gate, up in zip(gates, ups, strict=True)]
+    return torch.stack(gate_up), torch.stack(downs)
+
+
+def replicate_shared(layer: Tensors, active: int) -> tuple[Tensor, Tensor]:
+    """(gate_up, down) of experts that hold the shared one too, for gates of 1 / active; takes the parts out of `layer`.
+
+    `sum_k (1 / K) (K routed_k(x) + shared(x)) = sum_k routed_k(x) + shared(x)`.
+    """
+    gate_up_EXD, down_EDI = layer.pop("mlp.experts.gate_up_proj"), layer.pop("mlp.experts.down_proj") * active
+    if "mlp.shared_experts.down_proj.weight" not in layer:
+        return gate_up_EXD, down_EDI
+    gate_ID, up_ID, down_DI = (layer.pop(f"mlp.shared_experts.{n}_proj.weight") for n in ("gate", "up", "down"))
+
+    def every(weight: Tensor) -> Tensor:
+        return weight.expand(len(gate_up_EXD), -1, -1)
+
+    gate_EID, up_EID = gate_up_EXD.chunk(2, dim=1)
+    return torch.cat([gate_EID, every(gate_ID), up_EID, every(up_ID)], 1), torch.cat([down_EDI, every(down_DI)], 2)
+
+
+def separate_shared(gate_up_EXD: Tensor, down_EDI: Tensor, width: int, active: int) -> Tensors:
+    """The inverse of `replicate_shared`; `width` neurons are the routed expert's own."""
+    gate_EID, up_EID = gate_up_EXD.chunk(2, dim=1)
+    layer = {
+        "mlp.experts.gate_up_proj": torch.cat([gate_EID[:, :width], up_EID[:, :width]], 1),
+        "mlp.experts.down_proj": down_EDI[:, :, :width] / active,
+    }
+    shared = {"gate": gate_EID[0, width:], "up": up_EID[0, width:], "down": down_EDI[0, :, width:]}
+    if down_EDI.shape[2] > width:
+        layer |= {f"mlp.shared_experts.{name}_proj.weight": weight for name, weight in shared.items()}
+    return layer

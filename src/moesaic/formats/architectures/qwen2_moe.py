@@ -1,0 +1,75 @@
+"""`Qwen2MoeForCausalLM`, in the form that every engine reads alike: weights of the full softmax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..base import Format, Tensors
+from . import _decoder as decoder
+
+EXPERTS = "mlp.experts."
+PARTS = ("gate_proj", "up_proj", "down_proj")
+SHARED_GATE = 2.0**-20
+"""Not 0, of which llama.cpp's sigmoid, `silu(x) / x`, is NaN."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen2Moe(Format):
+    """Chosen experts with weight 1 from a flat softmax over all E: `E softmax(ε z) -> 1`.
+
+    `gate x ε`, experts' `down_proj x E`, `norm_topk_prob` false (llama.cpp and MLX do not read it); the shared expert
+    behind its gate of 1/2, `down_proj x 2`.
+    """
+
+    sources: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "phi3")
+    loaded_by: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "sglang", "mlx")
+
+    def config(self, working: Any) -> dict[str, Any]:
+        decoder.check(
+            self, working, decoder.unlike_heads(working),
+            (not working.n_shared_experts, "it needs a shared expert; convert with a plan like S1A1E5"),
+            decoder.not_power(working.num_experts, "routed experts"),
+            decoder.too_small(working, decoder.ROUTER_SCALE),
+        )  # fmt: skip
+        return decoder.common_config(working, "qwen2_moe", "Qwen2MoeForCausalLM") | {
+            "num_experts": working.num_experts,
+            "moe_intermediate_size": working.moe_intermediate_size,
+            "shared_expert_intermediate_size": working.shared_expert_intermediate_size,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "qkv_bias": True,
+            "use_sliding_window": False,
+        }
+
+    def layer(self, tensors: Tensors, working: Any) -> Tensors:
+        native = decoder.split_attention(tensors, working)
+        del native["mlp.gate.e_score_correction_bias"]
+        native["mlp.gate.weight"] = native["mlp.gate.weight"] * decoder.ROUTER_SCALE
+        for name in "qkv":  # engines expect a bias
+            weight = native[f"self_attn.{name}_proj.weight"]
+            native.setdefault(f"self_attn.{name}_proj.bias", weight.new_zeros(len(weight)))
+        for name in PARTS:
+            factor = 2 if name == "down_proj" else 1
+            native[f"mlp.shared_expert.{name}.weight"] = native.pop(f"mlp.shared_experts.{name}.weight") * factor
+        native["mlp.shared_expert_gate.weight"] = torch.full_like(native["mlp.gate.weight"][:1], SHARED_GATE)
+        gate_up, down = native.pop("mlp.experts.gate_up_proj"), native.pop("mlp.experts.down_proj")
+        return native | decoder.split_experts(gate_up, down * working.num_experts, EXPERTS, PARTS)
+
+    def moesaic_layer(self, tensors: Tensors, working: Any) -> Tensors:
+        layer = dict(tensors)
+        if working.dense_model_type != "qwen2":
+            for name in "qkv":
+                del layer[f"self_attn.{name}_proj.bias"]
+        layer = decoder.join_attention(layer, working)
+        del layer["mlp.shared_expert_gate.weight"]
+        layer["mlp.gate.weight"] = layer["mlp.gate.weight"] / decoder.ROUTER_SCALE
+        layer["mlp.gate.e_score_correction_bias"] = layer["mlp.gate.weight"].new_zeros(working.num_experts)
+        for name in PARTS:
+            factor = 2 if name == "down_proj" else 1
+            layer[f"mlp.shared_experts.{name}.weight"] = layer.pop(f"mlp.shared_expert.{name}.weight") / factor
+        gate_up, down = decoder.join_experts(layer, working.num_experts, EXPERTS, PARTS)
+        return layer | {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down / working.num_experts}

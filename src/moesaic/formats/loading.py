@@ -1,0 +1,97 @@
+"""Load any model that moesaic accepts or makes, ready to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.sources import resolve
+from ..errors import InputError
+from ..models.devices import choose_device, compute_dtype
+from ..moe.modeling import DEFAULT_EXPERTS
+from .converted import Converted, is_stock
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "auto",
+    experts: str | None = None,
+    for_scoring: bool = False,
+) -> tuple[PreTrainedModel, Any]:
+    """(model in eval mode, tokenizer) of a folder, hub id, .gguf file or built-in name, dense or converted.
+
+    A native form that `moesaic export` wrote is read back into the working form, bit by bit what it was written from.
+
+    Args:
+        model: what to load; Mixture-of-Experts models of other makers too.
+        dtype: None is the checkpoint's.
+        device: `auto` is the GPU when there is one.
+        experts: the implementation of the experts' products, a name that transformers' `set_experts_implementation`
+            takes; None is `moesaic` for every model that has experts, unless they are quantised.
+        for_scoring: for scoring texts rather than decoding: without a `dtype`, float32 on a CPU that multiplies it
+            faster than the checkpoint's, for twice the memory.
+
+    Raises:
+        InputError: no such model, a folder that is damaged, or experts that cannot run that way.
+    """
+    check_experts(experts)
+    device = choose_device(str(device))
+    folder = resolve(str(model))
+    checkpoint = Checkpoint(folder)
+    if dtype is None:
+        dtype = compute_dtype(checkpoint.dtype(), device) if for_scoring else checkpoint.dtype()
+    loaded: Any
+    try:
+        if is_stock(checkpoint):
+            loaded = Converted(folder).load(dtype)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"transformers cannot load '{folder}': {str(error).splitlines()[0]}") from error
+    choose_experts(loaded, experts)
+    return loaded.to(device).eval(), load_tokenizer(folder)
+
+
+def check_experts(name: str | None) -> None:
+    """Raises InputError unless there is an experts implementation of that name."""
+    known = ["eager", *sorted(ExpertsInterface().keys())]
+    if name is not None and name not in known:
+        raise InputError(f"--experts {name} is not one of {', '.join(known)}")
+
+
+def choose_experts(model: PreTrainedModel, name: str | None) -> None:
+    """Have a model's experts run by that implementation; None is ours, where there are experts that it can run.
+
+    Raises:
+        InputError: a model without experts.
+    """
+    has_experts = model._can_set_experts_implementation()
+    if name is None:
+        if has_experts and not hasattr(model.config, "quantization_config"):  # those have products of their own
+            model.set_experts_implementation(DEFAULT_EXPERTS)
+    elif has_experts:
+        model.set_experts_implementation(name)
+    else:
+        raise InputError(f"--experts {name} has no use: '{model.config.model_type}' is dense; leave it out")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        InputError: there is none, or transformers cannot read it.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"no usable tokenizer in '{folder}' ({reason}); put the model's tokenizer files there"
+        ) from error

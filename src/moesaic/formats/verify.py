@@ -1,0 +1,114 @@
+"""Does stock transformers say what the converted model says?
+
+Shapes: N sequences, L tokens in one, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from psutil import virtual_memory
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from ..checkpoint.reader import Checkpoint
+from ..errors import WorkError
+from .converted import Converted, shortened
+
+TOKENS, WINDOW, LAYERS = 128, 32, 4
+TOLERANCE = 0.05
+"""Nats that a token's log-probabilities may be off: router weights are 1 within a thousandth (`docs/export.md`)."""
+
+
+@torch.no_grad()
+def check(source: Converted, made: Path) -> dict[str, Any]:
+    """How far the written model is from the one it was written from, in float32 as stock transformers runs it.
+
+    Random tokens, half of the sequences with positions spread over all that the model reaches, for what scales rotary
+    positions shows only far out. A token whose experts were nearly tied may choose others and differ, hence the median.
+    The first `LAYERS` layers and the head are compared, fewer if they do not fit in memory: what could be wrong with
+    one layer alone, its weights, was compared bit by bit when it was written.
+
+    Returns:
+        `max_abs_logit_error` (all tokens, so also where a tie was decided otherwise), `median_difference` of
+        log-probabilities (nats, of the worst sequence), `agreement` (share of tokens with the same most likely next),
+        `tokens`, `layers`.
+
+    Raises:
+        WorkError: transformers cannot load it, or in a sequence half of the log-probabilities are off by more than
+            `TOLERANCE`.
+    """
+    layers = layers_that_fit(source)
+    generator = torch.Generator().manual_seed(0)
+    shape = (TOKENS // WINDOW, WINDOW)
+    tokens_NL = torch.randint(source.config.vocab_size, shape, generator=generator)
+    expected = logits(source.load(torch.float32, layers), tokens_NL)
+    gc.collect()  # the first model, before the second comes
+    made_type = Checkpoint(made).config["model_type"]
+    try:
+        config = shortened(AutoConfig.from_pretrained(made), layers)
+        with silence():  # it would list the layers that are left out
+            stock = AutoModelForCausalLM.from_pretrained(made, config=config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise WorkError(f"transformers cannot load the model written as {made_type}: {error}") from error
+    given = logits(stock, tokens_NL)
+    largest = (expected - given).abs().max().item()
+    expected, given = expected.log_softmax(-1), given.log_softmax(-1)
+    # what is all but impossible does not matter
+    differences = (expected - given).abs().where(expected > -20, 0).amax(-1)
+    median = differences.median(dim=1).values.max().item()
+    if not median <= TOLERANCE:
+        raise WorkError(
+            f"the model written as {made_type} is not the converted one: log-probabilities differ by {median:.3g} nats "
+            f"in half of the tokens, more than {TOLERANCE}"
+        )
+    agreement = (expected.argmax(-1) == given.argmax(-1)).float().mean().item()
+    return {
+        "max_abs_logit_error": largest,
+        "median_difference": median,
+        "agreement": agreement,
+        "tokens": differences.numel(),
+        "layers": layers,
+    }
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Only errors from transformers."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def layers_that_fit(source: Converted) -> int:
+    """At most `LAYERS`, of which half of the free memory holds float32 weights; two at least."""
+    count, shapes = source.config.num_hidden_layers, source.checkpoint.shapes()
+    sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+    layer = sum(size for name, size in sizes.items() if name.startswith(source.prefix(0)))
+    outer = sum(size for name, size in sizes.items() if not name.startswith("model.layers."))
+    return min(count, LAYERS, max(2, (virtual_memory().available // 2 - outer) // layer))
+
+
+def logits(model: Any, tokens_NL: Tensor) -> Tensor:
+    """Logits of every next token, [N, L, V] float32, a sequence at a time; of the second half at far positions."""
+    model.eval()
+    count, length = tokens_NL.shape
+    near = torch.arange(length)[None]
+    far = torch.linspace(0, model.config.max_position_embeddings - 1, length).long()[None]
+    found = []
+    for number, tokens_1L in enumerate(tokens_NL.split(1)):
+        positions = far if number >= count // 2 else near
+        # without a mask, transformers takes a gap in the positions for the start of another text
+        mask = torch.ones_like(tokens_1L)
+        found.append(model(input_ids=tokens_1L, position_ids=positions, attention_mask=mask).logits.float())
+    return torch.cat(found)

@@ -1,0 +1,161 @@
+"""Run a checkpoint layer by layer: one decoder layer's weights in memory at a time.
+
+Shapes: N sequences, L tokens in one, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..checkpoint.reader import Checkpoint
+from ..errors import InputError
+from .families import check_convertible, decoder_layers
+
+BATCH_TOKENS = 2_048
+"""Tokens that run through a layer at once: enough for products at full speed, few for memory."""
+
+
+class Stub(nn.Module):
+    """Stands in for a decoder layer: keeps what it is called with and passes on `replacement`, or its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+        self.arguments: dict[int, dict[str, Any]] = {}
+        """By the sequences' length."""
+        self.replacement: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.hidden, self.arguments[hidden_states.shape[1]] = hidden_states, arguments
+        return hidden_states if self.replacement is None else self.replacement
+
+
+def batches(sequences_NL: Tensor) -> tuple[Tensor, ...]:
+    """Whole sequences, [B, L, ...] each, of at most `BATCH_TOKENS` tokens if one has no more."""
+    return sequences_NL.split(max(1, BATCH_TOKENS // sequences_NL.shape[1]))
+
+
+class LayerwiseModel:
+    """A checkpoint whose decoder layers are loaded when used; everything around them stays in memory.
+
+    The family's own forward runs with stubs for layers, which yields what each layer is called with (masks, rotary
+    embeddings) and, given the last hidden states, the logits: no family's forward is written again.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint = Checkpoint(folder)
+        self.dtype, self.device = dtype, device
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            with init_empty_weights(include_buffers=False):
+                self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"'{folder}' is no causal language model that transformers knows: {reason}") from error
+        self.model.eval()
+        self.layers = list(decoder_layers(self.model))
+        check_convertible(self.layers)
+        self.stubs = [Stub() for _ in self.layers]
+        self.prefix = f"{self.model.base_model_prefix}.layers."
+        self.model.base_model.layers = nn.ModuleList(self.stubs)
+        self._check_names()
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def _check_names(self) -> None:
+        """Every parameter has its tensor on disk, in its shape, before any work."""
+        wanted = {
+            f"{self.prefix}{i}.{n}": p for i, layer in enumerate(self.layers) for n, p in layer.named_parameters()
+        }
+        wanted |= {name: p for name, p in self.model.named_parameters() if name not in self._tied()}
+        missing = [name for name in wanted if name not in self.checkpoint]
+        shapes = self.checkpoint.shapes()
+        for name, parameter in wanted.items():
+            if name in shapes and shapes[name] != list(parameter.shape):
+                raise InputError(
+                    f"'{self.checkpoint.folder}': {name} is {shapes[name]}, config.json says {list(parameter.shape)}"
+                )
+        if missing:
+            have = ", ".join(self.checkpoint.names()[:3])
+            raise InputError(
+                f"'{self.checkpoint.folder}' lacks {len(missing)} tensors of {type(self.model).__name__}, "
+                f"e.g. {missing[0]}; it has {have}, ..."
+            )
+
+    def _tied(self) -> dict[str, str]:
+        tied = self.model._tied_weights_keys if self.config.tie_word_embeddings else None
+        return dict(tied or {})
+
+    def embeddings_and_head(self) -> Iterator[tuple[str, Tensor]]:
+        """Embeddings, final norm and head by name, as on disk; tied ones once."""
+        names = [name for name in self.checkpoint.names() if not name.startswith(self.prefix)]
+        return self.checkpoint.items([name for name in names if name not in self._tied()])
+
+    def parameters(self) -> int:
+        """Parameters of the dense model."""
+        modules = [self.model, *self.layers]
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    def load_embeddings_and_head(self) -> None:
+        """Load embeddings, final norm and head."""
+        tensors = {name: tensor.to(self.device, self.dtype) for name, tensor in self.embeddings_and_head()}
+        self.model.load_state_dict(tensors, strict=False, assign=True)
+        self.model.tie_weights()
+        self.model.to(self.device)
+
+    def drop_embeddings_and_head(self) -> None:
+        """Forget what `load_embeddings_and_head` loaded, to make room."""
+        self.model.to("meta")
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """A decoder layer with its dense weights; on leaving, its memory is released."""
+        layer, prefix = self.layers[index], f"{self.prefix}{index}."
+        tensors = {
+            name.removeprefix(prefix): tensor.to(self.device, self.dtype)
+            for name, tensor in self.checkpoint.items(self.checkpoint.names(prefix))
+        }
+        layer.load_state_dict(tensors, strict=False, assign=True)
+        try:
+            yield layer
+        finally:
+            layer.to("meta")
+
+    @torch.no_grad()
+    def embed(self, tokens_NL: Tensor) -> Tensor:
+        """What enters the first layer, shape [N, L, D]; from then on `run` knows how to call layers on length L."""
+        parts = []
+        for tokens_BL in (*batches(tokens_NL), tokens_NL[:1]):  # one alone is last: its arguments fit any batch
+            self.model.base_model(input_ids=tokens_BL.to(self.device), use_cache=False)
+            hidden = self.stubs[0].hidden
+            assert hidden is not None
+            parts.append(hidden)
+        return torch.cat(parts[:-1])
+
+    @torch.no_grad()
+    def run(self, index: int, layer: nn.Module, hidden_NLD: Tensor) -> Tensor:
+        """A decoder layer's output for sequences of a length that was embedded before, shape [N, L, D]."""
+        arguments = self.stubs[index].arguments[hidden_NLD.shape[1]]
+        return torch.cat([layer(hidden_BLD, **arguments) for hidden_BLD in batches(hidden_NLD)])
+
+    @torch.no_grad()
+    def token_losses(self, tokens_NL: Tensor, hidden_NLD: Tensor) -> Tensor:
+        """Next-token loss in nats from the last layer's output, shape [N, L - 1], float32."""
+        losses = []
+        for tokens_1L, hidden_1LD in zip(tokens_NL.split(1), hidden_NLD.split(1), strict=True):
+            self.stubs[-1].replacement = hidden_1LD
+            logits = self.model(input_ids=tokens_1L.to(self.device), use_cache=False).logits[0, :-1]
+            losses.append(cross_entropy(logits.float(), tokens_1L[0, 1:].to(self.device), reduction="none"))
+        self.stubs[-1].replacement = None
+        return torch.stack(losses)

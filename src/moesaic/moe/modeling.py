@@ -1,0 +1,142 @@
+"""The working form (`model_type: moesaic`): a family's own transformers classes with MoE blocks for FFNs.
+
+For every dense configuration class there is one derived configuration and one derived model class, made on demand:
+`LlamaConfig` gives `MoesaicLlamaConfig` and `MoesaicLlamaForCausalLM`. Attention, caches, generation, logits and
+everything else are inherited, so that nothing of a family is written again here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ..errors import InputError
+from ..models.families import activation, decoder_layers, ffn_name
+from ..plan import Plan
+from .block import MoE, SharedExperts
+from .experts import Experts
+
+MODEL_TYPE = "moesaic"
+DEFAULT_EXPERTS = "moesaic"
+"""The experts implementation of `runtime/experts.py`."""
+
+
+class MoesaicConfig(PreTrainedConfig):
+    """Entry for `AutoConfig`: reads `dense_model_type` and hands over to that family's derived class."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        family = config_dict.get("dense_model_type")
+        if family not in CONFIG_MAPPING:
+            raise InputError(f"config.json has dense_model_type {family!r}, expected a model type of transformers")
+        dense = CONFIG_MAPPING[family]
+        return config_class(dense).from_dict(config_dict, **kwargs)
+
+
+@cache
+def config_class(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The working form's configuration class for a dense family's: its fields and the MoE's."""
+    moe_fields = {
+        "dense_model_type": (str, dense.model_type),
+        "num_experts": (int, 0),
+        "num_experts_per_tok": (int, 0),
+        "moe_intermediate_size": (int, 0),
+        "n_shared_experts": (int, 0),
+        "shared_expert_intermediate_size": (int, 0),
+        "shared_expert_bias": (bool, False),
+        "router": (str, "linear"),
+        "router_hidden_size": (int, 128),
+        "router_threshold": (float, 0.0),
+    }
+    namespace: dict[str, Any] = {name: default for name, (_, default) in moe_fields.items()}
+    namespace["__annotations__"] = {name: kind for name, (kind, _) in moe_fields.items()}
+    # the family's tensor-parallel plan names the dense FFN's layers
+    namespace |= {"__module__": __name__, "model_type": MODEL_TYPE, "base_model_tp_plan": None}
+    cls = type(f"Moesaic{dense.__name__}", (dense,), namespace)
+    setattr(sys.modules[__name__], cls.__name__, cls)  # so that pickle finds it
+    for auto in (AutoModelForCausalLM, AutoModel):
+        auto.register(cls, model_class(auto, dense, cls))
+    return cls
+
+
+def model_class(auto: Any, dense: type[PreTrainedConfig], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """The working form's model class for a family: that of `auto` for it, its FFNs replaced after `__init__`."""
+    base: type[PreTrainedModel] = auto._model_mapping[dense]
+
+    def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+        requested = config._experts_implementation or DEFAULT_EXPERTS
+        # the family's inner model class would refuse to choose: it has no experts of its own
+        config._experts_implementation = "eager"
+        base.__init__(self, config, *args, **kwargs)
+        config._experts_implementation = self.get_correct_experts_implementation(requested)
+        for layer in decoder_layers(self):
+            name = ffn_name(layer)
+            act_fn = activation(layer.get_submodule(name))
+            weight = next(layer.get_submodule(name).parameters())
+            with torch.device(weight.device):
+                moe = MoE(config, act_fn).to(weight.dtype)
+            setattr(layer, name, moe.apply(self._init_weights))
+        connect_gates(self)
+
+    def _init_weights(self: PreTrainedModel, module: torch.nn.Module) -> None:
+        base._init_weights(self, module)
+        if isinstance(module, Experts):
+            for weight in module.parameters():
+                torch.nn.init.normal_(weight, std=self.config.initializer_range)
+
+    __init__.__annotations__ = {}  # vLLM checks arguments against them, and these are strings
+    namespace: dict[str, Any] = {"__module__": __name__, "config_class": config}
+    namespace |= {"__init__": __init__, "_init_weights": _init_weights}
+    # transformers would look for experts in the source of the family's file
+    namespace["_can_set_experts_implementation"] = classmethod(lambda cls: True)
+    cls = type(f"Moesaic{base.__name__}", (base,), namespace)
+    setattr(sys.modules[__name__], cls.__name__, cls)
+    return cls
+
+
+def moe_blocks(model: PreTrainedModel) -> list[MoE]:
+    """The Mixture-of-Experts block of each layer of a model in the working form."""
+    return [block for layer in decoder_layers(model) for block in layer.children() if isinstance(block, MoE)]
+
+
+def connect_gates(model: PreTrainedModel) -> None:
+    """Tell each gate which one is before it."""
+    gates = [None, *(block.gate for block in moe_blocks(model))]
+    for previous, gate in itertools.pairwise(gates):
+        if gate is not None:
+            gate.connect(previous)
+
+
+def moesaic_config(dense: PreTrainedConfig, plan: Plan, router: str, shared_expert_bias: bool = False) -> Any:
+    """The working form's configuration for a dense model's and a plan."""
+    fields = dense.to_dict()
+    for key in ("model_type", "architectures", "transformers_version", "_name_or_path"):
+        fields.pop(key, None)
+    cls: Any = config_class(type(dense))
+    config = cls(
+        **fields,
+        num_experts=plan.num_experts,
+        num_experts_per_tok=plan.num_experts_per_tok,
+        moe_intermediate_size=plan.width if plan.num_experts else 0,
+        n_shared_experts=plan.shared,
+        shared_expert_intermediate_size=plan.shared_width,
+        shared_expert_bias=shared_expert_bias,
+        router=router,
+    )
+    config.architectures = [AutoModelForCausalLM._model_mapping[cls].__name__]  # pyrefly: ignore[missing-attribute]
+    return config
+
+
+def register() -> None:
+    """Let `AutoConfig` and `AutoModelForCausalLM` load the working form."""
+    AutoConfig.register(MODEL_TYPE, MoesaicConfig, exist_ok=True)
+
+
+__all__ = ["MODEL_TYPE", "MoE", "MoesaicConfig", "SharedExperts", "moesaic_config", "register"]

@@ -1,0 +1,167 @@
+"""The shape of a converted FFN, and the shape that a wish for less compute comes to."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from .errors import InputError
+
+FEWEST = 3
+"""Specialists beside a shared expert, at least."""
+COARSE, FINE = (4, 16, 64), (48, 64, 128)
+"""Groups of a disjoint cut: fewest, wanted, most."""
+PLAN = re.compile(r"S(\d+)A(\d+)E(\d+)")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shape of a converted FFN, written `S3A3E8`: 3 shared + 3 active routed of 8 groups, `width` neurons each."""
+
+    shared: int
+    num_experts_per_tok: int
+    """Routed experts that run for one token."""
+    groups: int
+    width: int
+    """Neurons in one group."""
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts; none when nothing routed is ever active (static pruning)."""
+        return self.groups - self.shared if self.num_experts_per_tok else 0
+
+    @property
+    def shared_width(self) -> int:
+        """Neurons of the shared expert."""
+        return self.shared * self.width
+
+    def ffn_active(self, intermediate_size: int) -> float:
+        """Share of the dense FFN's neurons that one token runs."""
+        return (self.shared + self.num_experts_per_tok) * self.width / intermediate_size
+
+    def memory_factor(self, intermediate_size: int) -> float:
+        """Neurons kept in memory, relative to the dense FFN's."""
+        return (self.shared + self.num_experts) * self.width / intermediate_size
+
+    def __str__(self) -> str:
+        return f"S{self.shared}A{self.num_experts_per_tok}E{self.groups}"
+
+    def as_static(self) -> Plan:
+        """The plan of equal cost without routing."""
+        return Plan(self.shared + self.num_experts_per_tok, 0, self.groups, self.width)
+
+
+def parse_plan(text: str, intermediate_size: int, expert_width: int | None = None, overlapping: bool = False) -> Plan:
+    """A plan like `S3A3E8` for an FFN of that width; overlapping experts may be of any width and number.
+
+    Raises:
+        InputError: not of that form, more groups in use than there are, or groups that do not divide the width.
+    """
+    match = PLAN.fullmatch(text.upper())
+    if not match:
+        raise InputError(f"plan '{text}' is not of the form S<shared>A<active>E<groups>, e.g. S3A3E8")
+    shared, active, groups = map(int, match.groups())
+    if not 0 < shared + active <= groups:
+        raise InputError(f"plan '{text}' runs {shared + active} of {groups} groups; 1 to {groups} can run")
+    if overlapping and expert_width is not None:
+        if (shared + active) * expert_width > intermediate_size:
+            raise InputError(
+                f"plan '{text}' with --expert-width {expert_width} runs {(shared + active) * expert_width} neurons, "
+                f"the FFN has {intermediate_size}"
+            )
+        return Plan(shared, active, groups, expert_width)
+    if expert_width is not None and groups * expert_width != intermediate_size:
+        fits = intermediate_size % expert_width == 0
+        way = f"write E{intermediate_size // expert_width}" if fits else "drop --expert-width"
+        raise InputError(
+            f"{groups} groups of --expert-width {expert_width} are {groups * expert_width} neurons, the FFN has "
+            f"{intermediate_size}; {way}"
+        )
+    if intermediate_size % groups:
+        divisors = [e for e in range(1, intermediate_size + 1) if intermediate_size % e == 0]
+        closest = min(divisors, key=lambda e: abs(e - groups))
+        raise InputError(
+            f"plan '{text}': {groups} groups do not divide the FFN's {intermediate_size} neurons; the nearest count "
+            f"that does is {closest}"
+        )
+    return Plan(shared, active, groups, intermediate_size // groups)
+
+
+def check_share(active: float) -> None:
+    """Refuse what is no share of an FFN.
+
+    Raises:
+        InputError: not above 0 and at most 1.
+    """
+    if not 0 < active <= 1:
+        raise InputError(f"--active is {active}; it is a share of the FFN, above 0 and at most 1, e.g. 0.5")
+
+
+def disjoint_plan(active: float, intermediate_size: int, expert_width: int | None = None, fine: bool = False) -> Plan:
+    """The disjoint plan nearest to running `active` of the FFN, half of it shared.
+
+    About sixteen groups, of a width that K-quants (256), q8_0 (32) or at least grouped kernels (8) take, where the
+    FFN's width allows; `fine`: about 64, which follow the tokens better and are slow on CPUs.
+
+    Raises:
+        InputError: an impossible share or width.
+    """
+    check_share(active)
+    if expert_width is not None:
+        if expert_width < 1 or intermediate_size % expert_width:
+            widths = [w for w in range(1, intermediate_size + 1) if intermediate_size % w == 0]
+            closest = min(widths, key=lambda w: abs(w - expert_width))
+            raise InputError(
+                f"--expert-width {expert_width} does not divide the FFN's {intermediate_size} neurons; the nearest "
+                f"that does is {closest}"
+            )
+        return nearest_plan(active, intermediate_size, intermediate_size // expert_width)
+    fewest, wanted, most = FINE if fine else COARSE
+    counts = [e for e in range(fewest, most + 1) if intermediate_size % e == 0]
+    if not counts:
+        raise InputError(
+            f"no group count from {fewest} to {most} divides the FFN's {intermediate_size} neurons; use --plan"
+        )
+
+    def cost(groups: int) -> tuple[float, ...]:
+        width = intermediate_size // groups
+        plan = nearest_plan(active, intermediate_size, groups)
+        misfit = next(rank for rank, multiple in enumerate((256, 32, 8, 1)) if width % multiple == 0)
+        miss = abs(plan.ffn_active(intermediate_size) - active)
+        return (round(miss / 0.02), misfit, abs(groups - wanted))
+
+    return nearest_plan(active, intermediate_size, min(counts, key=cost))
+
+
+def nearest_plan(active: float, intermediate_size: int, groups: int) -> Plan:
+    """The plan of so many groups that is nearest to running `active` of the FFN, half of it shared."""
+    running = min(groups, max(1, round(active * groups)))
+    shared = running // 2
+    return Plan(shared, running - shared, groups, intermediate_size // groups)
+
+
+def specialists_plan(active: float, memory_factor: float, intermediate_size: int) -> Plan:
+    """Top-1 specialists beside a shared expert of the same width, as many as the memory budget holds.
+
+    Where it holds fewer than `FEWEST`, groups are narrower and more of them shared.
+
+    Raises:
+        InputError: an impossible share, or a memory budget that leaves nothing to vary.
+    """
+    check_share(active)
+    spare = memory_factor - active
+    if spare < 0.01:
+        raise InputError(
+            f"--memory-factor {memory_factor} leaves no room for specialists beside the {active:.0%} that run; "
+            f"give at least {active + 0.1:.1f}"
+        )
+    shared = max(1, math.ceil((FEWEST * active - memory_factor) / spare - 1e-6))
+    wish = active * intermediate_size / (shared + 1)
+    # rounded down, so that rounding never costs a specialist
+    widths = [int(wish / step + 1e-9) * step for step in (256, 32, 8)]
+    close = 0.01 * intermediate_size / (shared + 1)
+    width = next((w for w in widths if w and wish - w <= close), max(1, int(wish)))
+    groups = int(memory_factor * intermediate_size / width + 1e-6)
+    shared = max(1, min(round(active * intermediate_size / width) - 1, groups - FEWEST))
+    return Plan(shared, 1, groups, width)

@@ -1,0 +1,1 @@
+"""Results for people: tables, progress, plots, the model card."""

@@ -1,0 +1,113 @@
+"""The model card: what was done to which model, what it measures, how to use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from .. import registry
+from ..errors import InputError
+from ..formats.base import Format
+from ..formats.converted import Converted
+from ..formats.gguf.writer import gguf_format
+
+CARD = """\
+---
+library_name: moesaic
+tags: [mixture-of-experts, moesaic]
+---
+# {{ model }} as a Mixture-of-Experts, {{ m.plan }}
+
+Converted from the dense model `{{ model }}` by [moesaic](https://pypi.org/project/moesaic) {{ m.versions.moesaic }},
+without training: {{ "%.0f" | format(100 * m.ffn_active) }} % of each feed-forward network runs per token.
+
+| | dense | this model |
+|---|---|---|
+| parameters | {{ "{:,}".format(m.dense_parameters) }} | {{ "{:,}".format(m.total_parameters) }} |
+| active per token | {{ "{:,}".format(m.dense_parameters) }} | {{ "{:,}".format(m.active_parameters) }} |
+| perplexity | {{ "%.3f" | format(m.perplexity_dense) }} | {{ "%.3f" | format(m.perplexity) }} |
+
+Perplexity: {{ m.perplexity_protocol.text }}, {{ m.perplexity_protocol.tokens }} tokens in windows of
+{{ m.perplexity_protocol.window }}, data sha256 `{{ m.perplexity_protocol.data_sha256[:16] }}`.
+{%- if m.finetune is defined and m.finetune.improved %}
+
+{%- set f = m.finetune %}
+
+Then trained (`{{ f.method }}`, objective `{{ f.objective }}`) on {{ "{:,}".format(f.tokens) }} tokens in
+{{ "%.0f" | format(f.seconds) }} s: perplexity {{ "%.3f" | format(f.perplexity_before) }} before,
+{{ "%.3f" | format(m.perplexity) }} after; loss on {{ "{:,}".format(f.held_out_tokens) }} held-out tokens
+{{ "%.4f" | format(f.held_out_loss_before) }} and {{ "%.4f" | format(f.held_out_loss) }} nats.
+
+![training](training.png)
+{%- endif %}
+{%- if m.collapsed %}
+
+**This model collapsed: it was kept only because of `--force`.**
+{%- endif %}
+
+Method: partition `{{ c.partition }}`, router `{{ c.router }}`, recovery `{{ c.recovery }}`, {{ c.tokens }} calibration
+tokens of {{ c.calibration | join(", ") or "the bundled text" }}, seed {{ c.seed }}. Converted in
+{{ "%.0f" | format(m.seconds) }} s on {{ m.machine }} (torch {{ m.versions.torch }}, transformers
+{{ m.versions.transformers }}). Everything else is in `moesaic.yaml` and `metrics.json`.
+
+![layer error](layer_error.png)
+
+## Use
+{% if engines %}
+This is `{{ architecture }}` of stock transformers; engines load it without moesaic:
+
+```bash
+{%- for engine in engines %}
+{{ commands[engine] | replace("FOLDER", folder) }}{{ flags.get(engine, "") }}
+{%- endfor %}
+```
+
+When it was written, stock transformers gave the log-probabilities of moesaic's own form: in float32, over
+{{ m.check.tokens }} random tokens and {{ m.check.layers }} layers, a median difference of
+{{ "%.1e" | format(m.check.median_difference) }} nats and the same most likely token in
+{{ "%.1f" | format(100 * m.check.agreement) }} %. The other commands were not run.
+{%- if gguf %} For llama.cpp: `moesaic export {{ folder }} {{ folder }}.gguf --to gguf`.
+{%- else %} llama.cpp has nothing for it.
+{%- endif %}
+{% else %}
+```python
+import moesaic  # registers the architecture
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{{ folder }}")
+tokenizer = AutoTokenizer.from_pretrained("{{ folder }}")
+```
+{% endif %}
+
+The licence is that of the dense model.
+"""
+COMMANDS = {
+    "transformers": "python -c 'from transformers import pipeline; "
+    'print(pipeline("text-generation", "FOLDER")("The first"))\'',
+    "vllm": "vllm serve FOLDER",
+    "sglang": "python -m sglang.launch_server --model-path FOLDER",
+    "mlx": 'python -m mlx_lm generate --model FOLDER --prompt "The first"',
+}
+
+
+def write_card(metrics: dict[str, Any], resolved: dict[str, Any], folder: Path) -> None:
+    """Write `README.md` into a finished conversion or export."""
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(CARD)
+    name = Path(metrics["output"]).name
+    form: Format = registry.build("export", metrics["format"])
+    source = Converted(folder)
+    try:
+        gguf_format(source.config, source.has_bias())
+        gguf = True
+    except InputError:
+        gguf = False
+    # SGLang fuses one shared expert into the routed ones, and only one
+    fused = form.name == "glm4_moe" and source.config.n_shared_experts != 1
+    flags = {"sglang": " --disable-shared-experts-fusion"} if fused else {}
+    text = template.render(
+        m=metrics, c=resolved["config"], model=resolved["model"], folder=name, gguf=gguf, engines=metrics["engines"],
+        commands=COMMANDS, flags=flags, architecture=source.checkpoint.config["architectures"][0],
+    )  # fmt: skip
+    (folder / "README.md").write_text(text, encoding="utf-8")

@@ -1,1 +1,0 @@
-"""Running converted models fast."""

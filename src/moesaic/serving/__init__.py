@@ -1,0 +1,1 @@
+"""Running models for users: text, and what other engines need."""

@@ -1,0 +1,86 @@
+"""The contract of a training method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...moe.block import MoE
+from ...moe.modeling import connect_gates, moe_blocks
+from ...routing._gates import GATES, Gate
+from ..parts import learn
+
+DenseFFN = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Says what learns; hyper-parameters are its fields."""
+
+    learning_rate: ClassVar[float] = 1e-4
+    """Of all but routers, when none is asked for."""
+    router_learning_rate: ClassVar[float] = 1e-4
+    needs_dense: ClassVar[bool] = False
+    """Whether `layer_loss` looks at the teacher's FFNs."""
+
+    copies_experts: ClassVar[bool] = False
+    """Whether a second copy of the routed experts is in memory while a step runs."""
+    dynamic_top_k: ClassVar[bool] = False
+    """Whether the number of experts varies by token."""
+    uses_objective: ClassVar[bool] = True
+    """Whether the objective's gradient reaches what learns; where only `layer_loss` does, DDP would not see it."""
+    shards: ClassVar[bool] = True
+    """Whether parameters can be cut over processes."""
+
+    @abstractmethod
+    def prepare(self, model: PreTrainedModel) -> nn.Module:
+        """Set `requires_grad`, replace gates, add adapters; returns what is trained, with the model in it."""
+
+    def layer_loss(self, moe: MoE, x_TD: Tensor, index_TK: Tensor, dense: DenseFFN | None) -> Tensor | None:
+        """A loss of one layer, summed over the tokens x that enter it; None if there is none."""
+        return None
+
+    def finish(self, module: nn.Module) -> PreTrainedModel:
+        """The trained model without what training added, in the dtypes that training used."""
+        return module  # pyrefly: ignore[bad-return]
+
+
+def learn_routers(model: PreTrainedModel) -> None:
+    """Let every gate learn what its kind may."""
+    for block in moe_blocks(model):
+        if block.gate is not None:
+            learn(p for name, p in block.gate.named_parameters() if name.startswith(block.gate.trainable_names))
+
+
+def replace_gates(model: PreTrainedModel, kind: str, **fields: Any) -> None:
+    """Give every block a gate of another kind; what the old one has of the same name and shape goes along.
+
+    Args:
+        model: in the working form; its configuration is told.
+        kind: of `GATES`.
+        fields: of the configuration, such as `router_threshold`.
+    """
+    config: Any = model.config
+    config.update({"router": kind, **fields})
+    for block in moe_blocks(model):
+        if block.gate is not None:
+            with torch.device(block.gate.e_score_correction_bias.device):
+                block.gate = _successor(block.gate, GATES[kind](config))
+    connect_gates(model)
+
+
+@torch.no_grad()
+def _successor(old: Gate, new: Gate) -> Gate:
+    kept = dict(old.named_parameters())
+    for name, parameter in new.named_parameters():
+        if name in kept and kept[name].shape == parameter.shape:
+            parameter.copy_(kept[name])
+        elif name != "recurrent" and parameter.ndim == 2:
+            parameter.copy_(torch.randn(parameter.shape, device="cpu") / parameter.shape[1] ** 0.5)
+    return new

@@ -1,0 +1,45 @@
+"""FactorLLM (arXiv 2408.11855): the router learns which experts alone come nearest to the dense FFN's output."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, linear, one_hot
+
+from ...moe.block import MoE
+from .base import DenseFFN
+from .full import Full
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorLLM(Full):
+    """`L = L_task + KL(label || softmax(scores))`: the prior-approximate router beside full training.
+
+    The label has 1/K for each of the K experts with the least `‖E_i(x) - FFN(x) K / E‖`; a shared expert's output is
+    taken off the FFN's first.
+    """
+
+    needs_dense: ClassVar[bool] = True
+
+    def layer_loss(self, moe: MoE, x_TD: Tensor, index_TK: Tensor, dense: DenseFFN | None) -> Tensor | None:
+        assert dense is not None
+        gate, experts = moe.routed
+        x_TD = x_TD.detach()
+        label_TE = labels(moe, x_TD, dense(x_TD), index_TK.shape[1])
+        log_share_TE = gate.exact_scores(x_TD, experts).log_softmax(-1)
+        return kl_div(log_share_TE, label_TE, reduction="sum")
+
+
+@torch.no_grad()
+def labels(moe: MoE, x_TD: Tensor, dense_TD: Tensor, active: int) -> Tensor:
+    """The distribution over experts that the router should have, float32 [T, E]."""
+    _, experts = moe.routed
+    target_TD = dense_TD.float()
+    if moe.shared_experts is not None:
+        target_TD = target_TD - moe.shared_experts(x_TD).float()
+    target_TD = target_TD * active / experts.num_experts
+    outputs = (linear(experts.hidden(x_TD, e), experts.down_proj[e]).float() for e in range(experts.num_experts))
+    error_TE = torch.stack([(output_TD - target_TD).square().sum(-1) for output_TD in outputs], dim=-1)
+    nearest_TK = error_TE.topk(active, dim=-1, largest=False).indices
+    return one_hot(nearest_TK, experts.num_experts).sum(1).float() / active

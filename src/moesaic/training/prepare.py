@@ -1,0 +1,184 @@
+"""A training resolved and checked before any costly work."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
+from psutil import virtual_memory
+from transformers import PreTrainedModel
+
+from .. import registry
+from ..calibration.text import read_documents
+from ..checkpoint.sources import resolve
+from ..checkpoint.writer import check_facts, check_output
+from ..conversion.plans import empty
+from ..errors import InputError
+from ..evaluation.inspect import dense_origin
+from ..formats.converted import Converted
+from ..formats.loading import load_tokenizer
+from ..models.devices import choose_device, compute_dtype
+from .config import FinetuneConfig
+from .data import Samples, make_samples
+from .held_out import MICRO_TOKENS
+from .methods import Method
+from .parts import trainable
+from .state import RunFolder
+from .teacher import Teacher
+
+PATIENCE = timedelta(hours=4)
+TRACKERS = ("tensorboard", "trackio")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checked and resolved training."""
+
+    source: Converted
+    output: Path
+    config: FinetuneConfig
+    method: Method
+    tokenizer: Any
+    train: Samples
+    held: Samples
+    teacher: Teacher | None
+    accelerator: Accelerator
+    folder: RunFolder
+    dtype: torch.dtype
+    """In which the model runs; it is written as it was on disk."""
+
+    def load(self) -> PreTrainedModel:
+        """The converted model as it came."""
+        return self.source.load(self.dtype).to(self.accelerator.device)  # pyrefly: ignore[bad-argument-type]
+
+
+def prepare(
+    model: str | Path, output: Path, config: FinetuneConfig, *, resume: bool, overwrite: bool, cache: Path | None
+) -> Run:
+    """Resolve and check everything that a training needs.
+
+    Raises:
+        InputError: no converted model, unknown method, unusable text or teacher, a window beyond the model's, or a
+            training that does not fit in memory.
+    """
+    check_output(output, overwrite)
+    method: Method = registry.build("method", config.method)
+    if not method.uses_objective:
+        config = config.model_copy(update={"objective": "lm"})  # so that no teacher runs for nothing
+    source = Converted(resolve(str(model)))
+    working = output.absolute().with_name(output.name + ".training")
+    accelerator = make_accelerator(choose_device(config.device), working)
+    check_request(source, method, config, accelerator.num_processes)
+    documents = read_documents(config.data)
+    tokenizer = load_tokenizer(source.checkpoint.folder)
+    train, held = make_samples(documents, tokenizer, config.samples, config.window, config.held_out, config.seed)
+    even = len(held) // accelerator.num_processes * accelerator.num_processes
+    if not even:
+        raise InputError(f"{len(held)} held-out sequences cannot be shared by {accelerator.num_processes} processes")
+    held = held.take(torch.arange(even))
+    taught = config.objective != "lm" or config.match > 0 or method.needs_dense
+    name = (config.teacher or dense_origin(str(source.checkpoint.folder), "--teacher")) if taught else None
+    dtype = training_dtype(source.checkpoint.dtype(), accelerator.device)
+    teacher = Teacher(name, source.config, tokenizer, config.top_k, accelerator.device, dtype) if name else None
+    if teacher and (config.match > 0 or method.needs_dense):
+        teacher.check_layers(source.config)
+    check_memory(source, method, teacher, config, accelerator.device, dtype)
+    fingerprint = {
+        "model": source.checkpoint.fingerprint(),
+        "teacher": teacher.checkpoint.fingerprint() if teacher else "none",
+        "text": f"{train.fingerprint()} {held.fingerprint()}",
+        "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
+    }
+    folder = RunFolder(output, fingerprint, resume, accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    if teacher:
+        teacher.keep_in(cache or working / "teacher", train)
+    return Run(source, output, config, method, tokenizer, train, held, teacher, accelerator, folder, dtype)
+
+
+def check_request(source: Converted, method: Method, config: FinetuneConfig, processes: int) -> None:
+    """Raises InputError for what cannot work whatever the text is."""
+    check_facts(source.checkpoint.folder)
+    longest = source.config.max_position_embeddings
+    if config.window > longest:
+        raise InputError(f"--window {config.window} is more than the model's longest, {longest} tokens")
+    if config.batch % processes:
+        raise InputError(f"--batch {config.batch} cannot be shared by {processes} processes; give a multiple of it")
+    if config.shard and processes == 1:
+        raise InputError("--shard needs several processes: torchrun --nproc_per_node N -m moesaic.cli finetune ...")
+    if method.dynamic_top_k and config.balance != "none":
+        raise InputError(f"--balance {config.balance} has no effect on --method {config.method}, which chooses by a "
+                         "threshold; drop it")  # fmt: skip
+    alone = not method.uses_objective or (config.shard and not method.shards)
+    if processes > 1 and alone:
+        raise InputError(f"--method {config.method} trains in one process, or without --shard; found {processes}")
+
+
+def make_accelerator(device: torch.device, folder: Path) -> Accelerator:
+    """Accelerate's view of this process: its device, how many others there are, the trackers that are installed."""
+    if "WORLD_SIZE" not in os.environ:  # or the device of an earlier training in this process would stay
+        AcceleratorState._reset_state(reset_partial_state=True)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    # a step reaches some experts only; and one process writes while the others wait
+    some = (DistributedDataParallelKwargs(find_unused_parameters=True), InitProcessGroupKwargs(timeout=PATIENCE))
+    trackers: list[Any] = [name for name in TRACKERS if find_spec(name)]
+    return Accelerator(
+        cpu=device.type == "cpu", log_with=trackers or None, project_dir=str(folder), kwargs_handlers=list(some)
+    )
+
+
+def training_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
+    """bfloat16 for weights of it where it is the fastest, the same in all processes; else float32.
+
+    Of float16 the gradients may overflow.
+    """
+    found: list[Any] = [compute_dtype(own, device) if own == torch.bfloat16 else torch.float32]
+    return broadcast_object_list(found)[0]
+
+
+def check_memory(
+    source: Converted,
+    method: Method,
+    teacher: Teacher | None,
+    config: FinetuneConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Raises InputError unless the training's estimate fits in the device's free memory.
+
+    Weights of model and teacher in `dtype`; 16 bytes for each parameter that learns (itself, gradient and Adam's two
+    moments in float32); activations and logits of a micro-batch; with adapters the routed experts' sum `W + B A`.
+    """
+    on_meta = empty(copy.deepcopy(source.config))  # methods change the configuration
+    learning = sum(p.numel() for p in trainable(method.prepare(on_meta)).values())
+    if not learning:
+        raise InputError(f"--method {config.method} has nothing to train in this model, whose router is "
+                         f"{source.config.router} with {source.config.num_experts} routed experts")  # fmt: skip
+    c = source.config
+    tokens = min(max(MICRO_TOKENS, config.window), config.batch * config.window)
+    width = c.shared_expert_intermediate_size + c.num_experts_per_tok * c.moe_intermediate_size
+    itemsize = dtype.itemsize
+    checkpoints = [source.checkpoint, *([teacher.checkpoint] if teacher else [])]
+    activations = tokens * c.num_hidden_layers * (16 * c.hidden_size + 8 * width) * itemsize
+    logits = tokens * c.vocab_size * (8 + itemsize)
+    needed = sum(c.size() * itemsize / c.dtype().itemsize for c in checkpoints) + 16 * learning
+    needed += activations + logits
+    if method.copies_experts:
+        needed += 3 * c.num_hidden_layers * c.num_experts * c.moe_intermediate_size * c.hidden_size * itemsize
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else virtual_memory().available
+    if needed > free:
+        raise InputError(
+            f"training would need about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; use --method "
+            "lora or router, or a smaller --window or --batch"
+        )

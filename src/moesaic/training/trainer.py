@@ -1,0 +1,277 @@
+"""The training loop: steps over the samples, held-out loss on the way, the best state kept, resumable.
+
+Shapes: N sequences, B of them in a step, L tokens in one, T = N L tokens, V vocabulary, E routed experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import PreTrainedModel
+
+from ..models.families import decoder_layers, ffn_name
+from ..moe.block import MoE
+from ..moe.modeling import moe_blocks
+from . import balance
+from . import losses as objective
+from .data import Samples
+from .held_out import MICRO_TOKENS, held_out_loss
+from .parts import check_gradients, part, trainable
+from .prepare import Run
+from .shards import gather, put_back, shard, whole
+
+CLIP = 1.0
+BETAS = (0.9, 0.95)
+FLOOR = 0.1
+"""Of the learning rate, at the end."""
+WEIGHTS = {"lm": (1.0, 0.0), "distill": (0.0, 1.0), "both": (0.5, 0.5)}
+"""Of the next token's loss and of the distance from the teacher, by objective."""
+SELECTION_BIAS = "e_score_correction_bias"
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+"""Of the optimizer's state: not in shards."""
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class State:
+    """Where a training is."""
+
+    step: int = 0
+    seconds: float = 0.0
+    held_out: float = math.inf
+    """Least held-out loss so far, nats a token; at first that of the model as it came."""
+    best_step: int = 0
+    """The step after which it was reached; 0: none was better than the start."""
+    least: float = math.inf
+    """Least held-out loss of the training itself, which may be above the start's."""
+    stale: int = 0
+    """Evaluations since that one."""
+    evaluated: int = 0
+    """How many of the evaluations are done."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """One training: what it trains, on what, and how it goes on."""
+
+    def __init__(self, run: Run, model: PreTrainedModel, module: nn.Module) -> None:
+        config, method, accelerator = run.config, run.method, run.accelerator
+        self.config, self.method, self.accelerator, self.dtype = config, method, accelerator, run.dtype
+        self.folder, self.train, self.held, self.teacher = run.folder, run.train, run.held, run.teacher
+        self.blocks = moe_blocks(model)
+        for name, parameter in module.named_parameters():
+            if config.shard or name.endswith(SELECTION_BIAS):
+                # a shard has one dtype; and in bfloat16 small steps of balancing would be lost
+                parameter.data = parameter.data.float()
+        if config.shard:
+            shard(module, decoder_layers(model), accelerator)
+        rate = method.learning_rate if config.learning_rate is None else config.learning_rate
+        router = method.router_learning_rate if config.router_learning_rate is None else config.router_learning_rate
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in trainable(module).items():
+            groups.setdefault(router if part(name) == "router" else rate, []).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [{"params": parameters, "lr": lr, "initial_lr": lr} for lr, parameters in groups.items()],
+            betas=BETAS, weight_decay=0.0,
+        )  # fmt: skip
+        self.module = module if config.shard else accelerator.prepare(module)
+        self.optimizer = accelerator.prepare(optimizer)
+        self.named = trainable(module)
+        self.kept = self.named | {n: p for n, p in module.named_parameters() if n.endswith(SELECTION_BIAS)}
+
+    def fit(self, state: State, clock: Callable[[], float], report: Report) -> State:
+        """Train until the steps or minutes are over or the held-out loss has stopped falling; the best is stored."""
+        start, latest = clock() - state.seconds, state.held_out
+        while (progress := self.progress(state)) < 1 and state.stale < self.config.patience:
+            row = self.step(state, progress)
+            state.step += 1
+            before, state.seconds = state.seconds, self.agreed(clock() - start)
+            row |= {"step": state.step, "seconds": state.seconds, "step_seconds": state.seconds - before}
+            state.history.append(row)
+            if self.progress(state) >= (state.evaluated + 1) / self.config.evaluations:
+                state.evaluated = int(self.progress(state) * self.config.evaluations)
+                row["held_out"], row["load"] = self.evaluate(self.held)
+                state.seconds = self.agreed(clock() - start)
+                latest = row["held_out"]
+                self.remember(state, latest)
+            if self.accelerator.is_main_process:
+                self.folder.log(row)
+            report(row | {"progress": min(1.0, self.progress(state)), "held_out_last": latest})
+            if not math.isfinite(row["loss"] + row["layer_loss"]):
+                break
+        return state
+
+    def agreed(self, seconds: float) -> float:
+        """The mean over processes, so that all of them stop after the same step."""
+        return self.accelerator.reduce(torch.tensor(seconds, device=self.accelerator.device), "mean").item()
+
+    def progress(self, state: State) -> float:
+        """The share of the training that is done; what `steps` and `minutes` say, whichever is over first."""
+        steps, minutes = self.config.steps, self.config.minutes
+        if steps is None and minutes is None:
+            steps = math.ceil(len(self.train) / self.config.batch)
+        return max(state.step / steps if steps else 0.0, state.seconds / (60 * minutes) if minutes else 0.0)
+
+    def remember(self, state: State, held_out: float) -> None:
+        """Keep the state on disk, and the weights if they are the best so far."""
+        state.stale = 0 if held_out < state.least else state.stale + 1
+        state.least = min(state.least, held_out)
+        best = held_out < state.held_out
+        if best:
+            state.held_out, state.best_step = held_out, state.step
+        kept, optimizer = gather(self.kept), get_optimizer_state_dict(self.module, self.inner, options=WHOLE)
+        if self.accelerator.is_main_process:
+            if best:
+                self.folder.keep_best(kept)
+            self.folder.save(state, kept, optimizer)
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The optimizer in accelerate's wrapping."""
+        return self.optimizer.optimizer
+
+    def restore(self, found: dict[str, Any]) -> State:
+        """Put back what `RunFolder.load` found: weights, optimizer; returns where the training was."""
+        put_back(self.kept, found["tensors"])
+        set_optimizer_state_dict(self.module, self.inner, found["optimizer"], options=WHOLE)
+        return State(**found["state"])
+
+    def step(self, state: State, progress: float) -> dict[str, Any]:
+        """One step on `batch` sequences; returns what is logged of it."""
+        rate = schedule(progress, self.config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        index_B = self.sequences(state.step)
+        scored = max(1, self.train.take(index_B).scored())
+        tokens = len(index_B) * self.train.tokens_NL.shape[1]
+        own = index_B[self.accelerator.process_index :: self.accelerator.num_processes]
+        training_mode(self.module, self.blocks)
+        loads = balance.no_loads(self.blocks, self.accelerator.device)
+        total = torch.zeros(2, device=self.accelerator.device)
+        parts = own.split(max(1, MICRO_TOKENS // self.train.tokens_NL.shape[1]))
+        for number, index_M in enumerate(parts):
+            last = number == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
+                loss, extra = self.loss(index_M, loads)
+                loss, extra = loss / scored, extra / (tokens * max(1, len(self.blocks)))
+                # processes' gradients are averaged, and ours are sums
+                self.accelerator.backward((loss + extra) * self.accelerator.num_processes)
+                total += torch.stack([loss.detach(), extra.detach()])
+        if state.step == 0:
+            check_gradients(self.named)
+        norm = self.accelerator.clip_grad_norm_(list(self.named.values()), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        loads = [self.accelerator.reduce(load_E) for load_E in loads]
+        loss, extra = self.accelerator.reduce(total).tolist()
+        if self.config.balance == "bias":
+            balance.move_bias(self.blocks, loads, self.config.balance_step)
+        return {
+            "loss": loss,
+            "layer_loss": extra,
+            "gradient_norm": whole(norm).item() if isinstance(norm, Tensor) else 0.0,
+            "learning_rate": rate,
+            "tokens": tokens,
+            "load": balance.summary(loads, tokens),
+        }
+
+    def sequences(self, step: int) -> Tensor:
+        """The numbers of a step's sequences: every pass over the samples has its own order, which the seed gives."""
+        position_B = torch.arange(step * self.config.batch, (step + 1) * self.config.batch)
+        count = len(self.train)
+        orders = {
+            epoch: torch.randperm(count, generator=torch.Generator().manual_seed(self.config.seed + epoch))
+            for epoch in (position_B // count).unique().tolist()
+        }
+        return torch.stack([orders[p // count][p % count] for p in position_B.tolist()])
+
+    def loss(self, index_M: Tensor, loads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(the objective, the layers' own losses) of some sequences, sums over tokens; counts the experts' loads."""
+        batch, device = self.train.take(index_M), self.accelerator.device
+        tokens_ML = batch.tokens_NL.to(device)
+        dense = self.dense_ffns()
+        extra: list[Tensor] = []
+
+        def watch(layer: int, block: MoE, x_TD: Tensor, index_TK: Tensor) -> None:
+            loads[layer] += balance.load(index_TK, len(loads[layer]))
+            if self.config.balance == "loss":
+                gate, experts = block.routed
+                even = balance.balance_loss(gate.exact_scores(x_TD, experts), index_TK)
+                extra.append(self.config.balance_weight * len(x_TD) * even)
+            own = self.method.layer_loss(block, x_TD, index_TK, dense[layer] if dense else None)
+            if own is not None:
+                extra.append(own)
+
+        with balance.watched(self.blocks, watch), self.autocast():
+            output = self.module(input_ids=tokens_ML, use_cache=False, output_hidden_states=self.config.match > 0)
+            if self.config.match:
+                assert self.teacher is not None
+                theirs = self.teacher.hidden(tokens_ML)
+                apart = objective.layer_distance(output.hidden_states[1:], theirs)
+                extra.append(self.config.match * len(self.blocks) * apart)
+        top = None
+        if self.config.objective != "lm":
+            assert self.teacher is not None
+            tops = [self.teacher.top(number, row) for number, row in zip(index_M.tolist(), tokens_ML, strict=True)]
+            top = tuple(torch.cat(part) for part in zip(*tops, strict=True))
+        lm, distill = WEIGHTS[self.config.objective]
+        scored_ML, target_ML = (part.roll(-1, dims=1) for part in (batch.scored_NL.to(device), tokens_ML))
+        scored_ML[:, -1] = False  # nothing follows a sequence's last token
+        flat = (output.logits.flatten(0, 1), target_ML.flatten(), scored_ML.flatten())
+        loss: Tensor = objective.Objective.apply(*flat, top, lm, distill)
+        return loss, torch.stack(extra).sum() if extra else loss.new_zeros(())
+
+    def dense_ffns(self) -> list[nn.Module]:
+        """The teacher's FFNs, for methods that look at them."""
+        if not self.method.needs_dense:
+            return []
+        assert self.teacher is not None
+        layers: Any = self.teacher.model.base_model.layers
+        return [layer.get_submodule(ffn_name(layer)) for layer in layers]
+
+    def autocast(self) -> Any:
+        """Products in the model's half precision, if it has one, though what learns is float32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.accelerator.device.type, self.dtype)
+
+    def evaluate(self, samples: Samples) -> tuple[float, dict[str, Any]]:
+        """(next-token loss in nats a token, how evenly the experts are used) on some samples."""
+        process, count = self.accelerator.process_index, self.accelerator.num_processes
+        own = samples.take(torch.arange(process, len(samples), count))
+        with self.autocast():
+            total, loads = held_out_loss(self.module, self.blocks, own, self.accelerator.device)
+        if count > 1:
+            total = self.accelerator.reduce(total.to(self.accelerator.device))
+        loads = [self.accelerator.reduce(load_E) for load_E in loads]
+        return total.item() / samples.scored(), balance.summary(loads, samples.tokens_NL.numel())
+
+
+def training_mode(module: nn.Module, blocks: list[MoE]) -> None:
+    """Gates in training mode, all else in use: no dropout, for the teacher says what the student should, exactly."""
+    module.eval()
+    for block in blocks:
+        if block.gate is not None:
+            block.gate.train()
+
+
+def schedule(progress: float, warmup: float) -> float:
+    """The learning rate's factor: up in a line, then down along a cosine to `FLOOR`."""
+    if progress < warmup:
+        return max(0.02, progress / warmup)
+    falling = (progress - warmup) / max(1e-9, 1 - warmup)
+    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, falling)))
