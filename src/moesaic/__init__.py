@@ -1,44 +1,95 @@
-"""moesaic turns a dense language model into a Mixture-of-Experts, without training.
+"""moesaic makes Mixture-of-Experts models cheap to get and cheap to run.
 
 import moesaic
-metrics = moesaic.convert("tiny", "out", moesaic.ConvertConfig(active=0.5))
+result = moesaic.convert("tiny", "out", moesaic.ConvertConfig(active=0.5))
 model, tokenizer = moesaic.load("out")
 """
 
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
 
-from .config import ConvertConfig
-from .conversion.convert import convert
-from .conversion.plans import plans
-from .errors import InputError, WorkError
-from .evaluation.benchmark import benchmark
-from .evaluation.evaluate import evaluate
-from .evaluation.inspect import inspect
-from .formats.export import export
-from .formats.loading import load
-from .moe.kernels import register as _register_experts
-from .moe.modeling import register as _register_models
-from .plan import Plan
-from .serving.generate import complete
-from .training.config import FinetuneConfig
-from .training.finetune import finetune
+if TYPE_CHECKING:
+    from .comparison.frontier import Measurement, frontier
+    from .config import ConvertConfig, FinetuneConfig
+    from .conversion.convert import convert
+    from .conversion.plans import plans
+    from .errors import InputError, WorkError
+    from .evaluation.benchmark import benchmark
+    from .evaluation.evaluate import evaluate
+    from .evaluation.inspect import inspect
+    from .formats.export import export
+    from .formats.loading import load
+    from .models.moe_block import MoEBlock, Routing, find_blocks, routed_by
+    from .plan import Plan
+    from .serving.generate import complete
+    from .training.finetune import finetune
 
-_register_experts()
-_register_models()
+PUBLIC = {
+    "ConvertConfig": "config",
+    "FinetuneConfig": "config",
+    "InputError": "errors",
+    "Measurement": "comparison.frontier",
+    "MoEBlock": "models.moe_block",
+    "Plan": "plan",
+    "Routing": "models.moe_block",
+    "WorkError": "errors",
+    "benchmark": "evaluation.benchmark",
+    "complete": "serving.generate",
+    "convert": "conversion.convert",
+    "evaluate": "evaluation.evaluate",
+    "export": "formats.export",
+    "find_blocks": "models.moe_block",
+    "finetune": "training.finetune",
+    "frontier": "comparison.frontier",
+    "inspect": "evaluation.inspect",
+    "load": "formats.loading",
+    "plans": "conversion.plans",
+    "routed_by": "models.moe_block",
+}
+"""Public names and the modules that they are in, imported when they are first used (PEP 562)."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'moesaic' has no attribute '{name}'")
+    found = getattr(importlib.import_module(f".{PUBLIC[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+if PurePath(sys.argv[0]).stem != "moesaic":  # the command line shows its help without waiting for torch
+    from .moe import modeling as _registered  # noqa: F401  transformers' auto classes know our models from now on
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC})
+
 
 __all__ = [
     "ConvertConfig",
     "FinetuneConfig",
     "InputError",
+    "Measurement",
+    "MoEBlock",
     "Plan",
+    "Routing",
     "WorkError",
     "benchmark",
     "complete",
     "convert",
     "evaluate",
     "export",
+    "find_blocks",
     "finetune",
+    "frontier",
     "inspect",
     "load",
     "plans",
+    "routed_by",
 ]

@@ -1,8 +1,10 @@
-"""Methods by name: a method is one file in its stage's package, and its name is the file's name.
+"""Find methods by name: a method is one file in its stage's package, an entry point, or `module:Class` of your own.
 
 `partition/cmoe.py` holds one dataclass that derives from `partition.base.Partitioner`; that makes `--partition cmoe`
-work, lists it in the help and puts it under the tests. Underscores in file names are dashes in the help; on the command
-line either will do.
+work, lists it in the help and puts it under the tests. Another package offers methods by entry points of the group
+`moesaic.partition` (`moesaic.router`, ...). A class in a notebook is given to Python as an object, one in a file to
+the command line as `--partition my_file:MyPartitioner`. Underscores in file names are dashes in the help; on the
+command line either will do. Options follow a colon: `cmoe:top_k=20`, `my_file:MyPartitioner:width=3`.
 """
 
 from __future__ import annotations
@@ -10,32 +12,63 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import importlib.metadata
+import importlib.util
 import inspect
+import os
 import pkgutil
+import re
+import sys
 from collections.abc import Iterable
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
 from .errors import InputError
 
+
+class Stage(NamedTuple):
+    """Where a stage's methods are."""
+
+    package: str
+    """One method a file."""
+    base: str
+    """`module:Class` that all of them derive from."""
+
+
 STAGES = {
-    "partition": "moesaic.partition",
-    "router": "moesaic.routing",
-    "recovery": "moesaic.recovery",
-    "export": "moesaic.formats.architectures",
-    "method": "moesaic.training.methods",
+    "partition": Stage("moesaic.partition", "moesaic.partition.base:Partitioner"),
+    "router": Stage("moesaic.routing", "moesaic.routing.base:Router"),
+    "selection": Stage("moesaic.routing.selection", "moesaic.routing.selection.base:Selection"),
+    "recovery": Stage("moesaic.recovery", "moesaic.recovery.base:Recovery"),
+    "method": Stage("moesaic.training.methods", "moesaic.training.methods.base:Method"),
+    "format": Stage("moesaic.formats.architectures", "moesaic.formats.base:Format"),
 }
-WITH_AUTO = {"partition", "export"}
+"""By the name of the option that chooses a method."""
+WITH_AUTO = {"partition", "format"}
 """Stages where `auto`, resolved elsewhere, is a choice too."""
+OUTSIDE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(:.*)?")
+"""`module:Class`, perhaps with options."""
 
 
 def names(stage: str) -> list[str]:
-    """The names of a stage's methods, sorted: every module of its package but `base` and private ones."""
-    package = importlib.import_module(STAGES[stage])
-    modules = (module.name for module in pkgutil.iter_modules(package.__path__))
-    return sorted(name.replace("_", "-") for name in modules if name != "base" and not name.startswith("_"))
+    """List the names of a stage's methods, sorted: the files of its package and installed entry points."""
+    return sorted({*_built_in(stage), *_entry_points(stage)})
+
+
+@cache
+def _built_in(stage: str) -> tuple[str, ...]:
+    found = importlib.util.find_spec(STAGES[stage].package)
+    assert found is not None
+    modules = pkgutil.iter_modules(found.submodule_search_locations)
+    listed = (m.name for m in modules if m.name != "base" and not m.name.startswith("_") and not m.ispkg)
+    return tuple(name.replace("_", "-") for name in listed)
+
+
+def _entry_points(stage: str) -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name.replace("_", "-"): point for point in importlib.metadata.entry_points(group=f"moesaic.{stage}")}
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -44,32 +77,81 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def method(stage: str, name: str) -> type[Any]:
-    """The class behind a method's name.
+def method_class(stage: str, name: str, *, imported_only: bool = False) -> type:
+    """Find the class behind a method's name or its `module:Class`.
+
+    Args:
+        stage: of `STAGES`.
+        name: of a file of the stage's package, of an entry point, or `module:Class`.
+        imported_only: whether a module of `module:Class` must have been imported before: a name that stands in a
+            checkpoint must not make Python run a file.
 
     Raises:
-        InputError: no such method; the message has the nearest name and all choices.
+        InputError: no such method (the message has the nearest name and all choices), or no subclass of the stage's
+            base class.
     """
-    choices, name = names(stage), name.replace("_", "-")
-    if name not in choices:
-        known = ["auto", *choices] if stage in WITH_AUTO else choices
-        raise InputError(f"unknown {stage} '{name}'.{nearest(name, known)} Choose from: {', '.join(known)}.")
-    package = importlib.import_module(STAGES[stage])
-    module = importlib.import_module(f"{STAGES[stage]}.{name.replace('-', '_')}")
-    found = [c for _, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, package.Base)]
-    [cls] = [c for c in found if c.__module__ == module.__name__]
-    return cls
+    if ":" in name:
+        return _outside_class(stage, name, imported_only)
+    name = name.replace("_", "-")
+    if name in _built_in(stage):
+        module = importlib.import_module(f"{STAGES[stage].package}.{name.replace('-', '_')}")
+        own = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
+        [cls] = [c for c in own if issubclass(c, base_class(stage))]
+        return cls
+    points = _entry_points(stage)
+    if name in points:
+        return _checked(stage, name, points[name].load())
+    known = ["auto", *names(stage)] if stage in WITH_AUTO else names(stage)
+    raise InputError(
+        f"unknown {stage} '{name}'.{nearest(name, known)} Choose from: {', '.join(known)}; or "
+        "give module:Class of your own."
+    )
 
 
-def build(stage: str, spec: str) -> Any:
-    """A method from `name` or `name:field=value,field=value`, e.g. `cmoe:top_k=20`.
+def base_class(stage: str) -> type:
+    """The class that all methods of a stage derive from."""
+    module, _, name = STAGES[stage].base.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _outside_class(stage: str, name: str, imported_only: bool) -> type:
+    module_name, _, class_name = name.partition(":")
+    if imported_only and module_name not in sys.modules:
+        raise InputError(f"this model's {stage} is '{name}', which is not part of moesaic; import {module_name} first")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # as `python -m` has it
+    try:
+        module = sys.modules.get(module_name) or importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(
+            f"{stage} '{name}': cannot import '{module_name}' ({error}); give the module's name as Python imports it "
+            "from this folder or from an installed package"
+        ) from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        raise InputError(f"{stage} '{name}': '{module_name}' has no '{class_name}'{nearest(class_name, dir(module))}")
+    return _checked(stage, name, found)
+
+
+def _checked(stage: str, name: str, found: object) -> type:
+    base = base_class(stage)
+    if not (inspect.isclass(found) and issubclass(found, base) and is_dataclass(found)):
+        raise InputError(f"{stage} '{name}' is {found!r}; expected a dataclass that derives from {base.__name__}")
+    return found
+
+
+def build(stage: str, given: object, *, imported_only: bool = False) -> Any:
+    """Make a method from `name` or `name:field=value,field=value`, e.g. `cmoe:top_k=20`; an object stays as it is.
 
     Raises:
-        InputError: unknown method or field, or a value that is not a Python literal.
+        InputError: unknown method or field, a value that is not a Python literal, or an object of another stage.
     """
-    name, _, arguments = spec.partition(":")
-    cls = method(stage, name)
-    known = {field.name for field in fields(cls) if field.init}
+    if not isinstance(given, str):
+        _checked(stage, type(given).__name__, type(given))
+        return given
+    name, arguments = split(stage, given)
+    cls = method_class(stage, name, imported_only=imported_only)
+    known = {field.name for field in fields(cls) if field.init}  # pyrefly: ignore[bad-argument-type]
     options = {}
     for argument in filter(None, arguments.split(",")):
         key, _, text = argument.partition("=")
@@ -89,9 +171,29 @@ def build(stage: str, spec: str) -> Any:
         ) from error
 
 
-def spec(instance: Any) -> str:
-    """The text from which `build` makes an equal instance, e.g. `cmoe:top_k=20`; defaults are left out."""
-    name = type(instance).__module__.rpartition(".")[2].replace("_", "-")
-    values = {field.name: getattr(instance, field.name) for field in fields(instance)}
-    changed = ",".join(f"{k}={v!r}" for k, v in values.items() if v != getattr(type(instance)(), k))
+def split(stage: str, text: str) -> tuple[str, str]:
+    """(name, options) of a method's text: `cmoe:top_k=20` or `module:Class:width=3`."""
+    name, _, arguments = text.partition(":")
+    if OUTSIDE.fullmatch(text) and name.replace("_", "-") not in names(stage):
+        class_name, _, arguments = arguments.partition(":")
+        name = f"{name}:{class_name}"
+    return name, arguments
+
+
+def text(stage: str, given: object) -> str:
+    """Write what a configuration holds, a text or a method, as text."""
+    return given if isinstance(given, str) else spec(given)
+
+
+def spec(method: object) -> str:
+    """Write a method as the text from which `build` makes an equal one; options at their defaults are left out."""
+    cls = type(method)
+    package, _, module = cls.__module__.rpartition(".")
+    name = (
+        module.replace("_", "-")
+        if package in {stage.package for stage in STAGES.values()}
+        else f"{cls.__module__}:{cls.__qualname__}"
+    )
+    values = {f.name: getattr(method, f.name) for f in fields(cls)}  # pyrefly: ignore[bad-argument-type]
+    changed = ",".join(f"{k}={v!r}" for k, v in values.items() if v != getattr(cls(), k))
     return f"{name}:{changed}" if changed else name

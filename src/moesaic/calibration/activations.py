@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,16 @@ from torch import Tensor
 from ..models.families import GatedFFN
 
 CHUNK_TOKENS = 2_048
+
+
+class Moments(NamedTuple):
+    """Means over tokens of each neuron's activation h, float32 [F] each."""
+
+    mean_F: Tensor
+    square_F: Tensor
+    """Of h²."""
+    saliency_F: Tensor
+    """`mean (w h)² ‖Wd‖²`, w the tokens' weights."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +68,8 @@ class LayerActivations:
         names = ("input_TD", "output_TD", "weight_T", "domain_T")
         return replace(self, **{name: getattr(self, name)[pick] for name in names})
 
-    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Per neuron over all tokens: mean of h, mean of h², and saliency `mean (w h)² ‖Wd‖²`, float32 [F] each."""
+    def moments(self) -> Moments:
+        """Sum up each neuron over all tokens."""
         size = self.ffn.intermediate_size
         total, square, weighted = (torch.zeros(size, device=self.input_TD.device) for _ in range(3))
         for part, h_CF in self.chunks():
@@ -67,7 +78,7 @@ class LayerActivations:
             square += h_CF.square().sum(0)
             weighted += (h_CF * self.weight_T[part, None]).square().sum(0)
         saliency = weighted * self.ffn.down_DF.float().square().sum(0)
-        return total / self.tokens, square / self.tokens, saliency / self.tokens
+        return Moments(total / self.tokens, square / self.tokens, saliency / self.tokens)
 
     def activation_rates(self) -> list[float]:
         """Per-cent points (0, 1, ... 100) over neurons of how often one is among the tenth that contribute most."""

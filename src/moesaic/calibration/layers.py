@@ -9,13 +9,13 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..models.families import ffn_name, gated_ffn
+from ..models.families import attention, ffn_name, gated_ffn
 from ..models.layerwise import LayerwiseModel
-from ..moe.block import MoE
 from .activations import CHUNK_TOKENS, LayerActivations
 
 SINK = 4
@@ -52,14 +52,31 @@ class Tap(nn.Module):
         return output
 
 
+class Tapped(NamedTuple):
+    """What was seen of an FFN while its layer ran."""
+
+    input_TD: Tensor
+    output_TD: Tensor
+    after_NLD: Tensor
+    """What left the layer."""
+
+
+class OpeningTargets(NamedTuple):
+    """FFN inputs and targets of tokens that open a text, and what the dense layer makes of them."""
+
+    input_MD: Tensor
+    target_MD: Tensor
+    dense_after_M1D: Tensor
+
+
 class AttentionTape:
     """Outputs of a layer's attention, recorded in one pass and played in the next in place of computing them again.
 
-    Both passes give the layer the same batches. What mixes tokens under another name than `self_attn` just runs twice.
+    Both passes give the layer the same batches. What mixes tokens under a name that is not known just runs twice.
     """
 
     def __init__(self, layer: nn.Module) -> None:
-        self.modules = [child for name, child in layer.named_children() if name == "self_attn"]
+        self.modules = [module for module in (attention(layer),) if module is not None]
         self.outputs: deque[Tensor] = deque()
 
     @contextmanager
@@ -88,12 +105,11 @@ def calibrate(
     layer: nn.Module,
     hidden_NLD: Tensor,
     domain_N: Tensor,
-    first: tuple[Tensor, Tensor] | None = None,
+    opening: OpeningTargets | None = None,
 ) -> LayerActivations:
     """Run the dense layer on the calibration tokens and keep what concerns its FFN.
 
-    `first` has the FFN inputs and the targets, [M, D] each, of tokens that open a text; their weights follow the same
-    rule on the same scale.
+    `opening` has tokens that open a text; their weights follow the same rule on the same scale.
     """
     input_TD, output_TD, _ = tapped(stream, index, layer, hidden_NLD)
     norm_T = output_TD.float().norm(dim=1)
@@ -107,23 +123,22 @@ def calibrate(
         weight_T=weight_T / mean,
         domain_T=domain_N.to(input_TD.device).repeat_interleave(hidden_NLD.shape[1]),
     )
-    if first is None:
+    if opening is None:
         return sample
-    input_MD, target_MD = first
+    input_MD, target_MD = opening.input_MD, opening.target_MD
     weight_M = target_MD.float().norm(dim=1).clamp(min=least).reciprocal() / mean
     domain_M = torch.zeros(len(input_MD), dtype=torch.int64, device=input_MD.device)
-    opening = LayerActivations(sample.ffn, input_MD, target_MD, weight_M, domain_M)
-    return replace(sample, opening=opening)
+    return replace(sample, opening=LayerActivations(sample.ffn, input_MD, target_MD, weight_M, domain_M))
 
 
 def tapped(
     stream: LayerwiseModel, index: int, layer: nn.Module, hidden_NLD: Tensor, ffn: nn.Module | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(what enters the layer's FFN, or `ffn` in its place, [T, D], what leaves it [T, D] and the layer [N, L, D])."""
+) -> Tapped:
+    """Run a layer, with its own FFN or `ffn` in its place, and keep what enters and leaves that."""
     tap = Tap(ffn or layer.get_submodule(ffn_name(layer)))
     with replaced_ffn(layer, tap):
         after_NLD = stream.run(index, layer, hidden_NLD)
-    return torch.cat(tap.inputs), torch.cat(tap.outputs), after_NLD
+    return Tapped(torch.cat(tap.inputs), torch.cat(tap.outputs), after_NLD)
 
 
 def relative_error(sample: LayerActivations, output_TD: Tensor) -> float:
@@ -137,24 +152,20 @@ def relative_error(sample: LayerActivations, output_TD: Tensor) -> float:
     return (wrong / max(right, 1e-30)) ** 0.5
 
 
-def residual_stream_error(dense_NLD: Tensor, converted_NLD: Tensor) -> dict[str, float | None]:
-    """How far converted layers have taken the residual stream from the dense one's, over tokens t.
+class StreamError(NamedTuple):
+    """How far converted layers have taken the residual stream from the dense one's, over tokens t."""
 
-    `residual_error`: the mean of `‖c_t - d_t‖ / ‖d_t‖`. `sink_norm`: the mean of `‖c_t‖ / ‖d_t‖` over attention sinks,
-    told by `‖d_t‖ > 4 median ‖d‖`; None where there are none.
-    """
+    residual_error: float
+    """The mean of `‖c_t - d_t‖ / ‖d_t‖`."""
+    sink_norm: float | None
+    """The mean of `‖c_t‖ / ‖d_t‖` over attention sinks, told by `‖d_t‖ > 4 median ‖d‖`; None where there are none."""
+
+
+def residual_stream_error(dense_NLD: Tensor, converted_NLD: Tensor) -> StreamError:
+    """Measure how far the residual stream [N, L, D] of converted layers is from that of dense ones."""
     dense_TD, converted_TD = dense_NLD.flatten(0, 1).float(), converted_NLD.flatten(0, 1).float()
     norm_T = dense_TD.norm(dim=1)
     sinks_T = norm_T > SINK * norm_T.median()
     error = ((converted_TD - dense_TD).norm(dim=1) / norm_T.clamp(min=1e-30)).mean().item()
     kept = (converted_TD.norm(dim=1) / norm_T)[sinks_T].mean().item() if sinks_T.any() else None
-    return {"residual_error": error, "sink_norm": kept}
-
-
-@torch.no_grad()
-def expert_load(moe: MoE, sample: LayerActivations) -> Tensor:
-    """How many of the sample's tokens run each routed expert, int64 [E]."""
-    if moe.gate is None or moe.experts is None:
-        return torch.zeros(0, dtype=torch.int64)
-    index_TK = torch.cat([moe.gate(x_CD, moe.experts)[0] for x_CD in sample.input_TD.split(CHUNK_TOKENS)])
-    return torch.bincount(index_TK.flatten().cpu(), minlength=moe.experts.num_experts)
+    return StreamError(error, kept)

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from ..models.layerwise import LayerwiseModel
-from .layers import replaced_ffn, tapped
+from .layers import OpeningTargets, replaced_ffn, tapped
 from .text import bos
 
 SHARE = 8
@@ -53,8 +53,8 @@ def chat_opening(tokenizer: Any) -> list[int]:
 
 def opening_targets(
     stream: LayerwiseModel, index: int, layer: nn.Module, hidden_M1D: Tensor, dense_M1D: Tensor
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """(FFN inputs and targets [M, D] on the converted path, what the dense layer makes of the dense one [M, 1, D]).
+) -> OpeningTargets:
+    """Make FFN inputs and targets [M, D] on the converted path, and what the dense layer makes of the dense one.
 
     The target takes the residual stream back to the dense one's: where the layer adds `c` times its FFN's output,
     `(dense - rest) / c` with the stream after the dense layer and that after the converted path's without any FFN;
@@ -64,7 +64,7 @@ def opening_targets(
     input_MD, _, rest_M1D = tapped(stream, index, layer, hidden_M1D, Constant(0))
     factor = ffn_factor(stream, index, layer, hidden_M1D[:1])
     target_MD = (after_M1D - rest_M1D)[:, 0] / factor if factor else dense_MD
-    return (input_MD, target_MD), after_M1D
+    return OpeningTargets(input_MD, target_MD, after_M1D)
 
 
 class Constant(nn.Module):

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import InputError, StorageError, WorkError
+from ..results import Json
 from .reader import INDEX
 
 STATE = "state.json"
@@ -93,10 +93,10 @@ class ResumableOutput:
     def __init__(self, output: Path, fingerprint: dict[str, str], resume: bool) -> None:
         self.output = output.absolute()
         self.folder = partial_folder(output)
-        self.layers: list[dict[str, Any]] = []
+        self.layers: list[Json] = []
         """The records of finished layers."""
         self.trials: dict[str, float] = {}
-        """Losses of finished trials, by the conversion's name."""
+        """Losses of finished trials, by the candidate's name."""
         if self.folder.exists() and not resume:
             shutil.rmtree(self.folder)
         if (self.folder / STATE).is_file():
@@ -150,7 +150,7 @@ class ResumableOutput:
         self.trials[name] = loss
         self._commit()
 
-    def add_layer(self, tensors: dict[str, Tensor], hidden: dict[str, Tensor], record: dict[str, Any]) -> None:
+    def add_layer(self, tensors: dict[str, Tensor], hidden: dict[str, Tensor], record: Json) -> None:
         """Store a finished layer."""
         self.write(self.shard(len(self.layers)), tensors)
         self.layers.append(record)

@@ -27,7 +27,8 @@ def benchmark(
 ) -> None:
     """Decode and prefill speed against the dense model, alternating in one process."""
     from ..evaluation.benchmark import benchmark as run
-    from ..evaluation.inspect import dense_origin, prompt_tokens
+    from ..evaluation.inspect import prompt_tokens
+    from ..formats.converted import dense_origin
 
     options.check_plot(plot)
     sizes = options.numbers(batch, "--batch")
@@ -40,5 +41,5 @@ def benchmark(
     if plot:
         from ..report.plots import write_roofline  # matplotlib is slow to import
 
-        write_roofline(result, plot)
+        write_roofline(result.to_dict(), plot)
     print_result(result, as_json, lambda: tables.show_benchmark(stderr, result))

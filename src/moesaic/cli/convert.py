@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,6 +24,7 @@ def convert(
     fine: options.Fine = None,
     partition: options.Partition = None,
     router: options.Router = None,
+    selection: options.Selection = None,
     recovery: options.Recovery = None,
     calibration: Annotated[
         list[str] | None, typer.Option(help=".txt or .jsonl file or datasets name; repeat for more [default: bundled]")
@@ -46,28 +47,25 @@ def convert(
 ) -> None:
     """Convert a dense model into a Mixture-of-Experts, layer by layer, without training."""
     from ..checkpoint.writer import check_output
+    from ..config import ConvertConfig
     from ..conversion.auto import candidates
     from ..conversion.convert import convert as run
-    from ..conversion.prepare import describe, make_config
+    from ..conversion.prepare import describe
 
     given = {
         "active": active, "plan": plan, "expert_width": expert_width, "partition": partition, "router": router,
         "tokens": tokens, "format": format, "seed": seed, "calibration": tuple(calibration) if calibration else None,
         "memory_factor": memory_factor, "recovery": recovery, "window": window, "device": device, "dtype": dtype,
-        "first_tokens": first_tokens, "fine": fine,
+        "first_tokens": first_tokens, "fine": fine, "selection": selection,
     }  # fmt: skip
-    config = make_config(recipe, {name: value for name, value in given.items() if value is not None})
+    config = ConvertConfig.read(recipe, {name: value for name, value in given.items() if value is not None})
     if dry_run:
         check_output(out, overwrite)
         conversions = candidates(model, config)
         conversions[0].check_space(out)
         facts = describe(conversions)
-        print_result(facts, as_json, lambda: tables.show_facts(stderr, "Dry run: nothing was written", facts))
+        print_result(facts, as_json, lambda: tables.show_facts(stderr, "Dry run: nothing was written", facts.to_dict()))
         return
     with tables.progress(stderr, "converting", "layer") as tick:
-
-        def show(done: int, count: int, record: dict[str, Any] | None) -> None:
-            tick(done, count, tables.note(record))
-
-        metrics = run(model, out, config, resume=resume, overwrite=overwrite, force=force, progress=show)
+        metrics = run(model, out, config, resume=resume, overwrite=overwrite, force=force, progress=tick)
     print_result(metrics, as_json, lambda: tables.show_conversion(stderr, metrics))

@@ -15,7 +15,8 @@ from .options import print_result, stderr
 def export(
     model: Annotated[str, typer.Argument(help="a converted model's folder", metavar="MODEL")],
     out: Annotated[Path, typer.Argument(help="folder (or .gguf file) to make", metavar="OUT")],
-    to: options.Target = "auto",
+    format: options.Target = "auto",
+    to: Annotated[str | None, typer.Option(hidden=True, help="the old name of --format")] = None,
     outtype: options.Outtype = None,
     resume: Annotated[bool, typer.Option(help="go on with an unfinished export")] = True,
     overwrite: options.Overwrite = False,
@@ -25,6 +26,6 @@ def export(
     from ..formats.export import export as run
 
     with tables.progress(stderr, "exporting", "layer") as tick:
-        facts = run(model, out, to, outtype=outtype, resume=resume, overwrite=overwrite, progress=tick)
-    done = "read back" if facts["target"] == "gguf" else "checked"
-    print_result(facts, as_json, lambda: tables.show_facts(stderr, f"{out}: written and {done}", facts))
+        facts = run(model, out, to or format, outtype=outtype, resume=resume, overwrite=overwrite, progress=tick)
+    done = "read back" if facts.target == "gguf" else "checked"
+    print_result(facts, as_json, lambda: tables.show_facts(stderr, f"{out}: written and {done}", facts.to_dict()))

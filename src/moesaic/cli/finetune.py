@@ -38,7 +38,7 @@ def finetune(
     as_json: options.Json = False,
 ) -> None:
     """Train a converted model a little, taught by the dense one; never worse than it came."""
-    from ..training.config import make_config
+    from ..config import FinetuneConfig
     from ..training.finetune import finetune as run
 
     given = {
@@ -47,8 +47,8 @@ def finetune(
         "learning_rate": learning_rate, "alpha": alpha, "balance": balance, "device": device, "shard": shard,
         "seed": seed,
     }  # fmt: skip
-    config = make_config(recipe, {name: value for name, value in given.items() if value is not None})
+    config = FinetuneConfig.read(recipe, {name: value for name, value in given.items() if value is not None})
     with tables.progress(stderr, "training", "per cent", "") as tick:
         facts = run(model, out, config, resume=resume, overwrite=overwrite, teacher_cache=teacher_cache, progress=tick)
-    if "output" in facts:  # the others of several processes have nothing to say
+    if facts.output is not None:  # the others of several processes have nothing to say
         print_result(facts, as_json, lambda: tables.show_training(stderr, facts))

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
 from ..errors import InputError
+from ..results import Result
 from . import options
 from .options import print_result, stderr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion(Result):
+    """A prompt and its continuation."""
+
+    prompt: str
+    completion: str
 
 
 def generate(
@@ -36,4 +46,4 @@ def generate(
         text = complete(
             loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat, seed=seed
         )
-    print_result({"prompt": prompt, "completion": text}, as_json, lambda: print(text if chat else prompt + text))
+    print_result(Completion(prompt=prompt, completion=text), as_json, lambda: print(text if chat else prompt + text))

@@ -6,13 +6,17 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
 
 from .. import registry
 from ..errors import InputError
+from ..results import Result
+
+if TYPE_CHECKING:
+    from ..formats.loading import Loaded
 
 PICTURES = (".png", ".svg", ".pdf")
 Number = TypeVar("Number", int, float)
@@ -23,7 +27,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(help="hub id, folder, .gguf file, or built in: tiny, demo, demo-1.5b, gemma-270m", metavar="MODEL"),
 ]
-FORMS = ", ".join(name.replace("-", "_") for name in registry.names("export"))
+FORMATS = ", ".join(name.replace("-", "_") for name in registry.names("format"))
 Partition = Annotated[
     str | None, typer.Option(help=f"auto or one of: {', '.join(registry.names('partition'))} [default: auto]")
 ]
@@ -32,6 +36,9 @@ Fine = Annotated[
     typer.Option("--fine", help="about 64 small groups; auto tries them too: better on some models, slow on CPUs"),
 ]
 Router = Annotated[str | None, typer.Option(help=f"one of: {', '.join(registry.names('router'))}")]
+Selection = Annotated[
+    str | None, typer.Option(help=f"how many experts run: {', '.join(registry.names('selection'))} [default: top-k]")
+]
 Recovery = Annotated[
     str | None, typer.Option(help=f"one of: {', '.join(registry.names('recovery'))} [default: closed-form]")
 ]
@@ -51,9 +58,9 @@ Balance = Annotated[str | None, typer.Option(help="of the experts' load: none, b
 Overwrite = Annotated[bool, typer.Option(help="replace OUT if it exists")]
 OutArgument = Annotated[Path, typer.Argument(help="folder to make", metavar="OUT")]
 Format = Annotated[
-    str | None, typer.Option(help=f"auto (one that engines load, if any) or one of: {FORMS} [default: auto]")
+    str | None, typer.Option(help=f"auto (one that engines load, if any) or one of: {FORMATS} [default: auto]")
 ]
-Target = Annotated[str, typer.Option(help=f"auto, gguf (llama.cpp; OUT is a file) or one of: {FORMS}")]
+Target = Annotated[str, typer.Option(help=f"auto, gguf (llama.cpp; OUT is a file) or one of: {FORMATS}")]
 Outtype = Annotated[
     str | None,
     typer.Option(help="of GGUF: f32, f16 [default], bf16, q8_0, q4_0, ...; K-quants with llama-quantize on the PATH"),
@@ -99,8 +106,8 @@ def check_plot(path: Path | None) -> None:
 
 def load_model(
     model: str, device: str, dtype: str, threads: int | None, experts: str | None = None, for_scoring: bool = False
-) -> tuple[Any, Any]:
-    """(model, tokenizer) as the options ask for."""
+) -> Loaded:
+    """Load a model as the options ask for."""
     import torch
 
     from ..checkpoint.sources import resolve
@@ -117,9 +124,9 @@ def load_model(
         return load(folder, dtype=wanted, device=where, experts=experts, for_scoring=for_scoring)
 
 
-def print_result(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+def print_result(result: Result, as_json: bool, show: Callable[[], None]) -> None:
     """Print a result: one JSON object, or what `show` prints for stderr."""
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result.to_dict()))
     else:
         show()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ class TopNeurons(nn.Module):
 @contextmanager
 def top_neurons(model: PreTrainedModel, active: float) -> Iterator[PreTrainedModel]:
     """The dense model with only the best share `active` of each FFN's neurons in each token; dense again on leaving."""
-    width: Any = model.config.intermediate_size
+    width: int = model.config.get_text_config().intermediate_size
     dense = [(layer, ffn_name(layer)) for layer in decoder_layers(model)]
     modules = [layer.get_submodule(name) for layer, name in dense]
     try:

@@ -7,10 +7,12 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from ..config import ConvertConfig
 from ..conversion.auto import candidates
@@ -20,6 +22,8 @@ from ..evaluation.evaluate import check_request, evaluate
 from ..formats.loading import load
 from ..machine import machine, versions
 from ..plan import check_share, nearest_plan, parse_plan
+from ..report.plots import write_frontier
+from ..results import EvaluationResult, FrontierResult, FrontierRow, FrontierSummary, Json, ShapeSpeed
 from .bounds import top_neurons
 from .recipes import ALL, METHODS, NEURONS, ORACLE, chosen, may_overlap
 from .speed import shape_speed
@@ -40,7 +44,7 @@ class Measurement:
     tokens: int = 16_384
     speed: bool = True
 
-    def setting(self) -> dict[str, Any]:
+    def setting(self) -> Json:
         """What decides the numbers, wherever the files lie: names and SHA-256 in place of paths."""
         return {
             "text": _named(self.text), "max_tokens": self.max_tokens, "tasks": _named(self.tasks), "items": self.items,
@@ -57,6 +61,11 @@ class Point:
     memory_factor: float
     seed: int
 
+    @classmethod
+    def of(cls, row: FrontierRow) -> Point:
+        """The point that a row was measured for."""
+        return cls(row.method, row.active, row.memory_factor, row.seed)
+
     def config(self, measurement: Measurement) -> ConvertConfig:
         """The conversion that it stands for."""
         method = METHODS[self.method]
@@ -70,7 +79,7 @@ class Point:
 
 def frontier(
     model: str,
-    output: Path,
+    output: str | Path,
     *,
     active: Sequence[float] = (0.25, 0.5, 0.75),
     memory_factors: Sequence[float] = (1.0,),
@@ -78,45 +87,39 @@ def frontier(
     seeds: Sequence[int] = (0,),
     measurement: Measurement | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> dict[str, Any]:
+) -> FrontierResult:
     """Convert and measure `model` with every method at every budget; rows are kept in `output/frontier.json`.
 
-    Finished rows are not measured again. A row has `method, ffn_active, memory_factor, plan, seed, perplexity,
-    perplexity_ratio, speedup, tasks_mean`; the bounds (`neurons`, routing by an oracle) have no speed-up. Memory
+    Finished rows are not measured again; the bounds (`neurons`, routing by an oracle) have no speed-up. Memory
     factors other than 1 are measured for methods whose experts may overlap. Each conversion is deleted when it is
-    measured. Decode speed is measured last, once for each shape of all rows on this machine; `speeds` has the details.
-
-    Returns:
-        What `frontier.json` holds; `frontier.png` and `frontier.svg` beside it show it.
+    measured. Decode speed is measured last, once for each shape of all rows on this machine. `frontier.png` and `.svg`
+    beside the file show it.
 
     Raises:
         InputError: an unknown method, a shape that does not fit (with `methods=["all"]`: no shape that does; `unfit`
             says why), or bad files; before anything is converted.
     """
-    measurement = measurement or Measurement()
+    measurement, output = measurement or Measurement(), Path(output).expanduser()
     check_request(path(measurement.text), "gptq", 2_048, measurement.max_tokens, path(measurement.tasks), None)
     points, unfit = _points(model, active, memory_factors, methods, seeds, measurement)
-    result = _resume(model, output, measurement) | {"unfit": unfit}
-    rows: list[dict[str, Any]] = result["rows"]
+    result = replace(_resume(model, output, measurement), unfit=unfit)
     report = progress or (lambda count, all, note: None)
-    if "dense" not in result:
+    if result.dense is None:
         report(0, len(points), "dense")
-        result["dense"] = _evaluate(model, measurement)
-        _save(result, output)
+        result = _save(replace(result, dense=_evaluate(model, measurement)), output)
+    assert result.dense is not None
     for number, point in enumerate(points):
-        if _key(asdict(point)) not in map(_key, rows):
+        if point not in {Point.of(row) for row in result.rows}:
             report(number, len(points), f"{point.method}, {point.active:.0%} active")
-            rows.append(_measure(model, point, measurement, result["dense"]["perplexity"], output))
-            _save(result, output)
+            row = _measure(model, point, measurement, result.dense.perplexity, output)
+            result = _save(replace(result, rows=[*result.rows, row]), output)
     if measurement.speed:
-        _measure_speeds(model, result, output, lambda shape: report(len(points), len(points), f"speed of {shape}"))
-    _take_speeds(rows, result.get("speeds", []), measurement)
+        said = partial(report, len(points), len(points))
+        result = _measure_speeds(model, result, output, lambda shape: said(f"speed of {shape}"))
+    rows = _take_speeds(result.rows, result.speeds, measurement)
     report(len(points), len(points), "done")
-    result["summary"] = summarise(rows)
-    _save(result, output)
-    from ..report.plots import write_frontier  # matplotlib is slow to import
-
-    write_frontier(result["summary"], model, output)
+    result = _save(replace(result, rows=rows, summary=summarise(rows)), output)
+    write_frontier([row.to_dict() for row in result.summary], model, output)
     return result
 
 
@@ -162,30 +165,35 @@ def _points(
     return points, unfit
 
 
-def _shape(row: dict[str, Any]) -> tuple[str, int] | None:
-    """What decides a conversion's speed, whatever its method; None for a bound."""
-    bound = row["plan"] is None or METHODS[row["method"]].router == ORACLE
-    return None if bound else (row["plan"], row["expert_width"])
+class Shape(NamedTuple):
+    """What decides a conversion's speed, whatever its method."""
+
+    plan: str
+    expert_width: int
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("method", "active", "memory_factor", "seed"))
+def _shape(row: FrontierRow) -> Shape | None:
+    """A row's shape; None for a bound."""
+    if row.plan is None or row.expert_width is None or METHODS[row.method].router == ORACLE:
+        return None
+    return Shape(row.plan, row.expert_width)
 
 
-def _resume(model: str, output: Path, measurement: Measurement) -> dict[str, Any]:
+def _resume(model: str, output: Path, measurement: Measurement) -> FrontierResult:
     """The rows found in `output` if they were measured in the same way, else a fresh result."""
     setting = {"model": model} | measurement.setting()
     file = output / RESULT
     if output.exists() and not output.is_dir():
         raise InputError(f"'{output}' is a file; choose another folder with --out")
     if not file.is_file():
-        return {"setting": setting, "versions": versions(), "machine": machine(), "rows": []}
+        return FrontierResult(
+            setting=setting, versions=versions(), machine=machine(), rows=[], unfit={}, speeds=[], summary=[]
+        )
     try:
-        found = json.loads(file.read_text())
-        found["setting"], found["rows"]
+        found = read_frontier(file)
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"'{file}' is no frontier's ({error!r}); choose another --out, or delete it") from error
-    changed = [name for name, value in setting.items() if found["setting"].get(name) != value]
+        raise InputError(f"'{file}' is no frontier's ({error}); choose another --out, or delete it") from error
+    changed = [name for name, value in setting.items() if found.setting.get(name) != value]
     if changed:
         raise InputError(
             f"'{file}' was measured with another {', '.join(changed)}; choose another --out, or delete it to start anew"
@@ -193,91 +201,109 @@ def _resume(model: str, output: Path, measurement: Measurement) -> dict[str, Any
     return found
 
 
-def _save(result: dict[str, Any], output: Path) -> None:
+def read_frontier(file: Path) -> FrontierResult:
+    """Read a `frontier.json`.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is none.
+    """
+    values = json.loads(file.read_text())
+    speeds = [
+        {name: s[name] for name in ("plan", "expert_width", "machine", "speedup")} for s in values.get("speeds", [])
+    ]
+    for short, whole in zip(speeds, values.get("speeds", []), strict=True):
+        short["details"] = {name: value for name, value in whole.items() if name not in short}
+    return FrontierResult.from_dict({"unfit": {}, "summary": []} | values | {"speeds": speeds}, str(file))
+
+
+def _save(result: FrontierResult, output: Path) -> FrontierResult:
     output.mkdir(parents=True, exist_ok=True)
     partial = output / f"{RESULT}.writing"
-    partial.write_text(json.dumps(result, indent=2) + "\n")
+    partial.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
     partial.replace(output / RESULT)
+    return result
 
 
-def _evaluate(model: str | Path, measurement: Measurement, keep: float | None = None) -> dict[str, Any]:
+def _evaluate(model: str | Path, measurement: Measurement, keep: float | None = None) -> EvaluationResult:
     """Perplexity and tasks of a model, or of the bound that keeps a share of its neurons."""
     loaded, tokenizer = load(model, for_scoring=True)
-    options: Any = {
-        "text": path(measurement.text), "max_tokens": measurement.max_tokens, "tasks": path(measurement.tasks),
-        "items": measurement.items,
-    }  # fmt: skip
-    if keep is None:
-        return evaluate(loaded, tokenizer, **options)
-    with top_neurons(loaded, keep):
-        return evaluate(loaded, tokenizer, **options)
+    with nullcontext() if keep is None else top_neurons(loaded, keep):
+        return evaluate(
+            loaded, tokenizer, text=path(measurement.text), max_tokens=measurement.max_tokens,
+            tasks=path(measurement.tasks), items=measurement.items,
+        )  # fmt: skip
 
 
-def _measure(model: str, point: Point, measurement: Measurement, dense: float, output: Path) -> dict[str, Any]:
-    """A point's row; `dense` is the dense model's perplexity.
+def _measure(model: str, point: Point, measurement: Measurement, dense: float, output: Path) -> FrontierRow:
+    """Measure a point; `dense` is the dense model's perplexity.
 
     Each conversion has its own folder, so that one that was stopped waits for its turn.
     """
-    row: dict[str, Any] = asdict(point) | {"machine": machine(), "versions": versions(), "speedup": None}
     if point.method == NEURONS:
-        found = _evaluate(model, measurement, keep=point.active)
-        row |= {"plan": None, "ffn_active": point.active}
+        found, metrics = _evaluate(model, measurement, keep=point.active), None
     else:
         work = output / "-".join(["work", *map(str, asdict(point).values())])
         metrics = convert(model, work, point.config(measurement), overwrite=True, force=True)
-        names = ("plan", "expert_width", "ffn_active", "seconds", "peak_rss_bytes", "partition", "fingerprint")
-        row |= {name: metrics[name] for name in names} | {"memory": metrics["memory_factor"]}
         found = _evaluate(work, measurement)
         shutil.rmtree(work)
-    row |= {"perplexity": found["perplexity"], "perplexity_ratio": found["perplexity"] / dense, "dtype": found["dtype"]}
-    if found["tasks"]:
-        mean = found["tasks"]["mean"]
-        row |= {"tasks": found["tasks"], "tasks_mean": mean["acc"], "tasks_stderr": mean["stderr"]}
-    return row
+    mean = found.tasks.get("mean")
+    row = FrontierRow(
+        **asdict(point), plan=None, ffn_active=point.active, machine=machine(), versions=versions(), dtype=found.dtype,
+        perplexity=found.perplexity, perplexity_ratio=found.perplexity / dense, tasks=found.tasks or None,
+        tasks_mean=mean.acc if mean else None, tasks_stderr=mean.stderr if mean else None,
+    )  # fmt: skip
+    if metrics is None:
+        return row
+    return replace(
+        row, plan=metrics.plan, expert_width=metrics.expert_width, ffn_active=metrics.ffn_active,
+        seconds=metrics.seconds, peak_rss_bytes=metrics.peak_rss_bytes, partition=metrics.partition,
+        fingerprint=metrics.fingerprint, memory=metrics.memory_factor,
+    )  # fmt: skip
 
 
-def _measure_speeds(model: str, result: dict[str, Any], output: Path, report: Callable[[str], None]) -> None:
+def _measure_speeds(model: str, result: FrontierResult, output: Path, report: Callable[[str], None]) -> FrontierResult:
     """Add the decode speed of every row's shape on this machine to `speeds`, where it is not there yet."""
-    speeds: list[dict[str, Any]] = result.setdefault("speeds", [])
     here = machine()
-    wanted = dict.fromkeys(shape for row in result["rows"] if (shape := _shape(row)))
-    known = {(s["plan"], s["expert_width"]) for s in speeds if s["machine"] == here}
-    if missing := [shape for shape in wanted if shape not in known]:
-        dense, tokenizer = load(model)
-        for text, width in missing:
-            report(text)
-            plan = parse_plan(text, dense.config.intermediate_size, width, overlapping=True)
-            found = shape_speed(dense, tokenizer, plan)
-            speeds.append({"plan": text, "expert_width": width, "machine": here} | found)
-            _save(result, output)
+    wanted = dict.fromkeys(shape for row in result.rows if (shape := _shape(row)))
+    known = {Shape(s.plan, s.expert_width) for s in result.speeds if s.machine == here}
+    missing = [shape for shape in wanted if shape not in known]
+    if not missing:
+        return result
+    dense, tokenizer = load(model)
+    for shape in missing:
+        report(shape.plan)
+        plan = parse_plan(shape.plan, dense.config.intermediate_size, shape.expert_width, overlapping=True)
+        result = _save(replace(result, speeds=[*result.speeds, shape_speed(dense, tokenizer, plan)]), output)
+    return result
 
 
-def _take_speeds(rows: list[dict[str, Any]], speeds: list[dict[str, Any]], measurement: Measurement) -> None:
+def _take_speeds(rows: list[FrontierRow], speeds: list[ShapeSpeed], measurement: Measurement) -> list[FrontierRow]:
     """Give every row its shape's decode speed: of this machine if it was to be measured, else of the last one."""
-    where = machine() if measurement.speed or not speeds else speeds[-1]["machine"]
-    known: dict[Any, float] = {(s["plan"], s["expert_width"]): s["speedup"] for s in speeds if s["machine"] == where}
-    for row in rows:
-        row["speedup"] = known.get(_shape(row))
+    where = machine() if measurement.speed or not speeds else speeds[-1].machine
+    known = {Shape(s.plan, s.expert_width): s.speedup for s in speeds if s.machine == where}
+    return [replace(row, speedup=known.get(shape) if (shape := _shape(row)) else None) for row in rows]
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that differ by seed only as one: means, `perplexity_ratio_deviation` (of the sample) and `seeds`.
+def summarise(rows: Sequence[FrontierRow]) -> list[FrontierSummary]:
+    """Sum up rows that differ by seed only.
 
     `default` may take another cut with another seed, which makes another line.
     """
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[object, ...], list[FrontierRow]] = {}
     for row in rows:
-        groups.setdefault((*_key(row)[:3], row.get("partition"), row["plan"]), []).append(row)
+        groups.setdefault((row.method, row.active, row.memory_factor, row.partition, row.plan), []).append(row)
     summary = []
     for same in groups.values():
-        ratios = [row["perplexity_ratio"] for row in same]
+        first, ratios = same[0], [row.perplexity_ratio for row in same]
         mean = sum(ratios) / len(ratios)
-        deviation = math.sqrt(sum((r - mean) ** 2 for r in ratios) / max(1, len(ratios) - 1))
-        names = ("method", "active", "ffn_active", "memory_factor", "memory", "plan", "partition", "speedup")
-        row = {name: same[0].get(name) for name in names}
-        row |= {"perplexity_ratio": mean, "perplexity_ratio_deviation": deviation, "seeds": len(same)}
-        if "tasks_mean" in same[0]:
-            row["tasks_mean"] = sum(r["tasks_mean"] for r in same) / len(same)
-            row["tasks_stderr"] = same[0]["tasks_stderr"]
-        summary.append(row)
+        tasks = [row.tasks_mean for row in same if row.tasks_mean is not None]
+        summary.append(
+            FrontierSummary(
+                method=first.method, active=first.active, ffn_active=first.ffn_active,
+                memory_factor=first.memory_factor, memory=first.memory, plan=first.plan, partition=first.partition,
+                speedup=first.speedup, perplexity_ratio=mean,
+                perplexity_ratio_deviation=math.sqrt(sum((r - mean) ** 2 for r in ratios) / max(1, len(ratios) - 1)),
+                seeds=len(same), tasks_mean=sum(tasks) / len(tasks) if tasks else None, tasks_stderr=first.tasks_stderr,
+            )
+        )  # fmt: skip
     return summary

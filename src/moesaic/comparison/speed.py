@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..compat import parameters_on_meta, set_experts_implementation
 from ..evaluation.benchmark import decode_speed
 from ..evaluation.inspect import prompt_tokens
-from ..machine import versions
+from ..machine import machine, versions
 from ..moe.modeling import DEFAULT_EXPERTS, moe_blocks, moesaic_config
 from ..plan import Plan
+from ..results import ShapeSpeed
 
 SPEED = {"prompt": 64, "new": 16, "rounds": 3}
 """Tokens before and while decoding, and timed rounds."""
@@ -25,10 +24,10 @@ def shaped(dense: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
     Random gates choose experts evenly, which is what a decoding step's bytes depend on.
     """
-    working = moesaic_config(dense.config, plan, "linear")
-    working._experts_implementation = DEFAULT_EXPERTS
-    with init_empty_weights(include_buffers=False):  # rotary frequencies are buffers that no checkpoint holds
-        model = AutoModelForCausalLM.from_config(working, dtype=dense.dtype)
+    config = moesaic_config(dense.config, plan)
+    set_experts_implementation(config, DEFAULT_EXPERTS)
+    with parameters_on_meta():  # rotary frequencies are buffers that no checkpoint holds
+        model = AutoModelForCausalLM.from_config(config, dtype=dense.dtype)
     model.load_state_dict(dense.state_dict(), strict=False, assign=True)
     model.tie_weights()
     for block in moe_blocks(model):
@@ -38,9 +37,12 @@ def shaped(dense: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     return model.to(dense.device).eval()
 
 
-def shape_speed(dense: PreTrainedModel, tokenizer: Any, plan: Plan) -> dict[str, Any]:
-    """What `decode_speed` gives for any conversion of the dense model to that shape, and how it was measured."""
+def shape_speed(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> ShapeSpeed:
+    """Time decoding as any conversion of the dense model to that shape does it."""
     tokens_1L = prompt_tokens(tokenizer, SPEED["prompt"])
     found = decode_speed(shaped(dense, plan), dense, tokens_1L, new=SPEED["new"], rounds=SPEED["rounds"])
-    facts = {"threads": torch.get_num_threads(), "dtype": str(dense.dtype).removeprefix("torch.")}
-    return found | facts | SPEED | {"versions": versions()}
+    details = found.to_dict() | {"threads": torch.get_num_threads(), "dtype": str(dense.dtype).removeprefix("torch.")}
+    return ShapeSpeed(
+        plan=str(plan), expert_width=plan.width, machine=machine(), speedup=found.speedup,
+        details=details | SPEED | {"versions": versions()},
+    )  # fmt: skip

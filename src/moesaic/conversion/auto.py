@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
+from .. import registry
 from ..calibration.text import bundled, token_windows
 from ..checkpoint.writer import ResumableOutput
 from ..config import ConvertConfig
 from ..errors import InputError
-from .layer import convert_layer, embed
+from ..results import Trial
+from .layer import convert_layer
 from .prepare import Conversion, prepare
+from .states import embed, run_dense
 
 CANDIDATES = (("specialists", False), ("coactivation", False), ("coactivation", True))
 """Partitions and whether they are cut fine, which is tried where the configuration says `fine`."""
@@ -30,12 +32,12 @@ TIE = 0.01
 """Nats of held-out loss (1 % of perplexity), below which the order of two candidates is chance."""
 PART = 4
 """One window in this many is held out."""
-Progress = Callable[[int, int, dict[str, Any] | None], None]
-"""Called with (finished layers, all layers, record of the last); a trial's is `{"trial": "coactivation S2A2E8"}`."""
+Progress = Callable[[int, int, str], None]
+"""Called with (finished layers, all layers, what is being done)."""
 
 
 def candidates(model: str, config: ConvertConfig) -> list[Conversion]:
-    """A checked conversion for each way to cut that the configuration leaves open; one if it names a partition.
+    """Prepare a conversion for each way to cut that the configuration leaves open; one if it names a partition.
 
     Raises:
         InputError: none of them fits (the error is that of the first), or the fine one that was asked for does not.
@@ -44,38 +46,36 @@ def candidates(model: str, config: ConvertConfig) -> list[Conversion]:
         config = config.model_copy(update={"active": 0.5})
     if config.partition != "auto":
         return [prepare(model, config)]
-    conversions: list[Conversion] = []
+    found: list[Conversion] = []
     errors: list[InputError] = []
     for name, fine in CANDIDATES:
         if fine > config.fine:
             continue
-        changes: dict[str, Any] = {"partition": name, "fine": fine}
+        changes: dict[str, object] = {"partition": name, "fine": fine}
         if name == "coactivation" and config.memory_factor > 1:
             changes["memory_factor"] = 1.0  # a budget is no duty, and disjoint experts may be better all the same
         try:
-            conversion = prepare(model, config.model_copy(update=changes))
-            conversions.append(
-                replace(conversion, stream=conversions[0].stream) if conversions else conversion
-            )  # its outer weights once in memory
+            opened = found[0].layerwise if found else None
+            found.append(prepare(model, config.model_copy(update=changes), opened))
         except InputError as error:
             if fine:
                 raise
             errors.append(error)
-    if not conversions:
+    if not found:
         raise errors[0]
-    windows = len(conversions[0].tokens_NL)
-    if len(conversions) > 1 and windows < PART:
+    windows = len(found[0].tokens.calibration_NL)
+    if len(found) > 1 and windows < PART:
         raise InputError(
             f"{windows} calibration windows are too few for --partition auto, which holds out one in {PART}; raise "
             "--tokens or name a partition"
         )
-    return conversions
+    return found
 
 
 def choose(
     conversions: list[Conversion], partial: ResumableOutput, progress: Progress | None = None
-) -> tuple[Conversion, list[dict[str, Any]]]:
-    """The first conversion within `TIE` of the least held-out loss, and what each trial gave.
+) -> tuple[Conversion, list[Trial]]:
+    """Take the first candidate within `TIE` of the least held-out loss; returns what each trial gave too.
 
     Finished trials are kept in the partial output.
     """
@@ -85,16 +85,14 @@ def choose(
         if conversion.name not in partial.trials:
             partial.add_trial(conversion.name, trial(conversion, progress))
     found = [
-        {
-            "partition": conversion.config.partition, "plan": str(conversion.plan), "width": conversion.plan.width,
-            "held_out_loss": partial.trials[conversion.name],
-        }
-        for conversion in conversions
+        Trial(
+            partition=registry.text("partition", c.config.partition), plan=str(c.plan), width=c.plan.width,
+            held_out_loss=partial.trials[c.name],
+        )
+        for c in conversions
     ]  # fmt: skip
-    least = min(result["held_out_loss"] for result in found)
-    best = next(
-        (i for i, result in enumerate(found) if result["held_out_loss"] <= least + TIE), 0
-    )  # 0: none is a number
+    least = min(result.held_out_loss for result in found)
+    best = next((i for i, result in enumerate(found) if result.held_out_loss <= least + TIE), 0)  # 0: none is a number
     return conversions[best], found
 
 
@@ -109,30 +107,28 @@ def trial(conversion: Conversion, progress: Progress | None = None) -> float:
 
     Half of them are bundled text if the calibration text is the user's.
     """
-    window = conversion.tokens_NL.shape[1]
-    count = min(len(conversion.tokens_NL), trial_windows(conversion.config.tokens, window))
-    pick = torch.arange(count) * len(conversion.tokens_NL) // count
+    tokens, layerwise = conversion.tokens, conversion.layerwise
+    all_NL = tokens.calibration_NL
+    window, count = all_NL.shape[1], min(len(all_NL), trial_windows(conversion.config.tokens, all_NL.shape[1]))
+    pick = torch.arange(count) * len(all_NL) // count
     fit = pick[[i for i in range(count) if i % PART != PART - 1]]
-    held_out_NL = conversion.tokens_NL[pick[PART - 1 :: PART]]
+    held_out_NL = all_NL[pick[PART - 1 :: PART]]
     if conversion.config.calibration:
         other_NL = token_windows(bundled("calibration"), conversion.tokenizer, held_out_NL.numel(), window)
         held_out_NL = torch.cat([held_out_NL, other_NL])
-    tokens_NL = conversion.tokens_NL[fit]
-    opening_N1 = conversion.opening_N1[: len(conversion.opening_N1) * len(fit) // len(conversion.tokens_NL)]
-    conversion = replace(
-        conversion, tokens_NL=tokens_NL, domain_N=conversion.domain_N[fit], opening_N1=opening_N1,
-        validation_NL=tokens_NL[:0], held_out_NL=held_out_NL,
+    part = replace(
+        tokens, calibration_NL=all_NL[fit], domain_N=tokens.domain_N[fit], validation_NL=all_NL[:0],
+        opening_M1=tokens.opening_M1[: len(tokens.opening_M1) * len(fit) // len(all_NL)], held_out_NL=held_out_NL,
     )  # fmt: skip
-    stream = conversion.stream
-    stream.load_embeddings_and_head()
-    states = embed(conversion)
-    del states["dense"]  # nothing is compared with it
-    for index in range(len(stream.layers)):
+    conversion = replace(conversion, tokens=part)
+    layerwise.load_embeddings_and_head()
+    states = embed(layerwise, part, dense=False)
+    for index in range(len(layerwise.layers)):
         if progress:
-            progress(index, len(stream.layers), {"trial": conversion.name})
+            progress(index, len(layerwise.layers), f"trying {conversion.name}")
         if index % EVERY == EVERY - 1:
-            _, states, _ = convert_layer(conversion, index, states)
+            states = convert_layer(conversion, index, states).states
             continue
-        with stream.layer(index) as layer:
-            states = {name: stream.run(index, layer, hidden_NLD) for name, hidden_NLD in states.items()}
-    return stream.token_losses(conversion.held_out_NL, states["converted"]).mean().item()
+        with layerwise.layer(index) as layer:
+            states = run_dense(layerwise, index, layer, states)
+    return layerwise.token_losses(held_out_NL, states.converted).mean().item()

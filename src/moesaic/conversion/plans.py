@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint.builtin import NAMES
 from ..checkpoint.sources import HUB_ID, resolve
 from ..errors import InputError
 from ..evaluation.cost import active_weights, body_weights
-from ..formats.base import Format
+from ..formats.base import Format, MoesaicModelConfig
 from ..formats.converted import choose_format
 from ..formats.gguf.writer import K_BLOCK, gguf_format
 from ..models.families import check_convertible, decoder_layers
 from ..moe.modeling import moesaic_config
 from ..plan import FEWEST, Plan, disjoint_plan, specialists_plan
+from ..results import PlanChoice, Plans
 
 STEPS = (256, 128, 64, 32)
 """Widths of experts that kernels and quantised blocks like, the most useful first."""
@@ -30,21 +31,15 @@ BLOCKS = {"q4_k": K_BLOCK, "q8_0": 32, "f16": 1}
 K_TYPES = ("q4_k",)
 
 
-def plans(model: str, active: float = 0.5, memory_factor: float = 1.0) -> dict[str, Any]:
+def plans(model: str, active: float = 0.5, memory_factor: float = 1.0) -> Plans:
     """Shapes for a dense model, specialists first; only its configuration is read.
-
-    Returns:
-        `model, intermediate_size, choices`; of each choice `partition, plan, expert_width, ffn_active, memory_factor,
-        total_parameters, active_parameters, decode_limit, prefill_limit` (dense weights over active ones: what a
-        decoding step reads, what a prompt token multiplies with), `format, engines, gguf` (types) and `options`, with
-        which `moesaic convert` makes it.
 
     Raises:
         InputError: no such model, or a budget that no shape fits.
     """
     known = HUB_ID.fullmatch(model) and model not in NAMES
     try:
-        config: Any = AutoConfig.from_pretrained(model if known else resolve(model))
+        config = AutoConfig.from_pretrained(model if known else resolve(model)).get_text_config()
         dense = empty(config)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"'{model}' has no configuration that transformers knows: {error}") from error
@@ -52,7 +47,7 @@ def plans(model: str, active: float = 0.5, memory_factor: float = 1.0) -> dict[s
     size = config.intermediate_size
     found = dict.fromkeys([*specialist_shapes(active, memory_factor, size), *disjoint_shapes(active, size)])
     choices = [choice(config, dense, partition, plan) for partition, plan in found]
-    return {"model": model, "intermediate_size": size, "active": active, "choices": choices}
+    return Plans(model=model, intermediate_size=size, active=active, choices=choices)
 
 
 def specialist_shapes(active: float, memory_factor: float, size: int) -> Iterator[tuple[str, Plan]]:
@@ -86,53 +81,70 @@ def disjoint_shapes(active: float, size: int) -> Iterator[tuple[str, Plan]]:
                 yield "coactivation", plan
 
 
-def choice(config: Any, dense: PreTrainedModel, partition: str, plan: Plan) -> dict[str, Any]:
-    """One shape's row."""
+def choice(config: PreTrainedConfig, dense: PreTrainedModel, partition: str, plan: Plan) -> PlanChoice:
+    """Describe one shape."""
     size, routed_bias = config.intermediate_size, partition == "coactivation"
-    working = moesaic_config(config, plan, "linear")
-    form, reason = choose_format("auto", working, routed_bias)
-    converted = empty(working)
-    _, copied_active = form.copied_parameters(working)
+    model_config = moesaic_config(config, plan)
+    format, reason = choose_format("auto", model_config, routed_bias)
+    converted = empty(model_config)
+    copied_active = format.copied_parameters(model_config).active
+    counted = sizes(model_config, plan, format)
+    return PlanChoice(
+        partition=partition,
+        plan=str(plan),
+        expert_width=plan.width,
+        ffn_active=plan.ffn_active(size),
+        memory_factor=counted.memory_factor,
+        total_parameters=counted.total_parameters,
+        active_parameters=counted.active_parameters,
+        decode_limit=active_weights(dense) / (active_weights(converted) + copied_active),
+        prefill_limit=body_weights(dense) / (body_weights(converted) + copied_active),
+        format=format.name,
+        format_reason=reason,
+        engines=format.engines(model_config) or ["transformers with moesaic"],
+        gguf=gguf_types(model_config, plan, routed_bias),
+        options=f"--partition {partition} --plan {plan} --expert-width {plan.width}",
+    )
+
+
+def gguf_types(config: MoesaicModelConfig, plan: Plan, routed_bias: bool) -> list[str]:
+    """List the types of GGUF that hold a shape."""
     try:
-        gguf_format(working, routed_bias)
-        widths = (plan.width, plan.shared_width)
-        types = [kind for kind, block in BLOCKS.items() if not any(width % block for width in widths)]
-        if config.hidden_size % K_BLOCK:  # of attention and experts' inputs llama-quantize makes other types
-            types = [kind + " in part" if kind in K_TYPES else kind for kind in types]
+        gguf_format(config, routed_bias)
     except InputError:
-        types = []
-    return {
-        "partition": partition,
-        "plan": str(plan),
-        "expert_width": plan.width,
-        "ffn_active": plan.ffn_active(size),
-        **sizes(working, plan, form),
-        "decode_limit": active_weights(dense) / (active_weights(converted) + copied_active),
-        "prefill_limit": body_weights(dense) / (body_weights(converted) + copied_active),
-        "format": form.name,
-        "format_reason": reason,
-        "engines": form.engines(working) or ["transformers with moesaic"],
-        "gguf": types,
-        "options": f"--partition {partition} --plan {plan} --expert-width {plan.width}",
-    }
+        return []
+    widths = (plan.width, plan.shared_width)
+    types = [kind for kind, block in BLOCKS.items() if not any(width % block for width in widths)]
+    if config.hidden_size % K_BLOCK:  # of attention and experts' inputs llama-quantize makes other types
+        types = [kind + " in part" if kind in K_TYPES else kind for kind in types]
+    return types
 
 
-def sizes(working: Any, plan: Plan, form: Format) -> dict[str, Any]:
-    """`memory_factor, total_parameters, active_parameters` of a converted model in the form that is written."""
-    named = dict(empty(working).named_parameters())
+class Sizes(NamedTuple):
+    """Parameters of a converted model in the format that is written."""
+
+    memory_factor: float
+    """Neurons that are kept, relative to the dense FFN's."""
+    total_parameters: int
+    active_parameters: int
+
+
+def sizes(config: MoesaicModelConfig, plan: Plan, format: Format) -> Sizes:
+    """Count the parameters of a converted model."""
+    named = dict(empty(config).named_parameters())
     total = sum(p.numel() for p in named.values())
     routed = sum(p.numel() for name, p in named.items() if ".experts." in name)
     idle = routed * (1 - plan.num_experts_per_tok / plan.num_experts) if plan.num_experts else 0
-    copied, copied_active = form.copied_parameters(working)
-    dense_ffns = 3 * working.hidden_size * working.intermediate_size * working.num_hidden_layers
-    return {
-        "memory_factor": plan.memory_factor(working.intermediate_size) + copied / dense_ffns,
-        "total_parameters": total + copied,
-        "active_parameters": round(total - idle) + copied_active,
-    }
+    copied = format.copied_parameters(config)
+    dense_ffns = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+    return Sizes(
+        plan.memory_factor(config.intermediate_size) + copied.total / dense_ffns,
+        total + copied.total,
+        round(total - idle) + copied.active,
+    )
 
 
-def empty(config: Any) -> PreTrainedModel:
-    """A model of that configuration without weights."""
+def empty(config: object) -> PreTrainedModel:
+    """Make a model of a configuration without weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)

@@ -1,23 +1,25 @@
-"""A conversion's conversion: everything resolved and checked before any costly work."""
+"""A conversion resolved and checked before any costly work."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from .. import registry
 from ..calibration.sinks import opening_tokens
 from ..calibration.text import bundled, labelled_windows, read_documents, text_hash, token_windows
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_space, partial_folder
-from ..config import ConvertConfig, build_config, read_recipe
+from ..compat import set_experts_implementation
+from ..config import ConvertConfig
 from ..errors import InputError
-from ..formats.base import Format
+from ..formats.base import Format, MoesaicModelConfig
 from ..formats.converted import choose_format
 from ..formats.loading import load_tokenizer
 from ..models.devices import choose_device, choose_dtype, compute_dtype
@@ -26,14 +28,40 @@ from ..moe.modeling import DEFAULT_EXPERTS, moesaic_config
 from ..partition import Partitioner
 from ..plan import FINE, Plan, disjoint_plan, parse_plan, specialists_plan
 from ..recovery import Recovery
-from ..routing import RouterBuilder
+from ..results import Result
+from ..routing import Router
+from ..routing.selection import Selection
 
 VALIDATION = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class ConversionTokens:
+    """The text of a conversion, as tokens; int64."""
+
+    calibration_NL: Tensor
+    """What layers are fitted to."""
+    domain_N: Tensor
+    """The number of each calibration window's domain."""
+    opening_M1: Tensor
+    """Tokens that open a text, which become attention sinks: a window has one, too few to learn from."""
+    validation_NL: Tensor
+    """Every `VALIDATION`-th calibration window: nothing is fitted to it but the temperature of the whole model."""
+    held_out_NL: Tensor
+    """Bundled text on which the converted model is compared with the dense one."""
+    domains: int
+    text_sha256: str
+    """Of the calibration text."""
+
+    def count(self) -> int:
+        """Tokens whose hidden states are kept, on both paths where there are two."""
+        once = self.calibration_NL.numel() + self.validation_NL.numel()
+        return once + 2 * self.held_out_NL.numel() + 2 * self.opening_M1.numel()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """A checked and resolved conversion, before any costly work."""
+    """A conversion that can start: everything chosen, checked and tokenised."""
 
     model: str
     """As the user called it; a folder by its name alone."""
@@ -41,43 +69,44 @@ class Conversion:
     config: ConvertConfig
     plan: Plan
     partitioner: Partitioner
-    router: RouterBuilder
+    router: Router
     recovery: Recovery
-    stream: LayerwiseModel
+    layerwise: LayerwiseModel
+    """The dense model; it calculates in a dtype of its own."""
     dtype: torch.dtype
-    """Of what is written; the stream calculates in its own."""
-    working: Any
-    """The converted model's transformers configuration, in the working form."""
+    """Of what is written."""
+    model_config: MoesaicModelConfig
+    """The converted model's transformers configuration."""
     format: Format
-    """What is written."""
+    """How it is written."""
     format_reason: str
-    """Why that is the working form though a native one was welcome, or nothing."""
-    tokenizer: Any
-    tokens_NL: Tensor
-    """Calibration tokens that layers are fitted to."""
-    domain_N: Tensor
-    opening_N1: Tensor
-    """Tokens that open a text, which becomes an attention sink: a window has one, too few to learn from."""
-    validation_NL: Tensor
-    """Every `VALIDATION`-th calibration window: nothing is fitted to it but the confidence of the whole model."""
-    held_out_NL: Tensor
-    fingerprint: dict[str, str]
+    """Why that is no stock architecture though one was welcome, or nothing."""
+    tokenizer: PreTrainedTokenizerBase
+    tokens: ConversionTokens
 
     @property
     def name(self) -> str:
         """Its cut, e.g. `coactivation S2A2E8`."""
-        return f"{self.config.partition} {self.plan}"
+        return f"{registry.text('partition', self.config.partition)} {self.plan}"
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What unfinished work must agree in to be gone on with."""
+        return {
+            "model": self.layerwise.checkpoint.fingerprint(),
+            "calibration text": self.tokens.text_sha256,
+            "configuration": hashlib.sha256(self.config.to_yaml().encode()).hexdigest(),
+            "plan": f"{self.plan} of {self.plan.width}",
+        }
 
     def bytes_needed(self) -> int:
-        """Disk that the conversion takes: the output's weights, its last shard twice, and three hidden states."""
-        weights = self.stream.checkpoint.size() * max(
-            1.0, self.plan.memory_factor(self.stream.config.intermediate_size)
-        )
-        weights *= self.dtype.itemsize / self.stream.checkpoint.dtype().itemsize
-        weights += self.format.copied_parameters(self.working)[0] * self.dtype.itemsize
-        tokens = self.tokens_NL.numel() + self.validation_NL.numel()
-        tokens += 2 * self.held_out_NL.numel() + 2 * self.opening_N1.numel()
-        return round(1.1 * weights) + 2 * tokens * self.stream.config.hidden_size * self.stream.dtype.itemsize
+        """Disk that the conversion takes: the output's weights, its last shard twice, and the hidden states."""
+        checkpoint, config = self.layerwise.checkpoint, self.layerwise.config
+        weights = checkpoint.size() * max(1.0, self.plan.memory_factor(config.intermediate_size))
+        weights *= self.dtype.itemsize / checkpoint.dtype().itemsize
+        weights += self.format.copied_parameters(self.model_config).total * self.dtype.itemsize
+        hidden = self.tokens.count() * config.hidden_size * self.layerwise.dtype.itemsize
+        return round(1.1 * weights) + 2 * hidden
 
     def check_space(self, output: Path) -> None:
         """Raises InputError unless OUT's disk has room for what is not yet in `OUT.partial`."""
@@ -87,123 +116,193 @@ class Conversion:
 
 
 def fingerprint(conversions: list[Conversion]) -> dict[str, str]:
-    """What an unfinished output must agree in to be gone on with: all that the conversions may do."""
-    return {
-        key: " or ".join(dict.fromkeys(conversion.fingerprint[key] for conversion in conversions))
-        for key in conversions[0].fingerprint
-    }
+    """What an unfinished output must agree in to be gone on with: all that the candidates may do."""
+    prints = [conversion.fingerprint for conversion in conversions]
+    return {key: " or ".join(dict.fromkeys(found[key] for found in prints)) for key in prints[0]}
 
 
-def prepare(model: str | Path, config: ConvertConfig) -> Conversion:
+def prepare(model: str | Path, config: ConvertConfig, layerwise: LayerwiseModel | None = None) -> Conversion:
     """Resolve and check everything that a conversion with a named partition needs.
+
+    Args:
+        model: hub id, folder, .gguf file or built-in name.
+        config: its partition is not `auto`.
+        layerwise: the model if it is open already, so that its embeddings are in memory once.
 
     Raises:
         InputError: unknown model or method, a plan that does not fit, or unusable calibration text.
     """
     if config.active is None and config.plan is None:
         config = config.model_copy(update={"active": 0.5})
-    partitioner = registry.build("partition", config.partition)
-    router_name = config.router or partitioner.default_router
-    config = config.model_copy(update={"router": router_name})
-    router = registry.build("router", router_name)
-    recovery = registry.build("recovery", config.recovery)
-    if router.gate == "oracle" and config.recovery != "none":
-        raise InputError("router 'oracle' ranks by norms that recovery changes; use it with --recovery none")
-    if router.token_clusters and not partitioner.token_clusters:
-        raise InputError(
-            f"router '{router_name}' needs clusters of tokens (specialists:alternations=0); with '{config.partition}' "
-            "use 'linear'"
-        )
+    partitioner: Partitioner = registry.build("partition", config.partition)
+    router: Router = registry.build("router", config.router or partitioner.default_router)
+    selection = config.selection or router.default_selection
+    config = config.model_copy(
+        update={
+            "router": config.router or partitioner.default_router,
+            "selection": registry.text("selection", selection),
+        }
+    )
+    recovery: Recovery = registry.build("recovery", config.recovery)
+    check_methods(config, partitioner, router, registry.build("selection", selection))
     source = resolve(str(model))
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, source)
-    stream = LayerwiseModel(source, compute_dtype(dtype, device), device)
-    plan = choose_plan(config, partitioner, stream.config.intermediate_size)
-    working = moesaic_config(stream.config, plan, router.gate, shared_expert_bias=partitioner.static)
-    working.dtype = dtype
-    working._experts_implementation = DEFAULT_EXPERTS
-    form, format_reason = choose_format(config.format, working, router.has_bias and plan.num_experts > 0)
-    tokenizer = load_tokenizer(source)
-    documents = read_documents(config.calibration)
-    domains = len({document.domain for document in documents})
-    if partitioner.labelled and domains < plan.num_experts:
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype, source)
+    layerwise = layerwise or LayerwiseModel(source, compute_dtype(dtype, device), device)
+    plan = choose_plan(config, partitioner, layerwise.config.intermediate_size)
+    model_config = moesaic_config(
+        layerwise.config, plan, router.gate_name, registry.text("selection", selection),
+        router_hidden_size=router.router_hidden_size, shared_expert_bias=partitioner.static,
+    )  # fmt: skip
+    model_config.dtype = dtype
+    set_experts_implementation(model_config, DEFAULT_EXPERTS)
+    format, format_reason = choose_format(config.format, model_config, router.has_bias and plan.num_experts > 0)
+    tokens = tokenise(source, config, min(config.window, layerwise.config.max_position_embeddings))
+    if partitioner.labelled and tokens.domains < plan.num_experts:
         raise InputError(
             f"partition '{config.partition}' needs a domain of text for each expert: {plan.num_experts}, found "
-            f"{domains}; give each domain a file of its own with --calibration, or ask for fewer experts"
+            f"{tokens.domains}; give each domain a file of its own with --calibration, or ask for fewer experts"
         )
-    window = min(config.window, stream.config.max_position_embeddings)
-    tokens_NL, domain_N = labelled_windows(documents, tokenizer, config.tokens, window)
-    spare = torch.arange(len(tokens_NL)) % VALIDATION == VALIDATION - 1
-    opening_N1 = opening_tokens(tokens_NL[~spare], tokenizer, config.first_tokens if config.recovery != "none" else 0)
-    held_out_NL = token_windows(bundled("heldout"), tokenizer, config.held_out_tokens, window)
-    fingerprint = {
-        "model": stream.checkpoint.fingerprint(),
-        "calibration text": text_hash(documents),
-        "configuration": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
-        "plan": f"{plan} of {plan.width}",
-    }
     # a folder is known by its name only, with a stroke to tell it from a built-in model's
-    name = f"{source.name}/" if Path(model).is_dir() else str(model)
     return Conversion(
-        name, source, config, plan, partitioner, router, recovery, stream, dtype, working, form, format_reason,
-        tokenizer, tokens_NL[~spare], domain_N[~spare], opening_N1, tokens_NL[spare], held_out_NL, fingerprint,
+        model=f"{source.name}/" if Path(model).is_dir() else str(model),
+        source=source, config=config, plan=plan, partitioner=partitioner, router=router, recovery=recovery,
+        layerwise=layerwise, dtype=dtype, model_config=model_config, format=format, format_reason=format_reason,
+        tokenizer=load_tokenizer(source), tokens=tokens,
     )  # fmt: skip
 
 
-def make_config(recipe: Path | None, settings: dict[str, Any]) -> ConvertConfig:
-    """A configuration from a YAML recipe (or a saved `moesaic.yaml`) and settings that override it.
+def check_methods(config: ConvertConfig, partitioner: Partitioner, router: Router, selection: Selection) -> None:
+    """Raises InputError for methods that do not go together, whatever the model is."""
+    if router.scope == "model":
+        raise InputError(
+            f"router '{config.router}' decides ahead of the whole model; a conversion fits a router in each layer. "
+            "Hand its decisions to the blocks (moesaic.models.moe_block.routed_by)"
+        )
+    if router.runs_all_experts and registry.text("recovery", config.recovery) != "none":
+        raise InputError(f"router '{config.router}' ranks by norms that recovery changes; use it with --recovery none")
+    if router.token_clusters and not partitioner.token_clusters:
+        raise InputError(
+            f"router '{config.router}' needs clusters of tokens (specialists:alternations=0); with "
+            f"'{config.partition}' use 'linear'"
+        )
+
+
+def tokenise(source: Path, config: ConvertConfig, window: int) -> ConversionTokens:
+    """Cut calibration and held-out text into windows of tokens; the same text is not tokenised twice in a process.
 
     Raises:
-        InputError: no such file, an unknown setting (with the nearest name) or a value that does not fit.
+        InputError: a file that is missing or not text, or less text than is asked for.
     """
-    content = read_recipe(recipe, "config", ConvertConfig)
-    if "plan" in settings:
-        content.pop("active", None)
-    if "active" in settings:
-        content.pop("plan", None)
-    return build_config(ConvertConfig, content | settings)
+    paths = [Path(name).expanduser() for name in config.calibration]
+    stamps = tuple(path.stat().st_mtime_ns if path.is_file() else 0 for path in paths)
+    opening = config.first_tokens if registry.text("recovery", config.recovery) != "none" else 0
+    return _tokenise(source, config.calibration, stamps, config.tokens, window, opening, config.held_out_tokens)
 
 
-def describe(conversions: list[Conversion]) -> dict[str, Any]:
-    """What a conversion would do: shape, methods, data, sizes; `a or b` where a trial between conversions decides."""
-    facts = [_facts(conversion) for conversion in conversions]
-    return {
-        name: value
-        if all(other[name] == value for other in facts)
-        else " or ".join(dict.fromkeys(str(o[name]) for o in facts))
-        for name, value in facts[0].items()
-    }
+@lru_cache(maxsize=4)
+def _tokenise(
+    source: Path,
+    calibration: tuple[str, ...],
+    stamps: tuple[int, ...],
+    tokens: int,
+    window: int,
+    opening: int | None,
+    held_out: int,
+) -> ConversionTokens:
+    tokenizer, documents = load_tokenizer(source), read_documents(calibration)
+    tokens_NL, domain_N = labelled_windows(documents, tokenizer, tokens, window)
+    spare = torch.arange(len(tokens_NL)) % VALIDATION == VALIDATION - 1
+    return ConversionTokens(
+        calibration_NL=tokens_NL[~spare],
+        domain_N=domain_N[~spare],
+        opening_M1=opening_tokens(tokens_NL[~spare], tokenizer, opening),
+        validation_NL=tokens_NL[spare],
+        held_out_NL=token_windows(bundled("heldout"), tokenizer, held_out, window),
+        domains=len({document.domain for document in documents}),
+        text_sha256=text_hash(documents),
+    )
 
 
-def _facts(conversion: Conversion) -> dict[str, Any]:
-    width = conversion.stream.config.intermediate_size
-    return {
-        "model": conversion.model,
-        "architecture": type(conversion.stream.model).__name__,
-        "layers": len(conversion.stream.layers),
-        "plan": str(conversion.plan),
-        "expert_width": conversion.plan.width,
-        "ffn_active": conversion.plan.ffn_active(width),
-        "memory_factor": conversion.plan.memory_factor(width),
-        "partition": conversion.config.partition,
-        "router": conversion.config.router,
-        "recovery": conversion.config.recovery,
-        "format": conversion.format.name,
-        "calibration_tokens": conversion.tokens_NL.numel() + conversion.validation_NL.numel(),
-        "dense_parameters": conversion.stream.parameters(),
-        "dtype": str(conversion.dtype).removeprefix("torch."),
-        "compute_dtype": str(conversion.stream.dtype).removeprefix("torch."),
-        "device": str(conversion.stream.device),
-        "disk_bytes": conversion.bytes_needed(),
-    }
+@dataclass(frozen=True, kw_only=True)
+class DryRun(Result):
+    """What a conversion would do: shape, methods, data, sizes."""
+
+    model: str
+    architecture: str
+    layers: int | str
+    plan: str
+    expert_width: int | str
+    ffn_active: float | str
+    memory_factor: float | str
+    partition: str
+    router: str
+    recovery: str
+    format: str
+    calibration_tokens: int | str
+    dense_parameters: int | str
+    dtype: str
+    compute_dtype: str
+    device: str
+    disk_bytes: int | str
+
+
+def describe(conversions: list[Conversion]) -> DryRun:
+    """Say what a conversion would do; `a or b` where a trial between candidates decides."""
+    rows = [_describe(conversion) for conversion in conversions]
+    changes = {}
+    for name, value in rows[0].to_dict().items():
+        others = dict.fromkeys(str(row.to_dict()[name]) for row in rows)
+        changes[name] = value if len(others) == 1 else " or ".join(others)
+    return replace(rows[0], **changes)
+
+
+def _describe(conversion: Conversion) -> DryRun:
+    layerwise, plan, width = conversion.layerwise, conversion.plan, conversion.layerwise.config.intermediate_size
+    return DryRun(
+        model=conversion.model,
+        architecture=type(layerwise.model).__name__,
+        layers=len(layerwise.layers),
+        plan=str(plan),
+        expert_width=plan.width,
+        ffn_active=plan.ffn_active(width),
+        memory_factor=plan.memory_factor(width),
+        partition=registry.text("partition", conversion.config.partition),
+        router=registry.text("router", conversion.config.router),
+        recovery=registry.text("recovery", conversion.config.recovery),
+        format=conversion.format.name,
+        calibration_tokens=conversion.tokens.calibration_NL.numel() + conversion.tokens.validation_NL.numel(),
+        dense_parameters=layerwise.parameters(),
+        dtype=str(conversion.dtype).removeprefix("torch."),
+        compute_dtype=str(layerwise.dtype).removeprefix("torch."),
+        device=str(layerwise.device),
+        disk_bytes=conversion.bytes_needed(),
+    )
 
 
 def choose_plan(config: ConvertConfig, partitioner: Partitioner, intermediate_size: int) -> Plan:
-    """The shape that a configuration asks for.
+    """Choose the shape that a configuration asks for.
 
     Raises:
         InputError: contradictory wishes or a shape that does not fit the FFN.
     """
+    _check_wishes(config, partitioner)
+    if config.plan is not None:
+        plan = parse_plan(config.plan, intermediate_size, config.expert_width, partitioner.overlapping)
+        if partitioner.overlapping and plan.num_experts_per_tok != 1:
+            raise InputError(
+                f"specialists run one at a time: plan '{plan}' must say A1, e.g. S{plan.shared}A1E{plan.groups}"
+            )
+    else:
+        assert config.active is not None
+        if partitioner.overlapping:
+            plan = specialists_plan(config.active, config.memory_factor, intermediate_size)
+        else:
+            plan = disjoint_plan(config.active, intermediate_size, config.expert_width, config.fine)
+    return plan.as_static() if partitioner.static else plan
+
+
+def _check_wishes(config: ConvertConfig, partitioner: Partitioner) -> None:
+    """Raises InputError for options that contradict each other."""
     if config.plan is not None and config.active is not None:
         raise InputError("--plan fixes what --active would choose; give one of them")
     if config.memory_factor != 1 and not partitioner.overlapping:
@@ -220,16 +319,3 @@ def choose_plan(config: ConvertConfig, partitioner: Partitioner, intermediate_si
             f"--fine asks for about {FINE[1]} disjoint groups, --{other.replace('_', '-')} {getattr(config, other)} "
             "for something else; give one of them"
         )
-    if config.plan is not None:
-        plan = parse_plan(config.plan, intermediate_size, config.expert_width, partitioner.overlapping)
-        if partitioner.overlapping and plan.num_experts_per_tok != 1:
-            raise InputError(
-                f"specialists run one at a time: plan '{plan}' must say A1, e.g. S{plan.shared}A1E{plan.groups}"
-            )
-    else:
-        assert config.active is not None
-        if partitioner.overlapping:
-            plan = specialists_plan(config.active, config.memory_factor, intermediate_size)
-        else:
-            plan = disjoint_plan(config.active, intermediate_size, config.expert_width, config.fine)
-    return plan.as_static() if partitioner.static else plan

@@ -1,4 +1,4 @@
-"""A converted model is as sure of itself as the dense one and less often right: its logits are scaled to fit.
+"""Temperature of a converted model: its logits are scaled so that it is as sure as it should be.
 
 One factor for the whole model, in the final norm's weight, so that any engine applies it; the ranking of tokens, and
 with it greedy text, stays as it was (temperature scaling: Guo et al., arXiv 1706.04599).
@@ -6,35 +6,44 @@ with it greedy text, stays as it was (temperature scaling: Guo et al., arXiv 170
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..models.families import scale_logits
-from .prepare import Conversion
+from ..models.families import final_norm, scale_logits
+from ..models.layerwise import LayerwiseModel
 
 STEP, LEAST = 0.05, 0.5
 
 
+class Temperature(NamedTuple):
+    """The factor on the logits, and the tensors that carry it, by name."""
+
+    logit_factor: float
+    tensors: dict[str, Tensor]
+
+
 @torch.no_grad()
-def fit_temperature(conversion: Conversion, validation_NLD: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """(factor of the logits of least loss on the validation tokens, the final norm's tensor by name).
+def fit_temperature(layerwise: LayerwiseModel, tokens_NL: Tensor, hidden_NLD: Tensor) -> Temperature:
+    """Fit the factor of least loss on validation tokens, whose last hidden states are given.
 
-    Factors go down from 1 in steps of `STEP` until the loss rises; the stream's model is left as it was.
+    Factors go down from 1 in steps of `STEP` until the loss rises; the model is left as it was.
     """
-    norm = conversion.stream.model.base_model.norm
-    dense_D = norm.weight.data.clone()
+    weight = final_norm(layerwise.model).get_parameter("weight")
+    dense_D = weight.data.clone()
 
-    def loss(factor: float) -> tuple[float, dict[str, Tensor]]:
-        name = scale_logits(conversion.stream.model, factor)
-        found = conversion.stream.token_losses(conversion.validation_NL, validation_NLD).mean().item()
-        scaled = {name: norm.weight.data.clone()}
-        norm.weight.data.copy_(dense_D)
+    def loss(factor: float) -> tuple[float, Temperature]:
+        name = scale_logits(layerwise.model, factor)
+        found = layerwise.token_losses(tokens_NL, hidden_NLD).mean().item()
+        scaled = Temperature(round(factor, 4), {name: weight.data.clone()})
+        weight.data.copy_(dense_D)
         return found, scaled
 
-    factor, (least, tensors) = 1.0, loss(1.0)
+    factor, (least, best) = 1.0, loss(1.0)
     while factor - STEP >= LEAST:
         found, scaled = loss(factor - STEP)
         if not found < least:
             break
-        factor, least, tensors = factor - STEP, found, scaled
-    return round(factor, 4), tensors
+        factor, least, best = factor - STEP, found, scaled
+    return best

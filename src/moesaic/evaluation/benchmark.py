@@ -10,17 +10,18 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import DynamicCache, PreTrainedModel
 
+from ..compat import experts_implementation
 from ..errors import InputError
 from ..machine import machine, peak_rss_bytes, versions
 from ..models.families import decoder_layers
-from ..moe.block import MoE
+from ..models.moe_block import Routing, find_block
+from ..results import BenchmarkResult, Roof, Speed
 from .cost import active_block_weights, active_weights, body_weights, ffn_of
 
 BLOCK_TOKENS = (1, 8, 32, 512)
@@ -40,8 +41,8 @@ def benchmark(
     batches: Sequence[int] = (1,),
     rounds: int = 5,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Decode and prefill speed in tokens a second, each as the median of alternating runs after a warm-up.
+) -> BenchmarkResult:
+    """Time decoding and prefill in tokens a second, each as the median of alternating runs after a warm-up.
 
     `speedup` is the median of the ratios within a round, of two runs side by side, so that a machine that slows down
     for a while changes it little; `speedup_range` has the least and the greatest.
@@ -65,30 +66,33 @@ def benchmark(
     tokens_L = tokens_BL[0]
     conversions: list[tuple[str, int]] = [("decode", b) for b in batches] + [("prefill", len(tokens_L))]
     conversions += [("block", min(t, len(tokens_L))) for t in BLOCK_TOKENS]
-    result: dict[str, Any] = {"decode": {}, "prefill": {}, "block": {}}
+    found: dict[str, dict[str, Speed]] = {"decode": {}, "prefill": {}, "block": {}}
     for done, (kind, size) in enumerate(conversions):
         if progress:
             progress(done, len(conversions))
         case = CASES[kind](model, dense, tokens_BL, size, new)
-        result[kind][str(size)] = case.measure(model.dtype.itemsize, rounds)
+        found[kind][str(size)] = case.measure(model.dtype.itemsize, rounds)
     if progress:
         progress(len(conversions), len(conversions))
-    return result | {
-        "roof": roof(model.device, model.dtype),
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "experts": model.config._experts_implementation,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "protocol": f"{rounds} alternating rounds after a warm-up, medians; prompt {len(tokens_L)}, {new} new tokens",
-        "versions": versions(),
-    }
+    return BenchmarkResult(
+        decode=found["decode"],
+        prefill=found["prefill"],
+        block=found["block"],
+        roof=roof(model.device, model.dtype),
+        machine=machine(),
+        threads=torch.get_num_threads(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        experts=experts_implementation(model.config),
+        peak_rss_bytes=peak_rss_bytes(),
+        protocol=f"{rounds} alternating rounds after a warm-up, medians; prompt {len(tokens_L)}, {new} new tokens",
+        versions=versions(),
+    )
 
 
 def decode_speed(
     model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, *, new: int = 32, rounds: int = 5
-) -> dict[str, Any]:
-    """The row `decode["1"]` of `benchmark` alone."""
+) -> Speed:
+    """Time what `decode["1"]` of `benchmark` has, alone."""
     return _decode(model, dense, tokens_BL, 1, new).measure(model.dtype.itemsize, rounds)
 
 
@@ -110,14 +114,31 @@ class Case:
     by_bytes: bool
     """Whether bytes limit it, or FLOPs."""
 
-    def measure(self, itemsize: int, rounds: int) -> dict[str, Any]:
-        """Speeds, their limit, and the bytes and FLOPs of a step."""
-        ours, theirs = self.read if self.by_bytes else self.multiplied
-        row = _compare(self.pair, self.tokens, theirs / ours, rounds)
-        row |= {"bytes": self.read[0] * itemsize, "dense_bytes": self.read[1] * itemsize}
-        row |= {"flops": 2 * self.step * self.multiplied[0], "dense_flops": 2 * self.step * self.multiplied[1]}
-        found = [touched for touched in self.touched if touched is not None]
-        return row | {"experts_touched": statistics.fmean(found) if found else None}
+    def measure(self, itemsize: int, rounds: int) -> Speed:
+        """Time both, interleaved, after a warm-up; the speed-up is the median of the rounds' own ratios."""
+        for timer in self.pair:
+            timer()
+        seconds = [[timer() for timer in self.pair] for _ in range(rounds)]
+        ours, theirs = (sorted(self.tokens / row[side] for row in seconds) for side in (0, 1))
+        ratios = sorted(dense / converted for converted, dense in seconds)
+        work = self.read if self.by_bytes else self.multiplied
+        limit, speedup = work[1] / work[0], statistics.median(ratios)
+        touched = [count for count in self.touched if count is not None]
+        return Speed(
+            tokens_per_s=statistics.median(ours),
+            tokens_per_s_range=[ours[0], ours[-1]],
+            dense_tokens_per_s=statistics.median(theirs),
+            dense_tokens_per_s_range=[theirs[0], theirs[-1]],
+            speedup=speedup,
+            speedup_range=[ratios[0], ratios[-1]],
+            limit=limit,
+            share_of_limit=speedup / limit,
+            bytes=self.read[0] * itemsize,
+            dense_bytes=self.read[1] * itemsize,
+            flops=2 * self.step * self.multiplied[0],
+            dense_flops=2 * self.step * self.multiplied[1],
+            experts_touched=statistics.fmean(touched) if touched else None,
+        )
 
 
 def _decode(model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, size: int, new: int) -> Case:
@@ -149,26 +170,6 @@ def _block(model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, si
 
 
 CASES = {"decode": _decode, "prefill": _prefill, "block": _block}
-
-
-def _compare(pair: Sequence[Timer], work: int, limit: float, rounds: int) -> dict[str, Any]:
-    """Speeds of (converted, dense) in `work` per second and their ratio by round; medians with their range."""
-    for timer in pair:
-        timer()
-    seconds = [[timer() for timer in pair] for _ in range(rounds)]
-    ours, theirs = (sorted(work / row[side] for row in seconds) for side in (0, 1))
-    ratios = sorted(dense / converted for converted, dense in seconds)
-    speedup = statistics.median(ratios)
-    return {
-        "tokens_per_s": statistics.median(ours),
-        "tokens_per_s_range": [ours[0], ours[-1]],
-        "dense_tokens_per_s": statistics.median(theirs),
-        "dense_tokens_per_s_range": [theirs[0], theirs[-1]],
-        "speedup": speedup,
-        "speedup_range": [ratios[0], ratios[-1]],
-        "limit": limit,
-        "share_of_limit": speedup / limit,
-    }
 
 
 def _decode_timer(model: PreTrainedModel, tokens_BL: Tensor, new: int) -> Timer:
@@ -212,27 +213,24 @@ def _block_timer(blocks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Timer
 
 
 def experts_touched(model: PreTrainedModel, run: Timer) -> list[float | None]:
-    """Mean number of different experts that one call of each layer's gate chooses in `run`; None where it has none."""
-    blocks = [ffn_of(layer) for layer in decoder_layers(model)]
+    """Count the different experts that a call of each layer's router chooses in `run`, on average; None: no router."""
+    blocks = [find_block(layer) for layer in decoder_layers(model)]
     counts: list[list[int]] = [[] for _ in blocks]
-    hooks = []
-    for block, found in zip(blocks, counts, strict=True):
-        if isinstance(block, MoE) and block.gate is not None:
 
-            def hook(gate: nn.Module, args: Any, chosen: Any, found: list[int] = found) -> None:
-                found.append(len(chosen[0].unique()))
+    def count(found: list[int]) -> Callable[[Tensor, Routing], None]:
+        return lambda _, routing: found.append(len(routing.top_k_index.unique()))
 
-            hooks.append(block.gate.register_forward_hook(hook))
+    handles = [block.watch(count(found)) for block, found in zip(blocks, counts, strict=True) if block is not None]
     try:
         run()
     finally:
-        for handle in hooks:
+        for handle in handles:
             handle.remove()
     return [statistics.fmean(found) if found else None for found in counts]
 
 
 @torch.inference_mode()
-def roof(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def roof(device: torch.device, dtype: torch.dtype) -> Roof:
     """`bytes_per_s` that a product with one token reads of a matrix beyond caches, `flops_per_s` of one with many."""
     one, other = (torch.zeros(8_192, 8_192, dtype=dtype, device=device) for _ in range(2))
 
@@ -245,10 +243,9 @@ def roof(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
             times.append((_now(x_TD) - start) / 2)
         return min(times)
 
-    return {
-        "bytes_per_s": one.numel() * dtype.itemsize / best(one[:1]),
-        "flops_per_s": 2 * 512 * one.numel() / best(one[:512]),
-    }
+    return Roof(
+        bytes_per_s=one.numel() * dtype.itemsize / best(one[:1]), flops_per_s=2 * 512 * one.numel() / best(one[:512])
+    )
 
 
 def _now(model: PreTrainedModel | Tensor) -> float:

@@ -1,49 +1,61 @@
-"""What a token costs: the weights that a step reads or a token multiplies with, dense or converted."""
+"""What a token costs: the weights that a step reads or a token multiplies with, dense or Mixture-of-Experts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..models.families import decoder_layers
-from ..moe.block import MoE
+from ..models.families import decoder_layers, ffn_name
+from ..models.moe_block import MoEBlock, find_block
 
 
 def ffn_of(layer: nn.Module) -> nn.Module:
-    """The FFN of a decoder layer, dense or converted: the child with a down-projection or an MoE."""
-    return next(c for c in layer.children() if isinstance(c, MoE) or hasattr(c, "down_proj"))
+    """Find the FFN of a decoder layer, dense or Mixture-of-Experts."""
+    block = find_block(layer)
+    if block is not None:
+        return block.module
+    without_experts = next((c for c in layer.children() if hasattr(c, "shared_experts")), None)  # statically pruned
+    return without_experts or layer.get_submodule(ffn_name(layer))
 
 
-def active_block_weights(block: nn.Module, experts: float | None = None) -> float:
-    """Weights of an FFN that are read when `experts` of its routed ones are touched; without a number, one token's."""
-    total = sum(p.numel() for p in block.parameters())
-    if not isinstance(block, MoE) or block.experts is None or block.gate is None:
-        return total
-    touched = block.gate.num_experts_per_tok if experts is None else experts
-    return total - (1 - touched / block.experts.num_experts) * sum(p.numel() for p in block.experts.parameters())
+def active_block_weights(block: MoEBlock | nn.Module, experts: float | None = None) -> float:
+    """Count the weights of an FFN that are read when `experts` of its routed ones are touched; None: one token's."""
+    if isinstance(block, nn.Module):
+        found = find_block(block)
+        if found is None:
+            return sum(p.numel() for p in block.parameters())
+        block = found
+    total = sum(p.numel() for p in block.module.parameters())
+    touched = block.num_experts_per_tok if experts is None else experts
+    return total - (1 - touched / block.num_experts) * sum(p.numel() for p in block.experts.parameters())
+
+
+def head_weights(model: PreTrainedModel) -> Tensor:
+    """The weights that give the logits."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    return head.weight
 
 
 def body_weights(model: PreTrainedModel) -> float:
-    """Weights that one prompt token multiplies with; the head runs on the last token only."""
-    head: Any = model.get_output_embeddings()
-    return active_weights(model) - head.weight.numel()
+    """Count the weights that one prompt token multiplies with; the head runs on the last token only."""
+    return active_weights(model) - head_weights(model).numel()
 
 
 def active_weights(model: PreTrainedModel, experts: Sequence[float | None] | None = None) -> float:
-    """Weights that one decoding step reads, of one token or with so many experts touched in each layer.
+    """Count the weights that one decoding step reads, of one token or with so many experts touched in each layer.
 
     The input embedding is a look-up and not counted.
     """
     layers = list(decoder_layers(model))
     total = float(sum(p.numel() for p in model.parameters()))
-    ends: tuple[Any, Any] = model.get_input_embeddings(), model.get_output_embeddings()
-    embedding, head = (end.weight for end in ends)
-    if embedding is not head:
+    embedding = model.get_input_embeddings().get_parameter("weight")
+    if embedding is not head_weights(model):
         total -= embedding.numel()
     for layer, touched in zip(layers, experts or [None] * len(layers), strict=True):
-        block = ffn_of(layer)
-        total += active_block_weights(block, touched) - sum(p.numel() for p in block.parameters())
+        block = find_block(layer)
+        if block is not None:
+            total += active_block_weights(block, touched) - sum(p.numel() for p in block.module.parameters())
     return total

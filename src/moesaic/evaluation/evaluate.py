@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..machine import versions
+from ..results import EvaluationResult, TaskScore
 from .perplexity import check_protocol, perplexity
 from .tasks import evaluate_tasks, read_tasks
+
+Harness = Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[str]], dict[str, TaskScore]]
 
 
 def evaluate(
     model: PreTrainedModel,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     text: Path | None = None,
     protocol: str = "gptq",
@@ -26,8 +28,8 @@ def evaluate(
     items: int | None = None,
     harness: str | None = None,
     progress: Callable[..., None] | None = None,
-) -> dict[str, Any]:
-    """Perplexity (see `perplexity`), accuracies of a task file (see `evaluate_tasks`), lm-eval tasks by name.
+) -> EvaluationResult:
+    """Measure perplexity (see `perplexity`), accuracies of a task file (see `evaluate_tasks`), lm-eval tasks by name.
 
     `items` limits the task file to that many of each task.
 
@@ -37,16 +39,17 @@ def evaluate(
     questions = read_tasks(tasks, items) if tasks else []
     run_harness = _harness() if harness else None
     report = progress or (lambda done, count, note="": None)
-    result = perplexity(
+    found = perplexity(
         model, tokenizer, text=text, protocol=protocol, window=window, max_tokens=max_tokens,
         progress=lambda done, count: report(done, count, "perplexity"),
     )  # fmt: skip
-    result["tasks"] = {}
+    scores: dict[str, TaskScore] = {}
     if questions:
-        result["tasks"] = evaluate_tasks(model, tokenizer, questions, lambda done, count: report(done, count, "tasks"))
+        scores = evaluate_tasks(model, tokenizer, questions, lambda done, count: report(done, count, "tasks"))
     if run_harness and harness:
-        result["tasks"] |= run_harness(model, tokenizer, harness.split(","))
-    return result | {"dtype": str(model.dtype).removeprefix("torch."), "versions": versions()}
+        scores |= run_harness(model, tokenizer, harness.split(","))
+    dtype = str(model.dtype).removeprefix("torch.")
+    return EvaluationResult(**found._asdict(), tasks=scores, dtype=dtype, versions=versions())
 
 
 def check_request(
@@ -60,7 +63,7 @@ def check_request(
         _harness()
 
 
-def _harness() -> Callable[[PreTrainedModel, Any, list[str]], dict[str, Any]]:
+def _harness() -> Harness:
     """EleutherAI's lm-evaluation-harness as a function of (model, tokenizer, task names)."""
     try:
         from lm_eval import simple_evaluate  # pyrefly: ignore[missing-import]
@@ -68,15 +71,15 @@ def _harness() -> Callable[[PreTrainedModel, Any, list[str]], dict[str, Any]]:
     except ImportError:
         raise InputError("--harness needs lm-eval; install it with: pip install 'moesaic[eval]'") from None
 
-    def run(model: PreTrainedModel, tokenizer: Any, names: list[str]) -> dict[str, Any]:
+    def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> dict[str, TaskScore]:
         done = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=names)
         return {
-            name: {
-                "acc": values.get("acc,none"),
-                "acc_norm": values.get("acc_norm,none"),
-                "stderr": values.get("acc_stderr,none"),
-                "n": done["n-samples"][name]["effective"],
-            }
+            name: TaskScore(
+                acc=values.get("acc,none"),
+                acc_norm=values.get("acc_norm,none"),
+                stderr=values.get("acc_stderr,none"),
+                n=done["n-samples"][name]["effective"],
+            )
             for name, values in done["results"].items()
         }
 

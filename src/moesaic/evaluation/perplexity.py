@@ -9,12 +9,12 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.text import bos, bundled, read_text, text_hash, token_windows
 from ..errors import InputError
@@ -23,17 +23,28 @@ PROTOCOLS = ("gptq", "llama.cpp", "lm-eval")
 Progress = Callable[[int, int], None]
 
 
+class MeasuredPerplexity(NamedTuple):
+    """A perplexity, and what it was measured on."""
+
+    perplexity: float
+    tokens: int
+    protocol: str
+    window: int
+    text: str
+    data_sha256: str
+
+
 def perplexity(
     model: PreTrainedModel,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     text: Path | None = None,
     protocol: str = "gptq",
     window: int = 2_048,
     max_tokens: int | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """`exp(mean next-token loss)` and what it was measured on.
+) -> MeasuredPerplexity:
+    """Measure `exp(mean next-token loss)`.
 
     - `gptq`: rows joined as GPTQ and most papers do on WikiText-2, one token stream cut in windows; every token of a
       window but the first is scored.
@@ -67,14 +78,14 @@ def perplexity(
         total, count = total + losses.double().sum().item(), count + len(losses)
         if progress:
             progress(done + 1, len(tokens_NL))
-    return {
-        "perplexity": math.exp(min(700.0, total / (words if protocol == "lm-eval" else count))),
-        "tokens": sum(map(len, tokens_NL)),
-        "protocol": protocol,
-        "window": window,
-        "text": str(text.name) if text else "bundled held-out text, six domains",
-        "data_sha256": data,
-    }
+    return MeasuredPerplexity(
+        perplexity=math.exp(min(700.0, total / (words if protocol == "lm-eval" else count))),
+        tokens=sum(map(len, tokens_NL)),
+        protocol=protocol,
+        window=window,
+        text=str(text.name) if text else "bundled held-out text, six domains",
+        data_sha256=data,
+    )
 
 
 def check_protocol(text: Path | None, protocol: str, window: int, max_tokens: int | None) -> None:
@@ -99,7 +110,9 @@ def window_losses(model: PreTrainedModel, tokens_L: Tensor) -> Tensor:
     return torch.cat([cross_entropy(logits.float(), target, reduction="none") for logits, target in parts])
 
 
-def _cut(raw: str, tokenizer: Any, protocol: str, window: int, max_tokens: int | None) -> tuple[Sequence[Tensor], int]:
+def _cut(
+    raw: str, tokenizer: PreTrainedTokenizerBase, protocol: str, window: int, max_tokens: int | None
+) -> tuple[Sequence[Tensor], int]:
     """(windows, words of the text that they score)."""
     if protocol == "gptq":
         # the rows of the published data set keep their line end; its empty rows are empty strings
@@ -123,5 +136,5 @@ def _cut(raw: str, tokenizer: Any, protocol: str, window: int, max_tokens: int |
     words = len(raw.split())
     if max_tokens is not None and max_tokens // window < len(cut):
         cut = cut[: max_tokens // window]
-        words = len(tokenizer.decode([i for part in cut for i in part[1:]]).split())
+        words = len(str(tokenizer.decode([i for part in cut for i in part[1:]])).split())
     return [torch.tensor(part) for part in cut], words

@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.text import read_text
 from ..errors import InputError
+from ..results import TaskScore
 
 BATCH_TOKENS, BATCH_ITEMS = 2_048, 32
 
@@ -67,8 +67,11 @@ def read_tasks(path: Path, per_task: int | None = None) -> list[Item]:
 
 
 def evaluate_tasks(
-    model: PreTrainedModel, tokenizer: Any, items: list[Item], progress: Callable[[int, int], None] | None = None
-) -> dict[str, dict[str, float]]:
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: list[Item],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, TaskScore]:
     """Per task `acc`, `acc_norm` (likelihood over the choice's characters), `stderr` of acc and `n`; and the mean."""
     right: dict[str, list[tuple[float, float]]] = {}
     # a task's continuations are about equally long, and items of about one length need little padding
@@ -81,13 +84,13 @@ def evaluate_tasks(
                 progress(sum(map(len, right.values())), len(items))
     results = {task: _summary(hits) for task, hits in sorted(right.items())}
     count = len(results)
-    results["mean"] = {
-        "acc": sum(r["acc"] for r in results.values()) / count,
-        "acc_norm": sum(r["acc_norm"] for r in results.values()) / count,
-        "stderr": math.sqrt(sum(r["stderr"] ** 2 for r in results.values())) / count,
-        "n": sum(r["n"] for r in results.values()),
-    }
-    return results
+    mean = TaskScore(
+        acc=sum(r.acc or 0 for r in results.values()) / count,
+        acc_norm=sum(r.acc_norm or 0 for r in results.values()) / count,
+        stderr=math.sqrt(sum((r.stderr or 0) ** 2 for r in results.values())) / count,
+        n=sum(r.n for r in results.values()),
+    )
+    return results | {"mean": mean}
 
 
 def _hits(item: Item, scores: Sequence[tuple[float, bool]]) -> tuple[float, float]:
@@ -100,14 +103,16 @@ def _hits(item: Item, scores: Sequence[tuple[float, bool]]) -> tuple[float, floa
     return first, second
 
 
-def _summary(hits: list[tuple[float, float]]) -> dict[str, float]:
+def _summary(hits: list[tuple[float, float]]) -> TaskScore:
     n = len(hits)
     acc, norm = (sum(column) / n for column in zip(*hits, strict=True))
-    return {"acc": acc, "acc_norm": norm, "stderr": math.sqrt(acc * (1 - acc) / max(1, n - 1)), "n": n}
+    return TaskScore(acc=acc, acc_norm=norm, stderr=math.sqrt(acc * (1 - acc) / max(1, n - 1)), n=n)
 
 
 @torch.inference_mode()
-def score_pairs(model: PreTrainedModel, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+def score_pairs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
+) -> list[tuple[float, bool]]:
     """(log-likelihood of the continuation in nats, whether it is the greedy text) of each (context, continuation)."""
     encoded = [_encode(tokenizer, *pair, model.config.max_position_embeddings) for pair in pairs]
     size = max(1, BATCH_TOKENS // max(len(ids) for ids, _ in encoded))
@@ -133,7 +138,7 @@ def _score_batch(model: PreTrainedModel, encoded: list[tuple[list[int], int]]) -
     return list(zip((-torch.stack(losses)).tolist(), torch.stack(greedy).tolist(), strict=True))
 
 
-def _encode(tokenizer: Any, context: str, continuation: str, longest: int) -> tuple[list[int], int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, longest: int) -> tuple[list[int], int]:
     """(tokens, where the continuation starts); the text is tokenised as a whole, long contexts lose their beginning."""
     whole = tokenizer(context + continuation, verbose=False)["input_ids"]
     start = len(tokenizer(context, verbose=False)["input_ids"])

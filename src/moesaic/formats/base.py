@@ -1,18 +1,76 @@
-"""The contract of a native form."""
+"""The contract of a format: how a converted model is written, in moesaic's own architecture or in a stock one."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
 from ..errors import InputError, WorkError
+from ..results import Json
 
 Tensors = dict[str, Tensor]
 """A decoder layer's tensors by their name in the layer, e.g. `mlp.gate.weight`."""
+
+
+class RopeParameters(TypedDict, total=False):
+    """Rotary positions as transformers has them."""
+
+    rope_type: str
+    rope_theta: float
+    partial_rotary_factor: float
+    factor: float
+    original_max_position_embeddings: int
+
+
+class MoesaicModelConfig(Protocol):
+    """A converted model's transformers configuration: the dense family's fields, and those of the block."""
+
+    dense_model_type: str
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    n_shared_experts: int
+    shared_expert_intermediate_size: int
+    shared_expert_bias: bool
+    router: str
+    router_hidden_size: int
+    selection: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    rope_parameters: RopeParameters
+    layer_types: list[str] | None
+    """Of families whose layers differ."""
+    tie_word_embeddings: bool
+    dtype: torch.dtype
+
+    def to_dict(self) -> Json:
+        """All fields."""
+        ...
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write `config.json`."""
+        ...
+
+
+class CopiedParameters(NamedTuple):
+    """Parameters that a format holds beyond moesaic's own, those of copies of the shared expert."""
+
+    total: int
+    active: int
+    """That one token runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,50 +89,76 @@ class Format(ABC):
     copies_shared: ClassVar[bool] = False
     """Whether each routed expert holds a copy of the shared one, for which the form has no place."""
 
+    preference: ClassVar[int | None] = None
+    """When `auto` tries the format, the least first; None: only when it is asked for."""
+    gguf_architecture: ClassVar[str | None] = None
+    """llama.cpp's name of the architecture; None if it has nothing that runs as transformers does."""
+
+    gguf_interleaved: ClassVar[bool] = False
+    """Whether llama.cpp turns neighbouring channels of queries and keys, where transformers turns halves."""
+
     @property
     def name(self) -> str:
         """The `model_type` in transformers, which is also the file's name."""
         return type(self).__module__.rpartition(".")[2]
 
-    def engines(self, working: Any) -> list[str]:
+    def gguf_layer(self, native: Tensors, config: MoesaicModelConfig) -> Tensors:
+        """Name what is left of a layer's tensors, without attention and its norms, as llama.cpp does."""
+        raise AssertionError(f"{self.name} has no GGUF")
+
+    def gguf_keys(self, writer: GGUFWriter, config: Json) -> None:
+        """Write the keys of the architecture that are beyond those of any decoder; `config` is `config.json`'s."""
+        return
+
+    def engines(self, config: MoesaicModelConfig) -> list[str]:
         """Those of `loaded_by` that run this model rightly. MLX does not scale rope for any of these architectures."""
-        return [e for e in self.loaded_by if e != "mlx" or working.rope_parameters["rope_type"] == "default"]
+        return [e for e in self.loaded_by if e != "mlx" or config.rope_parameters["rope_type"] == "default"]
 
-    def copied_parameters(self, working: Any) -> tuple[int, int]:
-        """(in all, run per token) parameters beyond the working form's, those of copies of the shared expert."""
+    def copied_parameters(self, config: MoesaicModelConfig) -> CopiedParameters:
+        """Count the parameters of copies of the shared expert."""
         if not self.copies_shared:
-            return 0, 0
-        shared = 3 * working.hidden_size * working.shared_expert_intermediate_size * working.num_hidden_layers
-        return shared * (working.num_experts - 1), shared * (working.num_experts_per_tok - 1)
+            return CopiedParameters(0, 0)
+        shared = 3 * config.hidden_size * config.shared_expert_intermediate_size * config.num_hidden_layers
+        return CopiedParameters(shared * (config.num_experts - 1), shared * (config.num_experts_per_tok - 1))
 
-    def check_bias(self, has_bias: bool) -> None:
-        """Raises InputError if the router has a selection bias and the form has no place for it."""
-        if has_bias and not self.selection_bias:
+    @abstractmethod
+    def reason_against(self, config: MoesaicModelConfig) -> str:
+        """Say why the format cannot hold a model, whatever its weights are; nothing if it can."""
+
+    def reason(self, config: MoesaicModelConfig, has_bias: bool) -> str:
+        """Say why the format cannot hold a model whose routers add a constant to each score, or do not."""
+        against = self.reason_against(config)
+        if not against and has_bias and not self.selection_bias:
+            return (
+                "its router adds a constant to each expert's score; convert with --partition specialists or --router "
+                "linear:intercept=False"
+            )
+        return against
+
+    def check(self, config: MoesaicModelConfig, has_bias: bool) -> None:
+        """Raises InputError if the format cannot hold the model."""
+        if reason := self.reason(config, has_bias):
             raise InputError(
-                f"this model cannot be written as {self.name}: its router adds a constant to each expert's score; "
-                "convert with --partition specialists or --router linear:intercept=False"
+                f"this model cannot be written as {self.name}: {reason}. With --format moesaic it runs everywhere that "
+                "transformers does"
             )
 
     @abstractmethod
-    def config(self, working: Any) -> dict[str, Any]:
-        """What `config.json` says, for a working form's configuration.
-
-        Raises:
-            InputError: the form cannot express that model; the message says why and what can.
-        """
+    def config_json(self, config: MoesaicModelConfig) -> Json:
+        """Write what `config.json` says of a model that the format can hold."""
 
     @abstractmethod
-    def layer(self, tensors: Tensors, working: Any) -> Tensors:
-        """A decoder layer of the working form as this form has it."""
+    def layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
+        """Turn a decoder layer of moesaic's own format into this one."""
 
-    def layer_exactly(self, tensors: Tensors, working: Any) -> Tensors:
-        """`layer`, having seen that it can be undone bit by bit.
+    def layer_exactly(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
+        """Turn a layer into this format, having seen that it can be undone bit by bit.
 
         Raises:
             WorkError: it cannot, as when a factor makes a weight too small for its dtype.
         """
-        native = self.layer(tensors, working)
-        back = self.moesaic_layer(native, working)
+        native = self.layer(tensors, config)
+        back = self.moesaic_layer(native, config)
         lost = [
             n for n, t in tensors.items() if not (n in back and back[n].dtype == t.dtype and torch.equal(back[n], t))
         ]
@@ -83,5 +167,5 @@ class Format(ABC):
         return native
 
     @abstractmethod
-    def moesaic_layer(self, tensors: Tensors, working: Any) -> Tensors:
+    def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
         """The inverse of `layer`."""

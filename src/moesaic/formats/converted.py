@@ -1,78 +1,85 @@
-"""A converted model on disk, in whichever form, read as the working form."""
+"""A converted model on disk, in whichever format, read as moesaic's own."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from accelerate import init_empty_weights
+import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .. import registry
 from ..checkpoint.reader import Checkpoint
+from ..checkpoint.writer import CONFIG_FILE
+from ..compat import parameters_on_meta
 from ..errors import InputError
+from ..models.families import EMBEDDINGS, HEAD, LAYERS
 from ..moe.modeling import MODEL_TYPE, MoesaicConfig
-from .base import Format
+from ..results import Json
+from .base import Format, MoesaicModelConfig
 
+Config = TypeVar("Config")
 CONFIG_KEY = "moesaic"
-"""The key of a native form's config.json under which the working form's is kept."""
-HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+"""The key of a stock config.json under which moesaic's own is kept."""
 ROUNDING = 0.01
 """How far a weight may be from what was written and still count as rounded to another dtype."""
 GATE_BIAS = "mlp.gate.e_score_correction_bias"
-PREFERRED = ("glm4_moe", "granitemoeshared", "flex_olmo", "mixtral")
-"""Native forms in the order in which they are tried; the others are written when asked for."""
 
 
-def choose_format(wish: str, working: Any, has_bias: bool) -> tuple[Format, str]:
-    """The form to write a model in, and why it is no native one (or nothing).
+class ChosenFormat(NamedTuple):
+    """How a model is written, and why not as a stock architecture (nothing if it is)."""
+
+    format: Format
+    reason: str
+
+
+def choose_format(wish: object, config: MoesaicModelConfig, has_bias: bool) -> ChosenFormat:
+    """Choose the format to write a model in.
 
     Args:
-        wish: a form's name, or `auto` for the first native one that holds this model, else the working form.
-        working: the working form's configuration.
+        wish: a format or its name, or `auto` for the first stock architecture that holds the model, else moesaic's own.
+        config: the model's.
         has_bias: whether routers add a constant to each expert's score.
 
     Raises:
-        InputError: a form that is unknown or cannot hold the model.
+        InputError: a format that is unknown or cannot hold the model.
     """
     if wish == "gguf":
-        raise InputError("GGUF is made of a converted model: moesaic export OUT OUT.gguf --to gguf")
+        raise InputError("GGUF is made of a converted model: moesaic export OUT OUT.gguf --format gguf")
     if wish != "auto":
-        form = registry.build("export", wish)
-        form.config(working)
-        form.check_bias(has_bias)
-        return form, ""
-    family = working.dense_model_type
+        format: Format = registry.build("format", wish)
+        format.check(config, has_bias)
+        return ChosenFormat(format, "")
     reasons = []
-    for name in PREFERRED:
-        form = registry.build("export", name)
-        if family not in form.sources:
-            continue
-        try:
-            if form.copies_shared and working.n_shared_experts and working.num_experts_per_tok > 1:
-                raise InputError(f"{name}: each of several active experts would run a copy of the shared one")
-            return choose_format(name, working, has_bias)
-        except InputError as error:
-            reasons.append(str(error).partition(": ")[2].partition(". The working")[0])
-    return registry.build("export", MODEL_TYPE), [*reasons, f"no stock Mixture-of-Experts has {family}'s layers"][0]
+    formats: list[Format] = [registry.build("format", name) for name in registry.names("format")]
+    able = [f for f in formats if f.preference is not None and config.dense_model_type in f.sources]
+    for format in sorted(able, key=lambda f: f.preference or 0):
+        reason = format.reason(config, has_bias)
+        if not reason and format.copies_shared and config.n_shared_experts and config.num_experts_per_tok > 1:
+            reason = "each of several active experts would run a copy of the shared one"
+        if not reason:
+            return ChosenFormat(format, "")
+        reasons.append(f"not {format.name}: {reason}")
+    reasons.append(f"no stock Mixture-of-Experts has {config.dense_model_type}'s layers")
+    return ChosenFormat(registry.build("format", MODEL_TYPE), reasons[0])
 
 
 def is_stock(checkpoint: Checkpoint) -> bool:
-    """Whether a folder holds a native form that moesaic wrote."""
+    """Tell whether a folder holds a stock architecture that moesaic wrote."""
     return CONFIG_KEY in checkpoint.config
 
 
-def moesaic_fields(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The working form's config.json, of a folder in either form."""
+def moesaic_fields(checkpoint: Checkpoint) -> Json:
+    """Read moesaic's own config.json, of a folder in either format."""
     return checkpoint.config[CONFIG_KEY] if is_stock(checkpoint) else checkpoint.config
 
 
 class Converted:
-    """The working form's configuration and tensors, a layer at a time.
+    """The configuration and tensors of moesaic's own format, a layer at a time.
 
     Raises:
         InputError: the folder holds no converted model.
@@ -86,13 +93,14 @@ class Converted:
                 f"'{folder}' holds a {self.fields.get('model_type')} model that moesaic did not make; expected a "
                 "folder made by 'moesaic convert' or 'moesaic export'"
             )
-        self.format: Format = registry.build("export", self.checkpoint.config["model_type"])
+        named = self.checkpoint.config.get(CONFIG_KEY, {}).get("format", self.checkpoint.config["model_type"])
+        self.format: Format = registry.build("format", named, imported_only=True)
         if self.fields.get("tie_word_embeddings") and not self._tied():
             self.fields = self.fields | {"tie_word_embeddings": False}
-        self.config: Any = MoesaicConfig.from_dict(self.fields)
+        self.config: MoesaicModelConfig = MoesaicConfig.from_dict(self.fields)
 
     def _tied(self) -> bool:
-        """Whether the head is still the embeddings: a native form holds both, and they may have been trained since."""
+        """Whether the head is still the embeddings: a stock architecture holds both, and one may have been trained."""
         if HEAD not in self.checkpoint:
             return True
         head, embeddings = (tensor for _, tensor in self.checkpoint.items([HEAD, EMBEDDINGS]))
@@ -107,7 +115,7 @@ class Converted:
         """A decoder layer's tensors, by their name in the layer.
 
         Raises:
-            InputError: a native form was changed, as by training, in what the working form has no place for.
+            InputError: a stock architecture was changed, as by training, in what moesaic's own format has no place for.
         """
         prefix = self.prefix(index)
         tensors = self.checkpoint.items(self.checkpoint.names(prefix))
@@ -119,33 +127,33 @@ class Converted:
                 if not torch.allclose(again[name].float(), tensor.float(), rtol=ROUNDING, atol=0, equal_nan=True):
                     raise InputError(
                         f"'{self.checkpoint.folder}': {prefix}{name} was changed since moesaic wrote it, and the "
-                        "working form has no place for that; load the folder with transformers"
+                        "format of moesaic has no place for that; load the folder with transformers"
                     )
         return layer
 
     def prefix(self, index: int) -> str:
         """How the names of a layer's tensors begin."""
-        return f"model.layers.{index}."
+        return f"{LAYERS}{index}."
 
-    def outer(self) -> dict[str, Tensor]:
+    def embeddings_and_head(self) -> dict[str, Tensor]:
         """Embeddings, final norm, and the head if it is not the embeddings."""
-        names = [name for name in self.checkpoint.names() if not name.startswith("model.layers.")]
+        names = [name for name in self.checkpoint.names() if not name.startswith(LAYERS)]
         if self.config.tie_word_embeddings:
             names = [name for name in names if name != HEAD]
         return dict(self.checkpoint.items(names))
 
     def tensors(self, layers: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """All of them, or those of the first `layers` layers and what is outside the layers."""
-        yield from self.outer().items()
+        yield from self.embeddings_and_head().items()
         for index in range(layers or self.config.num_hidden_layers):
             for name, tensor in self.layer(index).items():
                 yield self.prefix(index) + name, tensor
 
     def load(self, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-        """The working form in memory, or its first `layers` layers and the head."""
+        """Load moesaic's own format into memory, or its first `layers` layers and the head."""
         config, folder = shortened(self.config, layers), self.checkpoint.folder
-        with init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         state = {name: tensor.to(dtype) for name, tensor in self.tensors(layers)}
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
@@ -157,11 +165,35 @@ class Converted:
         return model
 
 
-def shortened(config: Any, layers: int | None) -> Any:
+def shortened(config: Config, layers: int | None) -> Config:
     """The configuration of a model's first `layers` layers."""
-    short = copy.deepcopy(config)
+    short: Any = copy.deepcopy(config)
     if layers is not None:
         short.num_hidden_layers = layers
         if getattr(short, "layer_types", None):
             short.layer_types = short.layer_types[:layers]
     return short
+
+
+def saved_settings(folder: Path) -> Json:
+    """Read `moesaic.yaml`: how a converted model was made.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(f"'{folder}' holds no {CONFIG_FILE}; expected a folder made by 'moesaic convert'")
+    return yaml.safe_load(path.read_text())
+
+
+def dense_origin(model: str, option: str = "--against") -> str:
+    """Name the dense model that a converted one came from; `option` is how a user would name it.
+
+    Raises:
+        InputError: unknown, or a folder that only its maker knows.
+    """
+    origin = saved_settings(Path(model).expanduser())["model"]
+    if origin.endswith(("/", ".gguf")):
+        raise InputError(f"'{model}' was converted from the local '{origin}'; name it with {option}")
+    return origin

@@ -1,4 +1,4 @@
-"""Write a converted model as a stock architecture, a layer at a time, and see that stock transformers agrees."""
+"""Write a converted model in another format, a layer at a time, and see that stock transformers agrees."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import yaml
 from torch import Tensor
 
+from .. import registry
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import CONFIG_FILE, OUTER, ResumableOutput, check_facts, check_output, check_space
 from ..errors import InputError, StorageError, WorkError
+from ..models.families import EMBEDDINGS, HEAD
 from ..moe.modeling import MODEL_TYPE
-from ..report.card import write_card
-from .base import Format
-from .converted import CONFIG_KEY, HEAD, Converted, choose_format
-from .gguf.writer import write_gguf
+from ..report.card import CardFacts, write_card
+from ..results import Check, ConversionResult, ExportResult, Json
+from .base import Format, MoesaicModelConfig
+from .converted import CONFIG_KEY, Converted, choose_format
+from .gguf.writer import gguf_format, write_gguf
 from .loading import load_tokenizer
 from .verify import check
 
@@ -33,102 +35,117 @@ Progress = Callable[[int, int, str], None]
 def export(
     model: str | Path,
     output: str | Path,
-    to: str = "auto",
+    format: object = "auto",
     *,
     outtype: str | None = None,
     resume: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write a converted model in another form: one that engines load, or the working form again.
+) -> ExportResult:
+    """Write a converted model in another format: one that engines load, or moesaic's own again.
 
     A layer's tensors are in memory at a time; the check at the end loads both models in float32, one after the other,
     or as many of their layers as fit.
 
     Args:
-        model: the folder of a converted model, in either form.
+        model: the folder of a converted model, in either format.
         output: the folder to make; it appears only when the check has passed.
-        to: a form, `gguf` for llama.cpp, or `auto`: GGUF if `output` is so called, else the first native form that
-            holds the model.
+        format: a format or its name, `gguf` for llama.cpp, or `auto`: GGUF if `output` is so called, else the first
+            stock architecture that holds the model.
         outtype: how GGUF holds matrices: `f32`, `f16` (the default), `bf16`, `q8_0`, ... (`export/gguf.py`).
         resume: go on with an unfinished export of the same model.
         overwrite: replace `output` if it exists.
         progress: called with (finished layers, all layers, what is being done).
 
-    Returns:
-        `output, target, bytes` and what `check` found (`max_abs_logit_error`, ...); for GGUF see `write_gguf`.
-
     Raises:
-        InputError: no converted model, an unknown form, or one that cannot express this model.
+        InputError: no converted model, an unknown format, or one that cannot express this model.
         WorkError: a layer is not held without loss or the check failed; nothing is left behind.
         StorageError: the disk is full; the same command goes on.
     """
-    output, folder = Path(output), resolve(str(model))
+    output, folder = Path(output).expanduser(), resolve(str(model))
     source = Converted(folder)
-    if to == "gguf" or (to == "auto" and output.suffix == ".gguf"):
+    if format == "gguf" or (format == "auto" and output.suffix == ".gguf"):
         return write_gguf(source, output, outtype or "f16", overwrite=overwrite, progress=progress)
     if outtype is not None:
-        raise InputError(f"--outtype {outtype} is a type of GGUF; add --to gguf, or drop it: the dtype stays as it is")
-    form, reason = choose_format(to, source.config, source.has_bias())
+        raise InputError(
+            f"--outtype {outtype} is a type of GGUF; add --format gguf, or drop it: the dtype stays as it is"
+        )
+    chosen, reason = choose_format(format, source.config, source.has_bias())
     if reason:
         raise InputError(f"no engine's architecture holds this model: {reason}")
     check_output(output, overwrite)
     check_facts(folder)
     load_tokenizer(folder)
-    copied = form.copied_parameters(source.config)[0] * source.checkpoint.dtype().itemsize
+    copied = chosen.copied_parameters(source.config).total * source.checkpoint.dtype().itemsize
     check_space(output, source.checkpoint.size() + copied)
-    partial = ResumableOutput(output, {"model": source.checkpoint.fingerprint(), "form": form.name}, resume)
+    partial = ResumableOutput(output, {"model": source.checkpoint.fingerprint(), "format": chosen.name}, resume)
     try:
-        found = rewrite(source, form, partial, str(output), progress or (lambda done, count, note: None))
+        found = rewrite(source, chosen, partial, str(output), progress or (lambda done, count, note: None))
     except StorageError:
         raise  # the finished layers wait for room
     except WorkError:
         shutil.rmtree(partial.folder)
         raise
-    return {"output": str(output), "target": form.name, "bytes": Checkpoint(output).size(), **found}
+    return ExportResult(output=str(output), target=chosen.name, bytes=Checkpoint(output).size(), **found.to_dict())
 
 
-def rewrite(source: Converted, form: Format, partial: ResumableOutput, called: str, report: Progress) -> dict[str, Any]:
-    """Write `source` in another form, check it, give it its name, and return what the check found."""
+def rewrite(source: Converted, format: Format, partial: ResumableOutput, called: str, report: Progress) -> Check:
+    """Write `source` in another format, check it, give it its name, and return what the check found."""
     folder, count = source.checkpoint.folder, source.config.num_hidden_layers
     for index in range(len(partial.layers), count):
         report(index, count, "writing")
-        tensors = form.layer_exactly(source.layer(index), source.config)
+        tensors = format.layer_exactly(source.layer(index), source.config)
         partial.add_layer({source.prefix(index) + name: tensor for name, tensor in tensors.items()}, {}, {})
-    write_embeddings_and_head(partial, form, source.config, source.outer(), source.fields)
+    write_embeddings_and_head(partial, format, source.config, source.embeddings_and_head(), source.fields)
     load_tokenizer(folder).save_pretrained(partial.folder)
     for name in COPIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, partial.folder / name)
     report(count, count, "checking")
-    found: dict[str, Any] = {}
+    found: list[Check] = []
 
     def last(made: Path) -> None:
-        found.update(check(source, made))
-        write_facts(made, json.loads((folder / "metrics.json").read_text()) | {"output": called}, form, found)
+        found.append(check(source, made))
+        write_facts(made, json.loads((folder / "metrics.json").read_text()) | {"output": called}, format, found[0])
 
     partial.finish(last)
-    return found
+    return found[0]
 
 
 def write_embeddings_and_head(
-    partial: ResumableOutput, form: Format, working: Any, outer: dict[str, Tensor], fields: dict[str, Any]
+    partial: ResumableOutput, format: Format, config: MoesaicModelConfig, tensors: dict[str, Tensor], fields: Json
 ) -> None:
-    """Write what is in no layer and `config.json`; `fields` is the working form's."""
-    if form.name == MODEL_TYPE:
+    """Write what is in no layer and `config.json`; `fields` is moesaic's own."""
+    if format.name == MODEL_TYPE:
         written = fields
     else:
-        written = form.config(working) | {CONFIG_KEY: fields}
-        if working.tie_word_embeddings:  # some engines cannot tie
-            outer = outer | {HEAD: outer["model.embed_tokens.weight"].clone()}
-    partial.write(OUTER, outer)
+        outside = registry.spec(format) if ":" in registry.spec(format) else None
+        written = format.config_json(config) | {CONFIG_KEY: fields | ({"format": outside} if outside else {})}
+        if config.tie_word_embeddings:  # some engines cannot tie
+            tensors = tensors | {HEAD: tensors[EMBEDDINGS].clone()}
+    partial.write(OUTER, tensors)
     (partial.folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
 
 
-def write_facts(folder: Path, metrics: dict[str, Any], form: Format, found: dict[str, Any]) -> None:
-    """Write `metrics.json` and the model card of a finished model that was checked."""
+def write_facts(folder: Path, metrics: Json, format: Format, found: Check | None) -> None:
+    """Write `metrics.json` and the model card of a finished model; `found` is the check of a stock architecture."""
+    source = Converted(folder)
     metrics = {name: value for name, value in metrics.items() if name != "check"}
-    metrics |= {"format": form.name, "engines": form.engines(Converted(folder).config)}
-    metrics |= {"check": found} if form.name != MODEL_TYPE else {}
+    metrics |= {"format": format.name, "engines": format.engines(source.config)}
+    if found and format.name != MODEL_TYPE:
+        metrics["check"] = found.to_dict()
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    write_card(metrics, yaml.safe_load((folder / CONFIG_FILE).read_text()), folder)
+    try:
+        gguf_format(source.config, source.has_bias())
+        gguf = True
+    except InputError:
+        gguf = False
+    # SGLang fuses one shared expert into the routed ones, and only one
+    fused = format.name == "glm4_moe" and source.config.n_shared_experts != 1
+    about = CardFacts(
+        architecture=source.checkpoint.config["architectures"][0],
+        gguf=gguf,
+        flags={"sglang": " --disable-shared-experts-fusion"} if fused else {},
+    )
+    resolved: Json = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    write_card(ConversionResult.from_dict(metrics, str(folder / "metrics.json")), resolved, about, folder)

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.moe import ExpertsInterface
 
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
+from ..compat import has_experts
 from ..errors import InputError
 from ..models.devices import choose_device, compute_dtype
+from ..models.families import auto_class
 from ..moe.modeling import DEFAULT_EXPERTS
 from .converted import Converted, is_stock
+
+
+class Loaded(NamedTuple):
+    """A model that is ready to run, and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
 
 
 def load(
@@ -24,10 +33,10 @@ def load(
     device: str | torch.device = "auto",
     experts: str | None = None,
     for_scoring: bool = False,
-) -> tuple[PreTrainedModel, Any]:
-    """(model in eval mode, tokenizer) of a folder, hub id, .gguf file or built-in name, dense or converted.
+) -> Loaded:
+    """Load a folder, hub id, .gguf file or built-in name, dense or converted; the model is in eval mode.
 
-    A native form that `moesaic export` wrote is read back into the working form, bit by bit what it was written from.
+    A stock architecture that `moesaic` wrote is read back into moesaic's own, bit by bit what it was written from.
 
     Args:
         model: what to load; Mixture-of-Experts models of other makers too.
@@ -47,16 +56,15 @@ def load(
     checkpoint = Checkpoint(folder)
     if dtype is None:
         dtype = compute_dtype(checkpoint.dtype(), device) if for_scoring else checkpoint.dtype()
-    loaded: Any
     try:
         if is_stock(checkpoint):
             loaded = Converted(folder).load(dtype)
         else:
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            loaded = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"transformers cannot load '{folder}': {str(error).splitlines()[0]}") from error
     choose_experts(loaded, experts)
-    return loaded.to(device).eval(), load_tokenizer(folder)
+    return Loaded(loaded.to(device).eval(), load_tokenizer(folder))  # pyrefly: ignore[bad-argument-type]
 
 
 def check_experts(name: str | None) -> None:
@@ -72,24 +80,25 @@ def choose_experts(model: PreTrainedModel, name: str | None) -> None:
     Raises:
         InputError: a model without experts.
     """
-    has_experts = model._can_set_experts_implementation()
+    able = has_experts(model)
     if name is None:
-        if has_experts and not hasattr(model.config, "quantization_config"):  # those have products of their own
+        if able and not hasattr(model.config, "quantization_config"):  # those have products of their own
             model.set_experts_implementation(DEFAULT_EXPERTS)
-    elif has_experts:
+    elif able:
         model.set_experts_implementation(name)
     else:
         raise InputError(f"--experts {name} has no use: '{model.config.model_type}' is dense; leave it out")
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder.
 
     Raises:
         InputError: there is none, or transformers cannot read it.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)  # pyrefly: ignore[bad-assignment]
+        return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(

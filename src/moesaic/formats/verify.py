@@ -10,16 +10,17 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from psutil import virtual_memory
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoint.reader import Checkpoint
 from ..errors import WorkError
+from ..models.families import LAYERS as LAYERS_PREFIX
+from ..results import Check
 from .converted import Converted, shortened
 
 TOKENS, WINDOW, LAYERS = 128, 32, 4
@@ -28,18 +29,13 @@ TOLERANCE = 0.05
 
 
 @torch.no_grad()
-def check(source: Converted, made: Path) -> dict[str, Any]:
+def check(source: Converted, made: Path) -> Check:
     """How far the written model is from the one it was written from, in float32 as stock transformers runs it.
 
     Random tokens, half of the sequences with positions spread over all that the model reaches, for what scales rotary
     positions shows only far out. A token whose experts were nearly tied may choose others and differ, hence the median.
     The first `LAYERS` layers and the head are compared, fewer if they do not fit in memory: what could be wrong with
     one layer alone, its weights, was compared bit by bit when it was written.
-
-    Returns:
-        `max_abs_logit_error` (all tokens, so also where a tie was decided otherwise), `median_difference` of
-        log-probabilities (nats, of the worst sequence), `agreement` (share of tokens with the same most likely next),
-        `tokens`, `layers`.
 
     Raises:
         WorkError: transformers cannot load it, or in a sequence half of the log-probabilities are off by more than
@@ -70,13 +66,13 @@ def check(source: Converted, made: Path) -> dict[str, Any]:
             f"in half of the tokens, more than {TOLERANCE}"
         )
     agreement = (expected.argmax(-1) == given.argmax(-1)).float().mean().item()
-    return {
-        "max_abs_logit_error": largest,
-        "median_difference": median,
-        "agreement": agreement,
-        "tokens": differences.numel(),
-        "layers": layers,
-    }
+    return Check(
+        max_abs_logit_error=largest,
+        median_difference=median,
+        agreement=agreement,
+        tokens=differences.numel(),
+        layers=layers,
+    )
 
 
 @contextmanager
@@ -95,11 +91,11 @@ def layers_that_fit(source: Converted) -> int:
     count, shapes = source.config.num_hidden_layers, source.checkpoint.shapes()
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
     layer = sum(size for name, size in sizes.items() if name.startswith(source.prefix(0)))
-    outer = sum(size for name, size in sizes.items() if not name.startswith("model.layers."))
+    outer = sum(size for name, size in sizes.items() if not name.startswith(LAYERS_PREFIX))
     return min(count, LAYERS, max(2, (virtual_memory().available // 2 - outer) // layer))
 
 
-def logits(model: Any, tokens_NL: Tensor) -> Tensor:
+def logits(model: PreTrainedModel, tokens_NL: Tensor) -> Tensor:
     """Logits of every next token, [N, L, V] float32, a sequence at a time; of the second half at far positions."""
     model.eval()
     count, length = tokens_NL.shape

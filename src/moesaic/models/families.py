@@ -1,8 +1,8 @@
-"""The only place that knows where a dense model keeps its gated FFNs; families are told apart by structure.
+"""The only place that knows how families of models name their parts; families are told apart by structure.
 
 A decoder layer is convertible when one of its children computes `down(act(gate(x)) * up(x))` from bias-free linear
-layers named `gate_proj`, `up_proj`, `down_proj` (Llama, Mistral, Qwen, Gemma, OLMo-2, Granite, SmolLM) or
-`gate_up_proj`, `down_proj` (Phi-3).
+layers whose names are one of `FFN_LAYOUTS`: `gate_proj`, `up_proj`, `down_proj` (Llama, Mistral, Qwen, Gemma, OLMo-2,
+Granite, SmolLM) or `gate_up_proj`, `down_proj` (Phi-3). A family with other names needs one more row there.
 
 Shapes: T tokens, D hidden size, F neurons of the FFN.
 """
@@ -11,16 +11,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
+from ..compat import AutoClass, has_class_for
 from ..errors import InputError
 
-SEPARATE = ("gate_proj", "up_proj", "down_proj")
-FUSED = ("gate_up_proj", "down_proj")
+ATTENTION = "self_attn"
+"""A decoder layer's attention."""
+LAYERS = "model.layers."
+"""How the names of all layers' tensors begin in a text model's checkpoint."""
+EMBEDDINGS, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+class FFNLayout(NamedTuple):
+    """The names of a gated FFN's linear layers; `up` is None where `gate` holds both, gate rows first."""
+
+    gate: str
+    up: str | None
+    down: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return tuple(name for name in self if name is not None)
+
+
+FFN_LAYOUTS = [FFNLayout("gate_proj", "up_proj", "down_proj"), FFNLayout("gate_up_proj", None, "down_proj")]
+"""What is recognised as a gated FFN, the first that fits."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +71,12 @@ class GatedFFN:
         return linear(self.hidden(x_TD), self.down_DF)
 
 
+def ffn_layout(module: nn.Module) -> FFNLayout | None:
+    """Find out how a module names the parts of a gated FFN; None if it is none."""
+    parts = {name for name, _ in module.named_children()}
+    return next((layout for layout in FFN_LAYOUTS if parts.issuperset(layout.names)), None)
+
+
 def ffn_name(layer: nn.Module) -> str:
     """The name of the decoder layer's gated FFN, e.g. `mlp`.
 
@@ -56,8 +84,8 @@ def ffn_name(layer: nn.Module) -> str:
         InputError: the layer has none; the message lists what was found and what is missing.
     """
     for name, child in layer.named_children():
-        parts = dict(child.named_children())
-        if all(p in parts for p in SEPARATE) or all(p in parts for p in FUSED):
+        if ffn_layout(child) is not None:
+            parts = dict(child.named_children())
             biased = [p for p in parts if getattr(parts[p], "bias", None) is not None]
             if biased:
                 raise InputError(f"the FFN '{name}' has a bias in {', '.join(biased)}; only bias-free FFNs convert")
@@ -68,18 +96,21 @@ def ffn_name(layer: nn.Module) -> str:
     )
     raise InputError(
         f"{type(layer).__name__} has no dense gated FFN. Found {found}. Missing: one child with the linear layers "
-        f"{', '.join(SEPARATE)} or {', '.join(FUSED)}. Mixture-of-Experts and ungated models are not dense-convertible."
+        f"{' or '.join(', '.join(layout.names) for layout in FFN_LAYOUTS)}. Mixture-of-Experts and ungated models are "
+        "not dense-convertible."
     )
 
 
 def gated_ffn(mlp: nn.Module) -> GatedFFN:
     """The weights of a dense FFN module, fused or not, as views."""
+    layout = ffn_layout(mlp)
+    assert layout is not None, f"{type(mlp).__name__} is no gated FFN"
     weights = {name.removesuffix(".weight"): weight.data for name, weight in mlp.named_parameters()}
-    if "gate_up_proj" in weights:
-        gate_FD, up_FD = weights["gate_up_proj"].chunk(2)
+    if layout.up is None:
+        gate_FD, up_FD = weights[layout.gate].chunk(2)
     else:
-        gate_FD, up_FD = weights["gate_proj"], weights["up_proj"]
-    return GatedFFN(gate_FD, up_FD, weights["down_proj"], activation(mlp))
+        gate_FD, up_FD = weights[layout.gate], weights[layout.up]
+    return GatedFFN(gate_FD, up_FD, weights[layout.down], activation(mlp))
 
 
 def activation(mlp: nn.Module) -> nn.Module:
@@ -96,20 +127,64 @@ def activation(mlp: nn.Module) -> nn.Module:
     return next(iter(others.values()))
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers.
+def auto_class(config: PreTrainedConfig) -> AutoClass:
+    """Choose the auto class of a model: causal language models, or what also takes images.
 
     Raises:
-        InputError: the model is not one stack of decoder layers (e.g. it has an encoder or several towers).
+        InputError: transformers has neither for it.
     """
-    layers = getattr(model.base_model, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        children = ", ".join(name for name, _ in model.base_model.named_children())
-        raise InputError(
-            f"{type(model).__name__} is not one stack of decoder layers: expected '{model.base_model_prefix}.layers', "
-            f"found {children}. Text-only decoder models convert."
-        )
+    known: tuple[AutoClass, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)  # pyrefly: ignore[bad-assignment]
+    found = [auto for auto in known if has_class_for(auto, type(config))]
+    if not found:
+        raise InputError(f"transformers has no causal language model of type '{config.model_type}'")
+    return found[-1] if config.get_text_config() is not config else found[0]
+
+
+def text_tower(model: PreTrainedModel) -> nn.Module:
+    """Find the module that holds the decoder layers of the text model; in a vision-language model one of its towers.
+
+    Raises:
+        InputError: there is no single stack of decoder layers for text (e.g. the model has an encoder).
+    """
+    text, base = model.config.get_text_config(), model.base_model
+    for module in base.modules():
+        own = getattr(module, "config", None)
+        if isinstance(getattr(module, "layers", None), nn.ModuleList) and (own is text or module is base):
+            return module
+    children = ", ".join(name for name, _ in base.named_children())
+    raise InputError(
+        f"{type(model).__name__} is not one stack of decoder layers: expected '{model.base_model_prefix}.layers', "
+        f"found {children}. Text-only decoder models convert."
+    )
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The text model's decoder layers, which may be assigned to `text_tower(model).layers`.
+
+    Raises:
+        InputError: the model is not one stack of decoder layers (e.g. it has an encoder).
+    """
+    layers = text_tower(model).layers
+    assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def layers_prefix(model: PreTrainedModel) -> str:
+    """How the names of all decoder layers' parameters begin, e.g. `model.layers.`."""
+    tower = text_tower(model)
+    return next(name for name, module in model.named_modules() if module is tower) + ".layers."
+
+
+def attention(layer: nn.Module) -> nn.Module | None:
+    """A decoder layer's attention; None where tokens are mixed by something of another name."""
+    return dict(layer.named_children()).get(ATTENTION)
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last layer and the head."""
+    norm = text_tower(model).norm
+    assert isinstance(norm, nn.Module)
+    return norm
 
 
 def check_convertible(layers: Iterable[nn.Module]) -> None:
@@ -123,7 +198,7 @@ def scale_logits(model: PreTrainedModel, factor: float) -> str:
 
     Norms are told apart by what they do: `weight * x / rms(x)`, or Gemma's `(1 + weight) * x / rms(x)`.
     """
-    norm: nn.Module = model.base_model.norm  # pyrefly: ignore[bad-assignment]
+    norm = final_norm(model)
     weight = norm.get_parameter("weight")
     ones = torch.ones_like(weight)
     gain = norm(ones)
@@ -131,4 +206,4 @@ def scale_logits(model: PreTrainedModel, factor: float) -> str:
     weight.data.copy_((weight.float() + offset) * factor - offset)
     if not torch.allclose(norm(ones).float(), gain.float() * factor, rtol=0.02, atol=1e-3):
         raise AssertionError(f"{type(norm).__name__} does not multiply by its weight")
-    return f"{model.base_model_prefix}.norm.weight"
+    return next(name for name, parameter in model.named_parameters() if parameter is weight)

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ..checkpoint.reader import Checkpoint
+from ..compat import parameters_on_meta, tied_weights
 from ..errors import InputError
-from .families import check_convertible, decoder_layers
+from .families import auto_class, check_convertible, decoder_layers, layers_prefix, text_tower
 
 BATCH_TOKENS = 2_048
 """Tokens that run through a layer at once: enough for products at full speed, few for memory."""
@@ -56,8 +56,8 @@ class LayerwiseModel:
         self.dtype, self.device = dtype, device
         try:
             config = AutoConfig.from_pretrained(folder)
-            with init_empty_weights(include_buffers=False):
-                self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            with parameters_on_meta():
+                self.model: Any = auto_class(config).from_config(config, dtype=dtype)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"'{folder}' is no causal language model that transformers knows: {reason}") from error
@@ -65,20 +65,20 @@ class LayerwiseModel:
         self.layers = list(decoder_layers(self.model))
         check_convertible(self.layers)
         self.stubs = [Stub() for _ in self.layers]
-        self.prefix = f"{self.model.base_model_prefix}.layers."
-        self.model.base_model.layers = nn.ModuleList(self.stubs)
+        self.prefix = layers_prefix(self.model)
+        text_tower(self.model).layers = nn.ModuleList(self.stubs)
         self._check_names()
 
     @property
     def config(self) -> Any:
-        return self.model.config
+        return self.model.config.get_text_config()
 
     def _check_names(self) -> None:
         """Every parameter has its tensor on disk, in its shape, before any work."""
         wanted = {
             f"{self.prefix}{i}.{n}": p for i, layer in enumerate(self.layers) for n, p in layer.named_parameters()
         }
-        wanted |= {name: p for name, p in self.model.named_parameters() if name not in self._tied()}
+        wanted |= {name: p for name, p in self.model.named_parameters() if name not in tied_weights(self.model)}
         missing = [name for name in wanted if name not in self.checkpoint]
         shapes = self.checkpoint.shapes()
         for name, parameter in wanted.items():
@@ -93,14 +93,10 @@ class LayerwiseModel:
                 f"e.g. {missing[0]}; it has {have}, ..."
             )
 
-    def _tied(self) -> dict[str, str]:
-        tied = self.model._tied_weights_keys if self.config.tie_word_embeddings else None
-        return dict(tied or {})
-
     def embeddings_and_head(self) -> Iterator[tuple[str, Tensor]]:
         """Embeddings, final norm and head by name, as on disk; tied ones once."""
         names = [name for name in self.checkpoint.names() if not name.startswith(self.prefix)]
-        return self.checkpoint.items([name for name in names if name not in self._tied()])
+        return self.checkpoint.items([name for name in names if name not in tied_weights(self.model)])
 
     def parameters(self) -> int:
         """Parameters of the dense model."""

@@ -6,17 +6,29 @@ Shapes: T tokens, D hidden size, E routed experts, I neurons of one, K active ex
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..compat import experts_implementation
 from ..models.families import GatedFFN
-from ..routing._gates import GATES, Gate
+from ..models.moe_block import Routing
+from ..routing.base import Gate, make_gate
 from .experts import Experts, MoEConfig
 
 SKIPPING = ("eager", "moesaic", "moesaic_triton")
 """Experts implementations that know an index of E as no expert; the others would run into it."""
+
+
+class ExpertWeights(NamedTuple):
+    """An expert's weights, as views, and the neurons of the dense FFN that it holds."""
+
+    name: str
+    neurons: Tensor
+    gate_ID: Tensor
+    up_ID: Tensor
+    down_DI: Tensor
 
 
 class SharedExperts(nn.Module):
@@ -39,8 +51,8 @@ class MoE(nn.Module):
 
     def __init__(self, config: MoEConfig, act_fn: nn.Module) -> None:
         super().__init__()
-        self.config: Any = config
-        self.gate = GATES[config.router](config) if config.num_experts else None
+        self.config = config
+        self.gate = make_gate(config) if config.num_experts else None
         self.experts = Experts(config, act_fn) if config.num_experts else None
         self.shared_experts = SharedExperts(config, act_fn) if config.shared_expert_intermediate_size else None
 
@@ -56,26 +68,26 @@ class MoE(nn.Module):
         self, ffn: GatedFFN, shared: Tensor, experts_EI: Tensor, gate: dict[str, Tensor], bias_D: Tensor | None = None
     ) -> None:
         """Copy the dense FFN's neurons into the experts that own them, and the router's parameters into the gate."""
-        for _, neurons, (gate_ID, up_ID, down_DI) in self.parts(shared, experts_EI):
-            gate_ID.copy_(ffn.gate_FD[neurons])
-            up_ID.copy_(ffn.up_FD[neurons])
-            down_DI.copy_(ffn.down_DF[:, neurons])
+        for expert in self.parts(shared, experts_EI):
+            expert.gate_ID.copy_(ffn.gate_FD[expert.neurons])
+            expert.up_ID.copy_(ffn.up_FD[expert.neurons])
+            expert.down_DI.copy_(ffn.down_DF[:, expert.neurons])
         if self.shared_experts is not None and bias_D is not None:
             self.shared_experts.down_proj.bias.copy_(bias_D)
         if self.gate is not None:
             for name, value in gate.items():
                 self.gate.get_parameter(name).copy_(value)
 
-    def parts(self, shared: Tensor, experts_EI: Tensor) -> Iterator[tuple[str, Tensor, tuple[Tensor, Tensor, Tensor]]]:
-        """(name, its neurons, (gate [I, D], up [I, D], down [D, I])) of the shared expert and each routed one."""
+    def parts(self, shared: Tensor, experts_EI: Tensor) -> Iterator[ExpertWeights]:
+        """List the shared expert and each routed one, with the neurons of the dense FFN that are theirs."""
         if self.shared_experts is not None:
             e = self.shared_experts
-            yield "the shared expert", shared, (e.gate_proj.weight, e.up_proj.weight, e.down_proj.weight)
+            yield ExpertWeights("the shared expert", shared, e.gate_proj.weight, e.up_proj.weight, e.down_proj.weight)
         if self.experts is not None:
             weights = zip(experts_EI, self.experts.gate_up_proj, self.experts.down_proj, strict=True)
             for number, (neurons_I, gate_up, down_DI) in enumerate(weights):
                 gate_ID, up_ID = gate_up.chunk(2)
-                yield f"expert {number}", neurons_I, (gate_ID, up_ID, down_DI)
+                yield ExpertWeights(f"expert {number}", neurons_I, gate_ID, up_ID, down_DI)
 
     def forward_all_experts(self, x_TD: Tensor) -> Tensor:
         """The sum of all experts with weight 1: the dense FFN's output if the partition was a permutation."""
@@ -85,12 +97,14 @@ class MoE(nn.Module):
             parts.append(self.experts(x_TD, index_TE, torch.ones_like(index_TE, dtype=x_TD.dtype)))
         return sum(parts[1:], parts[0])
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, routing: Routing | None = None) -> Tensor:
+        """Run the block on [..., D]; a `routing` from outside takes the place of the gate's decision."""
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         parts = []
         if self.experts is not None and self.gate is not None:
-            index_TK, weights_TK = self.gate(hidden_TD, self.experts)
-            if self.gate.dynamic_top_k and self.config._experts_implementation not in SKIPPING:
+            index_TK, weights_TK = routing or self.gate(hidden_TD, self.experts)
+            skips = routing is not None or self.gate.selection.dynamic_top_k
+            if skips and experts_implementation(self.config) not in SKIPPING:
                 index_TK = index_TK.clamp(max=self.experts.num_experts - 1)  # of weight 0
             parts.append(self.experts(hidden_TD, index_TK, weights_TK))
         if self.shared_experts is not None:

@@ -5,21 +5,22 @@ Shapes: T tokens, D hidden size, E routed experts, I neurons of one, K active ex
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.integrations import use_experts_implementation
 
-from ..routing._gates import GateConfig
+from ..routing.selection.base import GateConfig
 
 
-class MoEConfig(GateConfig):
+class MoEConfig(GateConfig, Protocol):
     """What the block needs to know of a model's configuration."""
 
     moe_intermediate_size: int
     shared_expert_intermediate_size: int
     shared_expert_bias: bool
-    router: str
 
 
 @use_experts_implementation

@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .. import compat
 from ..errors import InputError
 from ..models.families import activation, decoder_layers, ffn_name
 from ..plan import Plan
-from .block import MoE, SharedExperts
+from . import kernels
+from .block import MoE
 from .experts import Experts
 
 MODEL_TYPE = "moesaic"
 DEFAULT_EXPERTS = "moesaic"
-"""The experts implementation of `runtime/experts.py`."""
+"""The experts implementation of `moe/kernels.py`."""
 
 
 class MoesaicConfig(PreTrainedConfig):
@@ -37,6 +39,10 @@ class MoesaicConfig(PreTrainedConfig):
         if family not in CONFIG_MAPPING:
             raise InputError(f"config.json has dense_model_type {family!r}, expected a model type of transformers")
         dense = CONFIG_MAPPING[family]
+        threshold = config_dict.get("router_threshold")
+        if "selection" not in config_dict and threshold:  # written before selections had names
+            rule = {"sigmoid": "threshold", "norm": "relative"}[config_dict["router"]]
+            config_dict = config_dict | {"selection": f"{rule}:threshold={threshold}"}
         return config_class(dense).from_dict(config_dict, **kwargs)
 
 
@@ -53,7 +59,7 @@ def config_class(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         "shared_expert_bias": (bool, False),
         "router": (str, "linear"),
         "router_hidden_size": (int, 128),
-        "router_threshold": (float, 0.0),
+        "selection": (str, "top-k"),
     }
     namespace: dict[str, Any] = {name: default for name, (_, default) in moe_fields.items()}
     namespace["__annotations__"] = {name: kind for name, (kind, _) in moe_fields.items()}
@@ -68,14 +74,14 @@ def config_class(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 def model_class(auto: Any, dense: type[PreTrainedConfig], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     """The working form's model class for a family: that of `auto` for it, its FFNs replaced after `__init__`."""
-    base: type[PreTrainedModel] = auto._model_mapping[dense]
+    base = compat.class_for(auto, dense)
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
-        requested = config._experts_implementation or DEFAULT_EXPERTS
+        requested = compat.wish_experts_implementation(config) or DEFAULT_EXPERTS
         # the family's inner model class would refuse to choose: it has no experts of its own
-        config._experts_implementation = "eager"
+        compat.set_experts_implementation(config, "eager")
         base.__init__(self, config, *args, **kwargs)
-        config._experts_implementation = self.get_correct_experts_implementation(requested)
+        compat.set_experts_implementation(config, self.get_correct_experts_implementation(requested))
         for layer in decoder_layers(self):
             name = ffn_name(layer)
             act_fn = activation(layer.get_submodule(name))
@@ -86,16 +92,14 @@ def model_class(auto: Any, dense: type[PreTrainedConfig], config: type[PreTraine
         connect_gates(self)
 
     def _init_weights(self: PreTrainedModel, module: torch.nn.Module) -> None:
-        base._init_weights(self, module)
+        compat.init_weights(base, self, module)
         if isinstance(module, Experts):
             for weight in module.parameters():
                 torch.nn.init.normal_(weight, std=self.config.initializer_range)
 
     __init__.__annotations__ = {}  # vLLM checks arguments against them, and these are strings
     namespace: dict[str, Any] = {"__module__": __name__, "config_class": config}
-    namespace |= {"__init__": __init__, "_init_weights": _init_weights}
-    # transformers would look for experts in the source of the family's file
-    namespace["_can_set_experts_implementation"] = classmethod(lambda cls: True)
+    namespace |= {"__init__": __init__, "_init_weights": _init_weights} | compat.ALLOW_EXPERTS
     cls = type(f"Moesaic{base.__name__}", (base,), namespace)
     setattr(sys.modules[__name__], cls.__name__, cls)
     return cls
@@ -114,8 +118,16 @@ def connect_gates(model: PreTrainedModel) -> None:
             gate.connect(previous)
 
 
-def moesaic_config(dense: PreTrainedConfig, plan: Plan, router: str, shared_expert_bias: bool = False) -> Any:
-    """The working form's configuration for a dense model's and a plan."""
+def moesaic_config(
+    dense: PreTrainedConfig,
+    plan: Plan,
+    router: str = "linear",
+    selection: str = "top-k",
+    *,
+    router_hidden_size: int = 128,
+    shared_expert_bias: bool = False,
+) -> Any:
+    """Make the configuration of a dense model that is cut by a plan."""
     fields = dense.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "_name_or_path"):
         fields.pop(key, None)
@@ -129,14 +141,13 @@ def moesaic_config(dense: PreTrainedConfig, plan: Plan, router: str, shared_expe
         shared_expert_intermediate_size=plan.shared_width,
         shared_expert_bias=shared_expert_bias,
         router=router,
+        router_hidden_size=router_hidden_size,
+        selection=selection,
     )
-    config.architectures = [AutoModelForCausalLM._model_mapping[cls].__name__]  # pyrefly: ignore[missing-attribute]
+    config.architectures = [compat.class_for(AutoModelForCausalLM, cls).__name__]  # pyrefly: ignore[bad-argument-type]
     return config
 
 
-def register() -> None:
-    """Let `AutoConfig` and `AutoModelForCausalLM` load the working form."""
-    AutoConfig.register(MODEL_TYPE, MoesaicConfig, exist_ok=True)
-
-
-__all__ = ["MODEL_TYPE", "MoE", "MoesaicConfig", "SharedExperts", "moesaic_config", "register"]
+# transformers' auto classes load our models once this module is imported
+AutoConfig.register(MODEL_TYPE, MoesaicConfig, exist_ok=True)
+kernels.register()

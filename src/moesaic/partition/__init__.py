@@ -2,6 +2,4 @@
 
 from .base import Partition, Partitioner
 
-Base = Partitioner
-
-__all__ = ["Base", "Partition", "Partitioner"]
+__all__ = ["Partition", "Partitioner"]

@@ -2,6 +2,4 @@
 
 from .base import Recovery
 
-Base = Recovery
-
-__all__ = ["Base", "Recovery"]
+__all__ = ["Recovery"]

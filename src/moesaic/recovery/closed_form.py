@@ -67,8 +67,8 @@ class ClosedForm(Recovery):
             ridge = best_ridge(systems, shared, self._features(moe, held_out, blocks))
         changes = torch.cat(solve_arrows(systems, shared, ridge)).split([len(block) for block in blocks])
         parts = moe.parts(partition.shared, partition.experts)
-        for (_, neurons, (_, _, down_DI)), change_ID in zip(parts, changes, strict=True):
-            down_DI.copy_(sample.ffn.down_DF[:, neurons].float() + change_ID.T)
+        for expert, change_ID in zip(parts, changes, strict=True):
+            expert.down_DI.copy_(sample.ffn.down_DF[:, expert.neurons].float() + change_ID.T)
 
     def _features(self, moe: MoE, sample: LayerActivations, blocks: list[Tensor]) -> Features:
         """Of top-1 experts the parts of an arrow, with nothing between two experts; else all blocks at once."""

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from .. import registry
-from ..errors import InputError
-from ..formats.base import Format
-from ..formats.converted import Converted
-from ..formats.gguf.writer import gguf_format
+from ..results import ConversionResult, Json
 
 CARD = """\
 ---
@@ -31,7 +27,7 @@ without training: {{ "%.0f" | format(100 * m.ffn_active) }} % of each feed-forwa
 
 Perplexity: {{ m.perplexity_protocol.text }}, {{ m.perplexity_protocol.tokens }} tokens in windows of
 {{ m.perplexity_protocol.window }}, data sha256 `{{ m.perplexity_protocol.data_sha256[:16] }}`.
-{%- if m.finetune is defined and m.finetune.improved %}
+{%- if m.finetune and m.finetune.improved %}
 
 {%- set f = m.finetune %}
 
@@ -92,22 +88,22 @@ COMMANDS = {
 }
 
 
-def write_card(metrics: dict[str, Any], resolved: dict[str, Any], folder: Path) -> None:
-    """Write `README.md` into a finished conversion or export."""
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What the card says beside the conversion's metrics."""
+
+    architecture: str
+    gguf: bool
+    """Whether it can be written as GGUF."""
+    flags: dict[str, str]
+    """What an engine's command needs in addition."""
+
+
+def write_card(metrics: ConversionResult, resolved: Json, facts: CardFacts, folder: Path) -> None:
+    """Write `README.md` into a finished conversion or export; `resolved` is what `moesaic.yaml` says."""
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(CARD)
-    name = Path(metrics["output"]).name
-    form: Format = registry.build("export", metrics["format"])
-    source = Converted(folder)
-    try:
-        gguf_format(source.config, source.has_bias())
-        gguf = True
-    except InputError:
-        gguf = False
-    # SGLang fuses one shared expert into the routed ones, and only one
-    fused = form.name == "glm4_moe" and source.config.n_shared_experts != 1
-    flags = {"sglang": " --disable-shared-experts-fusion"} if fused else {}
     text = template.render(
-        m=metrics, c=resolved["config"], model=resolved["model"], folder=name, gguf=gguf, engines=metrics["engines"],
-        commands=COMMANDS, flags=flags, architecture=source.checkpoint.config["architectures"][0],
+        m=metrics, c=resolved["config"], model=resolved["model"], folder=Path(metrics.output).name, gguf=facts.gguf,
+        engines=metrics.engines, commands=COMMANDS, flags=facts.flags, architecture=facts.architecture,
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from ..results import (
+    BenchmarkResult,
+    ConversionResult,
+    EvaluationResult,
+    FinetuneResult,
+    FrontierResult,
+    FrontierSummary,
+    Inspection,
+    Plans,
+)
 
 
 def _grid(title: str, *columns: str) -> Table:
@@ -18,7 +29,7 @@ def _grid(title: str, *columns: str) -> Table:
     return grid
 
 
-def show_facts(console: Console, title: str, facts: dict[str, Any]) -> None:
+def show_facts(console: Console, title: str, facts: Mapping[str, object]) -> None:
     """Two columns: what, value."""
     grid = _grid(title, "", "")
     for name, value in facts.items():
@@ -29,89 +40,85 @@ def show_facts(console: Console, title: str, facts: dict[str, Any]) -> None:
     console.print(grid)
 
 
-def note(record: dict[str, Any] | None) -> str:
-    """What to say of the last layer while a conversion goes on."""
-    if record is None:
-        return ""
-    return f"trying {record['trial']}" if "trial" in record else f"layer error {record['error']:.3f}"
-
-
-def show_conversion(console: Console, m: dict[str, Any]) -> None:
+def show_conversion(console: Console, m: ConversionResult) -> None:
     """Dense against converted, and what to do next."""
-    grid = _grid(f"{m['output']}: plan {m['plan']}, {m['ffn_active']:.0%} of each FFN active", "", "dense", "converted")
-    grid.add_row("parameters", f"{m['dense_parameters']:,}", f"{m['total_parameters']:,}")
-    grid.add_row("active per token", f"{m['dense_parameters']:,}", f"{m['active_parameters']:,}")
-    grid.add_row("perplexity (held-out text)", f"{m['perplexity_dense']:.2f}", f"{m['perplexity']:.2f}")
-    grid.add_row("ratio to dense", "1", f"{m['perplexity'] / m['perplexity_dense']:.3f}")
+    grid = _grid(f"{m.output}: plan {m.plan}, {m.ffn_active:.0%} of each FFN active", "", "dense", "converted")
+    grid.add_row("parameters", f"{m.dense_parameters:,}", f"{m.total_parameters:,}")
+    grid.add_row("active per token", f"{m.dense_parameters:,}", f"{m.active_parameters:,}")
+    grid.add_row("perplexity (held-out text)", f"{m.perplexity_dense:.2f}", f"{m.perplexity:.2f}")
+    grid.add_row("ratio to dense", "1", f"{m.perplexity / m.perplexity_dense:.3f}")
     console.print(grid)
-    if m["trials"]:
-        losses = ", ".join(f"{t['partition']} {t['plan']} {t['held_out_loss']:.3f}" for t in m["trials"])
-        console.print(f"{m['partition']} was chosen by the loss on held-out calibration tokens: {losses}")
-    loaders = f"{', '.join(m['engines'])} load it" if m["engines"] else "transformers loads it after import moesaic"
-    console.print(f"written as {m['format']}: {m['format_reason'] or loaders}")
-    unreached = {r["layer"]: r["unreached_experts"] for r in m["layers"] if r["unreached_experts"]}
+    if m.trials:
+        losses = ", ".join(f"{t.partition} {t.plan} {t.held_out_loss:.3f}" for t in m.trials)
+        console.print(f"{m.partition} was chosen by the loss on held-out calibration tokens: {losses}")
+    loaders = f"{', '.join(m.engines)} load it" if m.engines else "transformers loads it after import moesaic"
+    console.print(f"written as {m.format}: {m.format_reason or loaders}")
+    unreached = {r.layer: r.unreached_experts for r in m.layers if r.unreached_experts}
     if unreached:
         console.print(f"[yellow]no calibration token reached these experts (layer: experts):[/] {unreached}")
-    if m["collapsed"]:
+    if m.collapsed:
         console.print("[bold red]this model collapsed; it was kept because of --force[/]")
-    console.print(f"{m['seconds']:.0f} s, peak memory {m['peak_rss_bytes'] / 1e9:.2f} GB. Next:")
+    console.print(f"{m.seconds:.0f} s, peak memory {m.peak_rss_bytes / 1e9:.2f} GB. Next:")
     for verb in ("generate {} 'def quicksort(arr):'", "evaluate {}", "benchmark {}"):
-        console.print(f"  moesaic {verb.format(m['output'])}", highlight=False)
+        console.print(f"  moesaic {verb.format(m.output)}", highlight=False)
 
 
-def show_training(console: Console, f: dict[str, Any]) -> None:
+def show_training(console: Console, f: FinetuneResult) -> None:
     """Before and after, what learned, and how evenly the experts are used."""
-    grid = _grid(f"{f['output']}: {f['method']}, {f['objective']}, {f['steps']} steps", "", "before", "after")
-    before, after = f["load"]["before"], f["load"]["after"]
-    grid.add_row("held-out loss (nats a token)", f"{f['held_out_loss_before']:.4f}", f"{f['held_out_loss']:.4f}")
-    grid.add_row("perplexity (held-out text)", f"{f['perplexity_before']:.2f}", f"{f['perplexity']:.2f}")
-    ratios = [f"{f[name] / f['perplexity_dense']:.3f}" for name in ("perplexity_before", "perplexity")]
+    grid = _grid(f"{f.output}: {f.method}, {f.objective}, {f.steps} steps", "", "before", "after")
+    assert f.perplexity is not None
+    assert f.perplexity_before is not None
+    assert f.perplexity_dense is not None
+    before, after = f.load.before, f.load.after
+    grid.add_row("held-out loss (nats a token)", f"{f.held_out_loss_before:.4f}", f"{f.held_out_loss:.4f}")
+    grid.add_row("perplexity (held-out text)", f"{f.perplexity_before:.2f}", f"{f.perplexity:.2f}")
+    ratios = [f"{found / f.perplexity_dense:.3f}" for found in (f.perplexity_before, f.perplexity)]
     grid.add_row("ratio to dense", *ratios)
     for name in ("experts_per_token", "coefficient_of_variation", "dead_experts"):
-        digits = 0 if isinstance(before[name], int) else 2
+        digits = 0 if name == "dead_experts" else 2
         label = "load's " * (name == "coefficient_of_variation") + name.replace("_", " ")
-        grid.add_row(label, f"{before[name]:.{digits}f}", f"{after[name]:.{digits}f}")
+        grid.add_row(label, f"{getattr(before, name):.{digits}f}", f"{getattr(after, name):.{digits}f}")
     console.print(grid)
-    learned = ", ".join(f"{part} {count:,}" for part, count in f["trainable_parameters"].items())
-    console.print(f"learned: {learned}; {f['tokens']:,} tokens in {f['seconds']:.0f} s")
-    if not f["improved"]:
+    learned = ", ".join(f"{part} {count:,}" for part, count in f.trainable_parameters.items())
+    console.print(f"learned: {learned}; {f.tokens:,} tokens in {f.seconds:.0f} s")
+    if not f.improved:
         console.print("[yellow]held-out loss did not fall, so the model as it came was written[/]")
-    if f["format_reason"]:
-        console.print(f"written as {f['format']}: {f['format_reason']}")
+    if f.format_reason:
+        console.print(f"written as {f.format}: {f.format_reason}")
 
 
-def show_plans(console: Console, found: dict[str, Any]) -> None:
+def show_plans(console: Console, found: Plans) -> None:
     """A row for each shape, and how to make the first."""
     grid = _grid(
-        f"{found['model']}: running about {found['active']:.0%} of {found['intermediate_size']} neurons",
+        f"{found.model}: running about {found.active:.0%} of {found.intermediate_size} neurons",
         "partition", "plan", "width", "active", "memory", "decode", "prefill", "GGUF",
     )  # fmt: skip
-    for c in found["choices"]:
+    for c in found.choices:
         grid.add_row(
-            c["partition"], c["plan"], str(c["expert_width"]), f"{c['ffn_active']:.0%}", f"{c['memory_factor']:.2f}x",
-            f"{c['decode_limit']:.2f}x", f"{c['prefill_limit']:.2f}x", c["gguf"][0] if c["gguf"] else "-",
+            c.partition, c.plan, str(c.expert_width), f"{c.ffn_active:.0%}", f"{c.memory_factor:.2f}x",
+            f"{c.decode_limit:.2f}x", f"{c.prefill_limit:.2f}x", c.gguf[0] if c.gguf else "-",
         )  # fmt: skip
     console.print(grid)
-    first = found["choices"][0]
+    first = found.choices[0]
     console.print(
         "decode, prefill: at most so much faster than dense, by bytes and by FLOPs. Format: "
-        f"{first['format']} ({first['format_reason'] or 'runs in ' + ', '.join(first['engines'])}). The first:"
+        f"{first.format} ({first.format_reason or 'runs in ' + ', '.join(first.engines)}). The first:"
     )
-    console.print(f"  moesaic convert {found['model']} OUT {first['options']}", highlight=False, soft_wrap=True)
+    console.print(f"  moesaic convert {found.model} OUT {first.options}", highlight=False, soft_wrap=True)
 
 
-def show_evaluation(console: Console, r: dict[str, Any]) -> None:
+def show_evaluation(console: Console, r: EvaluationResult) -> None:
     """Perplexity with its protocol, then tasks."""
     console.print(
-        f"perplexity [bold]{r['perplexity']:.4f}[/]  ({r['protocol']}, {r['tokens']:,} tokens, window {r['window']}, "
-        f"{r['text']}, sha256 {r['data_sha256'][:12]})",
+        f"perplexity [bold]{r.perplexity:.4f}[/]  ({r.protocol}, {r.tokens:,} tokens, window {r.window}, "
+        f"{r.text}, sha256 {r.data_sha256[:12]})",
         highlight=False,
     )
-    if r["tasks"]:
+    if r.tasks:
         grid = _grid("Zero-shot", "task", "acc", "± stderr", "acc_norm", "n")
-        for task, v in r["tasks"].items():
-            numbers = ["-" if v[k] is None else f"{v[k]:.3f}" for k in ("acc", "stderr", "acc_norm")]
-            grid.add_row(task, *numbers, str(v["n"]))
+        for task, v in r.tasks.items():
+            numbers = ["-" if value is None else f"{value:.3f}" for value in (v.acc, v.stderr, v.acc_norm)]
+            grid.add_row(task, *numbers, str(v.n))
         console.print(grid)
 
 
@@ -119,39 +126,41 @@ def _short(number: float) -> str:
     return f"{number / 1000:.1f}k" if number >= 10_000 else f"{number:.0f}" if number >= 100 else f"{number:.1f}"
 
 
-def show_benchmark(console: Console, r: dict[str, Any]) -> None:
+def show_benchmark(console: Console, r: BenchmarkResult) -> None:
     """Speeds as ratios to dense and to the limit."""
     grid = _grid(
-        f"Speed on {r['machine']}, {r['threads']} threads, {r['dtype']}",
+        f"Speed on {r.machine}, {r.threads} threads, {r.dtype}",
         "", "MoE tok/s (range)", "dense", "speed-up", "limit", "reached",
     )  # fmt: skip
-    labels = {"decode": "decode, batch {}", "prefill": "prefill, {}", "block": "FFN block, {} tok"}
-    for kind, label in labels.items():
-        for size, v in r[kind].items():
-            low, high = map(_short, v["tokens_per_s_range"])
+    kinds = (("decode, batch {}", r.decode), ("prefill, {}", r.prefill), ("FFN block, {} tok", r.block))
+    for label, rows in kinds:
+        for size, v in rows.items():
+            low, high = map(_short, v.tokens_per_s_range)
             grid.add_row(
-                label.format(size), f"{_short(v['tokens_per_s'])} ({low}-{high})", _short(v["dense_tokens_per_s"]),
-                f"{v['speedup']:.2f}x", f"{v['limit']:.2f}x", f"{v['share_of_limit']:.0%}",
+                label.format(size), f"{_short(v.tokens_per_s)} ({low}-{high})", _short(v.dense_tokens_per_s),
+                f"{v.speedup:.2f}x", f"{v.limit:.2f}x", f"{v.share_of_limit:.0%}",
             )  # fmt: skip
     console.print(grid)
-    console.print(r["protocol"], style="dim")
+    console.print(r.protocol, style="dim")
 
 
-def show_inspection(console: Console, f: dict[str, Any]) -> None:
+def show_inspection(console: Console, f: Inspection) -> None:
     """Shape, method and a row a layer."""
-    facts = {"model": f["model"], "architecture": f["architecture"], "plan": f["plan"], "bytes": f["bytes"], **f["moe"]}
-    facts |= {name: f["config"][name] for name in ("partition", "recovery", "tokens", "seed")}
-    facts |= {"perplexity_dense": f["perplexity_dense"], "perplexity": f["perplexity"]}
-    show_facts(console, f["folder"], facts)
+    m = f.metrics
+    facts = {"model": f.model, "architecture": f.architecture, "plan": m.plan, "bytes": f.bytes, **f.moe}
+    facts |= {name: f.config[name] for name in ("partition", "recovery", "tokens", "seed")}
+    facts |= {"perplexity_dense": m.perplexity_dense, "perplexity": m.perplexity}
+    show_facts(console, f.folder, facts)
     grid = _grid("Layers", "layer", "split", "after", "residual", "sinks", "load", "unreached", "s")
-    for r in f["layers"]:
-        load = r["expert_tokens"]
+    for r in m.layers:
+        load = r.expert_tokens
         even = sum(load) / len(load) if load else 1
         spread = f"{min(load) / even:.2f}-{max(load) / even:.2f}" if load else "-"
         grid.add_row(
-            str(r["layer"]), f"{r['split_error']:.3f}", f"{r['error']:.3f}", f"{r['residual_error']:.3f}",
-            "-" if r["sink_norm"] is None else f"{r['sink_norm']:.2f}", spread,
-            str(len(r["unreached_experts"])), f"{r['seconds']:.1f}",
+            str(r.layer), f"{r.split_error:.3f}", f"{r.error:.3f}", 
+            "-" if r.residual_error is None else f"{r.residual_error:.3f}",
+            "-" if r.sink_norm is None else f"{r.sink_norm:.2f}", spread,
+            str(len(r.unreached_experts)), f"{r.seconds:.1f}",
         )  # fmt: skip
     console.print(grid)
     console.print(
@@ -183,31 +192,32 @@ def show_demo(console: Console, d: dict[str, Any]) -> None:
     console.print(f"The model, metrics.json and plots are in {d['output']}/", style="bold")
 
 
-def show_frontier(console: Console, f: dict[str, Any], folder: str) -> None:
+def show_frontier(console: Console, f: FrontierResult, folder: str) -> None:
     """A row for each method under its budget, best first; what was not measured has no column."""
-    setting, dense, rows = f["setting"], f["dense"], f["summary"]
+    setting, dense, rows = f.setting, f.dense, f.summary
+    assert dense is not None
     console.print(
-        f"[bold]{setting['model']}[/]: perplexity over dense, {dense['perplexity']:.2f} "
-        f"({dense['protocol']}, {dense['tokens']:,} tokens of {dense['text']})",
+        f"[bold]{setting['model']}[/]: perplexity over dense, {dense.perplexity:.2f} "
+        f"({dense.protocol}, {dense.tokens:,} tokens of {dense.text})",
         highlight=False,
     )
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "plan": lambda r: r["plan"] or "-",
-        "memory": lambda r: f"{r['memory'] or 1:.2g} x",
-        "ratio": lambda r: _spread(r["perplexity_ratio"], r["perplexity_ratio_deviation"] if r["seeds"] > 1 else None),
+    columns: dict[str, Callable[[FrontierSummary], str]] = {
+        "plan": lambda r: r.plan or "-",
+        "memory": lambda r: f"{r.memory or 1:.2g} x",
+        "ratio": lambda r: _spread(r.perplexity_ratio, r.perplexity_ratio_deviation if r.seeds > 1 else None),
     }
-    if any(r["speedup"] for r in rows):
-        columns["decode"] = lambda r: f"{r['speedup']:.2f}x" if r["speedup"] else "-"
-    if any("tasks_mean" in r for r in rows):
-        columns["zero-shot"] = lambda r: _spread(r["tasks_mean"], r["tasks_stderr"]) if "tasks_mean" in r else "-"
+    if any(r.speedup for r in rows):
+        columns["decode"] = lambda r: f"{r.speedup:.2f}x" if r.speedup else "-"
+    if any(r.tasks_mean is not None for r in rows):
+        columns["zero-shot"] = lambda r: _spread(r.tasks_mean, r.tasks_stderr) if r.tasks_mean is not None else "-"
     grid = _grid("", "method", *columns)
-    for active in sorted({r["active"] for r in rows}):
+    for active in sorted({r.active for r in rows}):
         grid.add_section()
         grid.add_row(f"{active:.0%} active", style="bold")
-        for r in sorted((r for r in rows if r["active"] == active), key=lambda r: r["perplexity_ratio"]):
-            grid.add_row(r["method"], *(cell(r) for cell in columns.values()))
+        for r in sorted((r for r in rows if r.active == active), key=lambda r: r.perplexity_ratio):
+            grid.add_row(r.method, *(cell(r) for cell in columns.values()))
     console.print(grid)
-    for name, reason in f.get("unfit", {}).items():
+    for name, reason in f.unfit.items():
         console.print(f"left out: {name}: {reason}", style="yellow", highlight=False, markup=False)
     console.print(f"frontier.json, frontier.png and frontier.svg are in {folder}/", style="bold")
 

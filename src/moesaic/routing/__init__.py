@@ -1,7 +1,5 @@
-"""Which experts for which token: one router a file."""
+"""Which experts for which token: one router a file, `fit` and forward together."""
 
-from .base import RouterBuilder
+from .base import Gate, Router, make_gate
 
-Base = RouterBuilder
-
-__all__ = ["Base", "RouterBuilder"]
+__all__ = ["Gate", "Router", "make_gate"]

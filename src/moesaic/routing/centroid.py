@@ -7,15 +7,17 @@ from torch import Tensor
 
 from ..calibration.activations import LayerActivations
 from ..partition import Partition
-from .base import RouterBuilder
+from .base import Gate, Router
+from .linear import LinearGate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Centroid(RouterBuilder):
+class Centroid(Router):
     """`argmax_e x · c_e`, the cluster of greatest cosine."""
 
+    gate_class: ClassVar[type[Gate]] = LinearGate
     token_clusters: ClassVar[bool] = True
 
-    def build(self, sample: LayerActivations, partition: Partition, active: int) -> dict[str, Tensor]:
+    def fit(self, sample: LayerActivations, partition: Partition, num_experts_per_tok: int) -> dict[str, Tensor]:
         assert partition.centroids_ED is not None
         return {"weight": partition.centroids_ED}

@@ -8,28 +8,43 @@ from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, linear
 
 from ..calibration.activations import LayerActivations
 from ..partition import Partition
-from .base import RouterBuilder
+from .base import Gate, RoutedExperts, Router
+from .selection.base import GateConfig
+
+
+class MLPGate(Gate):
+    """`tanh(x W1.T) W2.T`, a small network that predicts how much each expert will say (MoEfication)."""
+
+    trainable_names: ClassVar[tuple[str, ...]] = ("hidden_proj", "weight")
+
+    def __init__(self, config: GateConfig) -> None:
+        super().__init__(config)
+        self.hidden_proj = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.num_experts))
+
+    def scores(self, hidden_TD: Tensor, experts: RoutedExperts) -> Tensor:
+        return linear(linear(hidden_TD.float(), self.hidden_proj.float()).tanh(), self.weight.float())
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLP(RouterBuilder):
+class MLP(Router):
     """`tanh(x W1.T) W2.T` of width E, fitted by Adam to the experts' sums of |h| over the token's largest.
 
     The paper sums positive activations of ReLU models; gated ones have signs, so magnitudes are summed.
     """
 
-    gate: ClassVar[str] = "mlp"
+    gate_class: ClassVar[type[Gate]] = MLPGate
 
     steps: Annotated[int, Field(gt=0)] = 300
     """Steps of 1,024 tokens."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-2
 
-    def build(self, sample: LayerActivations, partition: Partition, active: int) -> dict[str, Tensor]:
+    def fit(self, sample: LayerActivations, partition: Partition, num_experts_per_tok: int) -> dict[str, Tensor]:
         target_TE = torch.cat([h_CF.float().abs()[:, partition.experts].sum(2) for _, h_CF in sample.chunks()])
         target_TE /= target_TE.amax(1, keepdim=True).clamp(min=1e-12)
         x_TD = sample.input_TD.float()

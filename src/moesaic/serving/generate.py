@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 
 
 @torch.inference_mode()
 def complete(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
     max_new_tokens: int = 128,
@@ -20,9 +21,10 @@ def complete(
     chat: bool = False,
     seed: int = 0,
 ) -> str:
-    """A model's continuation of a prompt, greedy at temperature 0; with `chat` through the chat template."""
+    """Continue a prompt, greedy at temperature 0; with `chat` through the chat template."""
     if chat and not tokenizer.chat_template:
         raise InputError("this model has no chat template; drop --chat")
+    inputs: Any
     if chat:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -33,5 +35,6 @@ def complete(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)
-    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    generation: Any = model  # its class mixes `generate` in
+    tokens = generation.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)
+    return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

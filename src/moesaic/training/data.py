@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..calibration.text import Document, Window, bos, by_domain, packed_windows, shares
 from ..errors import InputError
@@ -42,7 +42,12 @@ class Samples:
 
 
 def make_samples(
-    documents: Sequence[Document], tokenizer: Any, samples: int, window: int, held_out: int, seed: int
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    window: int,
+    held_out: int,
+    seed: int,
 ) -> tuple[Samples, Samples]:
     """(to train on, held out): packed documents in windows, domains in equal shares, in a random order of the seed.
 

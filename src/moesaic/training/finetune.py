@@ -7,30 +7,32 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import yaml
 from transformers import PreTrainedModel
 
+from .. import registry
 from ..calibration.text import bundled, token_windows
 from ..checkpoint.writer import CONFIG_FILE
-from ..config import ConvertConfig
+from ..config import ConvertConfig, FinetuneConfig
 from ..errors import InputError, WorkError
-from ..formats.converted import choose_format
+from ..formats.converted import ChosenFormat, choose_format, saved_settings
 from ..formats.export import COPIED, export
 from ..machine import machine, peak_rss_bytes, versions
 from ..moe.modeling import MODEL_TYPE, moe_blocks
-from . import parts
-from .balance import summary
-from .config import FinetuneConfig
+from ..report.plots import write_training
+from ..results import ConversionResult, ExpertLoad, FinetuneResult, LoadChange, PerplexityProtocol
+from . import parameters as parts
 from .data import Samples
-from .held_out import held_out_loss
-from .prepare import Run, prepare
-from .shards import put_back
-from .state import LOG
-from .trainer import State, Trainer
+from .load import held_out_loss, summary
+from .parameters import put_back
+from .prepare import Finetuning, prepare
+from .state import LOG, StepRecord, TrainingState
+from .trainer import Trainer
 
 CURVE = "training.png"
 PROJECT = "moesaic"
@@ -47,14 +49,14 @@ def finetune(
     teacher_cache: str | Path | None = None,
     clock: Callable[[], float] = time.monotonic,
     progress: Callable[..., None] | None = None,
-) -> dict[str, Any]:
-    """Train a converted model a little and write it to `output`, in the form it had; never worse than it came.
+) -> FinetuneResult:
+    """Train a converted model a little and write it to `output`, in the format it had; never worse than it came.
 
     What is written has a next-token loss on held-out text of at most the start's, measured after adapters were merged
     and weights rounded to the dtype on disk; otherwise the start itself is written, and `improved` is false.
 
     Args:
-        model: the folder of a converted model, in any form.
+        model: the folder of a converted model, in any format.
         output: the folder to make; it appears only when whole.
         config: what to do; by default low-rank adapters, taught by the dense model.
         resume: go on with an unfinished training of the same model, text and configuration.
@@ -63,37 +65,36 @@ def finetune(
         clock: what `minutes` go by, in seconds; `time.process_time` counts the processor's.
         progress: called with (done, all, note) after each step.
 
-    Returns:
-        `output, format, improved, held_out_loss, held_out_loss_before, perplexity, perplexity_before, steps, tokens,
-        seconds, trainable_parameters{part: n}, load{before, after}, ...`; of several processes only the main one
-        has `output`.
-
     Raises:
         InputError: something given cannot work; nothing costly was done.
         WorkError: no gradient reached what should learn.
     """
-    output = Path(output)
+    output = Path(output).expanduser()
     run = prepare(
         model, output, config or FinetuneConfig(), resume=resume, overwrite=overwrite,
-        cache=Path(teacher_cache) if teacher_cache else None,
+        cache=Path(teacher_cache).expanduser() if teacher_cache else None,
     )  # fmt: skip
     student = run.load()
     before = measure(student, run)
     trainer = make_trainer(run, student)
     learned = parts.counts(trainer.named.items())
-    state = train(run, trainer, restore(run, trainer, before[0]), clock, progress)
+    state = train(run, trainer, restore(run, trainer, before.loss), clock, progress)
     del student, trainer  # the model that is written needs the room
-    trained, after, improved = settle(run, state, before)
-    facts = summarise(run, state, before, after) | {"improved": improved, "trainable_parameters": learned}
+    settled = settle(run, state, before)
+    result = summarise(run, state, before, settled, learned)
     if run.accelerator.is_main_process:
-        facts = write(run, trained, facts, state)
+        result = write(run, settled.model, result, state)
     run.accelerator.wait_for_everyone()
-    return facts
+    return result
 
 
 def train(
-    run: Run, trainer: Trainer, state: State, clock: Callable[[], float], progress: Callable[..., None] | None
-) -> State:
+    run: Finetuning,
+    trainer: Trainer,
+    state: TrainingState,
+    clock: Callable[[], float],
+    progress: Callable[..., None] | None,
+) -> TrainingState:
     """Train to the end, telling people and trackers of every step.
 
     Raises:
@@ -102,7 +103,7 @@ def train(
     run.accelerator.init_trackers(PROJECT)
     report = progress or (lambda done, count, note="": None)
     try:
-        state = trainer.fit(state, clock, lambda row: tell(run, report, row))
+        state = trainer.fit(state, clock, lambda row, done, held_out: tell(run, report, row, done, held_out))
     except torch.OutOfMemoryError as error:
         raise WorkError(f"out of memory: {error}; use a smaller --window or --batch") from error
     for tracker in run.accelerator.trackers:
@@ -110,42 +111,59 @@ def train(
     return state
 
 
-Measured = tuple[float, dict[str, Any]]
-"""Next-token loss in nats a token, and how evenly the experts are used."""
+class Measured(NamedTuple):
+    """What was measured on held-out text."""
+
+    loss: float
+    """Next-token loss, nats a token."""
+    load: ExpertLoad
 
 
-def settle(run: Run, state: State, before: Measured) -> tuple[PreTrainedModel, Measured, bool]:
-    """(the best of the training or, if that is no better, the model as it came; its loss; whether it is better)."""
+class Settled(NamedTuple):
+    """The model that is written."""
+
+    model: PreTrainedModel
+    measured: Measured
+    improved: bool
+    """Whether it is the best of the training; else the model as it came."""
+
+
+def settle(run: Finetuning, state: TrainingState, before: Measured) -> Settled:
+    """Take the best of the training or, if that is no better, the model as it came."""
     run.accelerator.free_memory()
     if run.teacher:
         run.teacher.forget()
     if state.best_step:
         trained = best_model(run)
         after = measure(trained, run)
-        if after[0] <= before[0]:
-            return trained, after, True
+        if after.loss <= before.loss:
+            return Settled(trained, after, True)
         del trained
-    return run.load(), before, False
+    return Settled(run.load(), before, False)
 
 
-def summarise(run: Run, state: State, before: Measured, after: Measured) -> dict[str, Any]:
-    """What a training did."""
-    return {
-        "method": run.config.method,
-        "objective": run.config.objective,
-        "held_out_loss_before": before[0],
-        "held_out_loss": after[0],
-        "held_out_tokens": run.held.scored(),
-        "steps": state.step,
-        "best_step": state.best_step,
-        "tokens": sum(row["tokens"] for row in state.history),
-        "seconds": state.seconds,
-        "processes": run.accelerator.num_processes,
-        "load": {"before": before[1], "after": after[1]},
-    }
+def summarise(
+    run: Finetuning, state: TrainingState, before: Measured, settled: Settled, learned: dict[str, int]
+) -> FinetuneResult:
+    """Say what a training did."""
+    return FinetuneResult(
+        method=registry.text("method", run.config.method),
+        objective=run.config.objective,
+        held_out_loss_before=before.loss,
+        held_out_loss=settled.measured.loss,
+        held_out_tokens=run.held.scored(),
+        steps=state.step,
+        best_step=state.best_step,
+        tokens=sum(row.tokens for row in state.history),
+        seconds=state.seconds,
+        processes=run.accelerator.num_processes,
+        load=LoadChange(before=before.load, after=settled.measured.load),
+        improved=settled.improved,
+        trainable_parameters=learned,
+    )
 
 
-def best_model(run: Run) -> PreTrainedModel:
+def best_model(run: Finetuning) -> PreTrainedModel:
     """The model of least held-out loss, adapters merged, in the dtype that it is written in."""
     module = run.method.prepare(run.load())
     best = run.folder.best()
@@ -156,7 +174,7 @@ def best_model(run: Run) -> PreTrainedModel:
     return trained
 
 
-def make_trainer(run: Run, student: PreTrainedModel) -> Trainer:
+def make_trainer(run: Finetuning, student: PreTrainedModel) -> Trainer:
     """The training of a model that is loaded; adapters start as the seed says."""
     device = run.accelerator.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -165,94 +183,92 @@ def make_trainer(run: Run, student: PreTrainedModel) -> Trainer:
     return Trainer(run, student, module)
 
 
-def measure(model: PreTrainedModel, run: Run, samples: Samples | None = None) -> Measured:
+def measure(model: PreTrainedModel, run: Finetuning, samples: Samples | None = None) -> Measured:
     """Loss and load of a model on what is held out, or on other samples."""
     samples = samples or run.held
     total, loads = held_out_loss(model, moe_blocks(model), samples, run.accelerator.device)
-    return total.item() / samples.scored(), summary(loads, samples.tokens_NL.numel())
+    return Measured(total.item() / samples.scored(), summary(loads, samples.tokens_NL.numel()))
 
 
-def restore(run: Run, trainer: Trainer, before: float) -> State:
+def restore(run: Finetuning, trainer: Trainer, before: float) -> TrainingState:
     """Where an unfinished training stopped, its weights and its optimizer put back; or the start."""
     found = run.folder.load()
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        run.folder.start_log(found["state"]["history"] if found else [])
+        run.folder.start_log(found.state.history if found else [])
     if not found:
-        return State(held_out=trainer.agreed(before))
+        return TrainingState(held_out=trainer.agreed(before))
     return trainer.restore(found)
 
 
-def tell(run: Run, report: Callable[..., None], row: dict[str, Any]) -> None:
+def tell(run: Finetuning, report: Callable[..., None], row: StepRecord, done: float, held_out: float) -> None:
     """Say what a step did: to people, and to trackers that are installed."""
-    run.accelerator.log({name: row[name] for name in ("loss", "held_out") if name in row}, step=row["step"])
-    speed = row["tokens"] / max(1e-9, row["step_seconds"])
-    note = f"step {row['step']}, loss {row['loss']:.3f}, held-out {row['held_out_last']:.3f}, {speed:.0f} tokens/s"
+    losses = {"loss": row.loss} | ({} if row.held_out is None else {"held_out": row.held_out})
+    run.accelerator.log(losses, step=row.step)
+    speed = row.tokens / max(1e-9, row.step_seconds)
+    note = f"step {row.step}, loss {row.loss:.3f}, held-out {held_out:.3f}, {speed:.0f} tokens/s"
     if run.accelerator.is_main_process:
-        report(round(100 * row["progress"]), 100, note)
+        report(round(100 * done), 100, note)
 
 
-def write(run: Run, trained: PreTrainedModel, facts: dict[str, Any], state: State) -> dict[str, Any]:
-    """Write the model, in the form that it came in if that can say it, and what is known of it; returns the facts."""
+def write(run: Finetuning, trained: PreTrainedModel, result: FinetuneResult, state: TrainingState) -> FinetuneResult:
+    """Write the model, in the format that it came in if that can say it, and what is known of it."""
     folder, made = run.source.checkpoint.folder, run.folder.path / "model"
     shutil.rmtree(made, ignore_errors=True)
-    known = json.loads((folder / "metrics.json").read_text())
-    facts |= {
-        "output": str(run.output),
-        "perplexity_dense": known["perplexity_dense"],
-        "perplexity_before": known["perplexity"],
-        "perplexity": perplexity(run, trained, known["perplexity_protocol"]),
-        "peak_rss_bytes": peak_rss_bytes(),
-        "versions": versions(),
-        "machine": machine(),
-    }
+    file = folder / "metrics.json"
+    known = ConversionResult.from_dict(json.loads(file.read_text()), str(file))
+    found = perplexity(run, trained, known.perplexity_protocol)
     parts.same_dtype(trained, run.source.checkpoint.dtype())
     trained.save_pretrained(made)
     run.tokenizer.save_pretrained(made)
     for name in COPIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, made / name)
-    resolved = yaml.safe_load((folder / CONFIG_FILE).read_text())
-    resolved["finetune"] = run.config.model_dump(mode="json")
+    resolved = saved_settings(folder) | {"finetune": run.config.model_dump(mode="json")}
     (made / CONFIG_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False))
-    from ..report.plots import write_training  # matplotlib is slow to import
-
-    write_training(state.history, facts, made / CURVE)
+    chosen = written_format(run, trained)
+    result = replace(
+        result, output=str(run.output), format=chosen.format.name, format_reason=chosen.reason,
+        perplexity_dense=known.perplexity_dense, perplexity_before=known.perplexity, perplexity=found,
+        peak_rss_bytes=peak_rss_bytes(), versions=versions(), machine=machine(),
+    )  # fmt: skip
+    write_training([row.to_dict() for row in state.history], result.to_dict(), made / CURVE)
     shutil.copyfile(run.folder.path / LOG, made / LOG)
-    form, facts["format_reason"] = written_format(run, trained)
-    facts["format"] = form
-    metrics = known | {"finetune": facts, "perplexity": facts["perplexity"]} | active(run, known, facts)
-    metrics["collapsed"] = not facts["perplexity"] / known["perplexity_dense"] <= ConvertConfig().collapse_ratio
-    (made / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    export(made, run.output, form, overwrite=True)
+    metrics = replace(
+        active(run, known, result), finetune=result, perplexity=found,
+        collapsed=not found / known.perplexity_dense <= ConvertConfig().collapse_ratio,
+    )  # fmt: skip
+    (made / "metrics.json").write_text(json.dumps(metrics.to_dict(), indent=2) + "\n")
+    export(made, run.output, chosen.format.name, overwrite=True)
     if (run.folder.path / PROJECT).is_dir():
         shutil.copytree(run.folder.path / PROJECT, run.output / "tensorboard", dirs_exist_ok=True)
     shutil.rmtree(run.folder.path)
-    return facts
+    return result
 
 
-def active(run: Run, known: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """What one token runs of a model whose method lets the number of experts vary, on average over held-out text."""
-    if not (run.method.dynamic_top_k and facts["improved"]):
-        return {}
-    c, count = run.source.config, facts["load"]["after"]["experts_per_token"]
+def active(run: Finetuning, known: ConversionResult, result: FinetuneResult) -> ConversionResult:
+    """Say what one token runs on average, if the method lets the number of experts vary."""
+    if not (run.method.dynamic_top_k and result.improved):
+        return known
+    c, count = run.source.config, result.load.after.experts_per_token
     neurons = c.shared_expert_intermediate_size + count * c.moe_intermediate_size
     more = 3 * c.num_hidden_layers * c.hidden_size * c.moe_intermediate_size * (count - c.num_experts_per_tok)
-    return {"ffn_active": neurons / c.intermediate_size, "active_parameters": known["active_parameters"] + round(more)}
+    return replace(
+        known, ffn_active=neurons / c.intermediate_size, active_parameters=known.active_parameters + round(more)
+    )
 
 
-def written_format(run: Run, trained: PreTrainedModel) -> tuple[str, str]:
-    """(the form to write, why it is not the one that the model came in, or nothing)."""
+def written_format(run: Finetuning, trained: PreTrainedModel) -> ChosenFormat:
+    """Choose the format to write, and say why it is not the one that the model came in, if it is not."""
     has_bias = any(bool(b.gate.e_score_correction_bias.any()) for b in moe_blocks(trained) if b.gate is not None)
     try:
-        form, _ = choose_format(run.source.format.name, trained.config, has_bias)
-        return form.name, ""
+        return choose_format(run.source.format, trained.config, has_bias)  # pyrefly: ignore[bad-argument-type]
     except InputError as error:
-        return MODEL_TYPE, str(error)
+        return ChosenFormat(registry.build("format", MODEL_TYPE), str(error))
 
 
-def perplexity(run: Run, model: PreTrainedModel, protocol: dict[str, Any]) -> float:
+def perplexity(run: Finetuning, model: PreTrainedModel, protocol: PerplexityProtocol) -> float:
     """Of the trained model on the bundled held-out text, as the conversion measured it."""
-    tokens_NL = token_windows(bundled("heldout"), run.tokenizer, protocol["tokens"], protocol["window"])
+    tokens_NL = token_windows(bundled("heldout"), run.tokenizer, protocol.tokens, protocol.window)
     samples = Samples(tokens_NL, torch.ones_like(tokens_NL, dtype=torch.bool))
-    return math.exp(min(700.0, measure(model, run, samples)[0]))
+    return math.exp(min(700.0, measure(model, run, samples).loss))

@@ -9,31 +9,29 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from psutil import virtual_memory
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import registry
 from ..calibration.text import read_documents
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_facts, check_output
+from ..config import FinetuneConfig
 from ..conversion.plans import empty
 from ..errors import InputError
-from ..evaluation.inspect import dense_origin
-from ..formats.converted import Converted
+from ..formats.converted import Converted, dense_origin
 from ..formats.loading import load_tokenizer
 from ..models.devices import choose_device, compute_dtype
-from .config import FinetuneConfig
 from .data import Samples, make_samples
-from .held_out import MICRO_TOKENS
+from .load import MICRO_TOKENS
 from .methods import Method
-from .parts import trainable
-from .state import RunFolder
+from .parameters import trainable
+from .state import RunFolder, training_folder
 from .teacher import Teacher
 
 PATIENCE = timedelta(hours=4)
@@ -41,14 +39,14 @@ TRACKERS = ("tensorboard", "trackio")
 
 
 @dataclass(frozen=True)
-class Run:
+class Finetuning:
     """A checked and resolved training."""
 
     source: Converted
     output: Path
     config: FinetuneConfig
     method: Method
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     train: Samples
     held: Samples
     teacher: Teacher | None
@@ -64,7 +62,7 @@ class Run:
 
 def prepare(
     model: str | Path, output: Path, config: FinetuneConfig, *, resume: bool, overwrite: bool, cache: Path | None
-) -> Run:
+) -> Finetuning:
     """Resolve and check everything that a training needs.
 
     Raises:
@@ -76,8 +74,8 @@ def prepare(
     if not method.uses_objective:
         config = config.model_copy(update={"objective": "lm"})  # so that no teacher runs for nothing
     source = Converted(resolve(str(model)))
-    working = output.absolute().with_name(output.name + ".training")
-    accelerator = make_accelerator(choose_device(config.device), working)
+    folder = training_folder(output)
+    accelerator = make_accelerator(choose_device(config.device), folder)
     check_request(source, method, config, accelerator.num_processes)
     documents = read_documents(config.data)
     tokenizer = load_tokenizer(source.checkpoint.folder)
@@ -102,12 +100,13 @@ def prepare(
     folder = RunFolder(output, fingerprint, resume, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     if teacher:
-        teacher.keep_in(cache or working / "teacher", train)
-    return Run(source, output, config, method, tokenizer, train, held, teacher, accelerator, folder, dtype)
+        teacher.keep_in(cache or training_folder(output) / "teacher", train)
+    return Finetuning(source, output, config, method, tokenizer, train, held, teacher, accelerator, folder, dtype)
 
 
 def check_request(source: Converted, method: Method, config: FinetuneConfig, processes: int) -> None:
     """Raises InputError for what cannot work whatever the text is."""
+    name = registry.text("method", config.method)
     check_facts(source.checkpoint.folder)
     longest = source.config.max_position_embeddings
     if config.window > longest:
@@ -117,11 +116,11 @@ def check_request(source: Converted, method: Method, config: FinetuneConfig, pro
     if config.shard and processes == 1:
         raise InputError("--shard needs several processes: torchrun --nproc_per_node N -m moesaic.cli finetune ...")
     if method.dynamic_top_k and config.balance != "none":
-        raise InputError(f"--balance {config.balance} has no effect on --method {config.method}, which chooses by a "
+        raise InputError(f"--balance {config.balance} has no effect on --method {name}, which chooses by a "
                          "threshold; drop it")  # fmt: skip
     alone = not method.uses_objective or (config.shard and not method.shards)
     if processes > 1 and alone:
-        raise InputError(f"--method {config.method} trains in one process, or without --shard; found {processes}")
+        raise InputError(f"--method {name} trains in one process, or without --shard; found {processes}")
 
 
 def make_accelerator(device: torch.device, folder: Path) -> Accelerator:
@@ -132,7 +131,7 @@ def make_accelerator(device: torch.device, folder: Path) -> Accelerator:
         torch.cuda.set_device(device)
     # a step reaches some experts only; and one process writes while the others wait
     some = (DistributedDataParallelKwargs(find_unused_parameters=True), InitProcessGroupKwargs(timeout=PATIENCE))
-    trackers: list[Any] = [name for name in TRACKERS if find_spec(name)]
+    trackers: list = [name for name in TRACKERS if find_spec(name)]
     return Accelerator(
         cpu=device.type == "cpu", log_with=trackers or None, project_dir=str(folder), kwargs_handlers=list(some)
     )
@@ -143,7 +142,7 @@ def training_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
 
     Of float16 the gradients may overflow.
     """
-    found: list[Any] = [compute_dtype(own, device) if own == torch.bfloat16 else torch.float32]
+    found = [compute_dtype(own, device) if own == torch.bfloat16 else torch.float32]
     return broadcast_object_list(found)[0]
 
 
@@ -160,10 +159,11 @@ def check_memory(
     Weights of model and teacher in `dtype`; 16 bytes for each parameter that learns (itself, gradient and Adam's two
     moments in float32); activations and logits of a micro-batch; with adapters the routed experts' sum `W + B A`.
     """
+    name = registry.text("method", config.method)
     on_meta = empty(copy.deepcopy(source.config))  # methods change the configuration
     learning = sum(p.numel() for p in trainable(method.prepare(on_meta)).values())
     if not learning:
-        raise InputError(f"--method {config.method} has nothing to train in this model, whose router is "
+        raise InputError(f"--method {name} has nothing to train in this model, whose router is "
                          f"{source.config.router} with {source.config.num_experts} routed experts")  # fmt: skip
     c = source.config
     tokens = min(max(MICRO_TOKENS, config.window), config.batch * config.window)

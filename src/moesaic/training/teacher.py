@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
 from ..errors import InputError
+from ..formats.base import MoesaicModelConfig
 from ..formats.loading import load, load_tokenizer
 from .data import Samples
 from .losses import CHUNK
@@ -30,7 +30,13 @@ class Teacher:
     """
 
     def __init__(
-        self, name: str, student: Any, tokenizer: Any, top_k: int, device: torch.device, dtype: torch.dtype
+        self,
+        name: str,
+        student: MoesaicModelConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        top_k: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.name, self.source, self.device, self.dtype = name, resolve(name), device, dtype
         self.top_k = min(top_k, student.vocab_size)
@@ -46,7 +52,7 @@ class Teacher:
         self.folder = Path()
         self._model: PreTrainedModel | None = None
 
-    def check_layers(self, student: Any) -> None:
+    def check_layers(self, student: MoesaicModelConfig) -> None:
         """Raises InputError unless each layer has its like in the student."""
         for field in ("num_hidden_layers", "hidden_size"):
             own, wanted = self.checkpoint.config.get(field), getattr(student, field)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +22,14 @@ from transformers import PreTrainedModel
 from ..models.families import decoder_layers, ffn_name
 from ..moe.block import MoE
 from ..moe.modeling import moe_blocks
-from . import balance
+from ..results import ExpertLoad
+from . import load as balance
 from . import losses as objective
 from .data import Samples
-from .held_out import MICRO_TOKENS, held_out_loss
-from .parts import check_gradients, part, trainable
-from .prepare import Run
-from .shards import gather, put_back, shard, whole
+from .load import MICRO_TOKENS, held_out_loss
+from .parameters import check_gradients, gather, part, put_back, shard, trainable, whole
+from .prepare import Finetuning
+from .state import SavedTraining, StepRecord, TrainingState
 
 CLIP = 1.0
 BETAS = (0.9, 0.95)
@@ -42,32 +42,14 @@ SELECTION_BIAS = "e_score_correction_bias"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 """Of the optimizer's state: not in shards."""
 
-Report = Callable[[dict[str, Any]], None]
-
-
-@dataclass
-class State:
-    """Where a training is."""
-
-    step: int = 0
-    seconds: float = 0.0
-    held_out: float = math.inf
-    """Least held-out loss so far, nats a token; at first that of the model as it came."""
-    best_step: int = 0
-    """The step after which it was reached; 0: none was better than the start."""
-    least: float = math.inf
-    """Least held-out loss of the training itself, which may be above the start's."""
-    stale: int = 0
-    """Evaluations since that one."""
-    evaluated: int = 0
-    """How many of the evaluations are done."""
-    history: list[dict[str, Any]] = field(default_factory=list)
+Report = Callable[[StepRecord, float, float], None]
+"""Called with a step's record, the share of the training that is done, and the last held-out loss."""
 
 
 class Trainer:
     """One training: what it trains, on what, and how it goes on."""
 
-    def __init__(self, run: Run, model: PreTrainedModel, module: nn.Module) -> None:
+    def __init__(self, run: Finetuning, model: PreTrainedModel, module: nn.Module) -> None:
         config, method, accelerator = run.config, run.method, run.accelerator
         self.config, self.method, self.accelerator, self.dtype = config, method, accelerator, run.dtype
         self.folder, self.train, self.held, self.teacher = run.folder, run.train, run.held, run.teacher
@@ -92,25 +74,25 @@ class Trainer:
         self.named = trainable(module)
         self.kept = self.named | {n: p for n, p in module.named_parameters() if n.endswith(SELECTION_BIAS)}
 
-    def fit(self, state: State, clock: Callable[[], float], report: Report) -> State:
+    def fit(self, state: TrainingState, clock: Callable[[], float], report: Report) -> TrainingState:
         """Train until the steps or minutes are over or the held-out loss has stopped falling; the best is stored."""
         start, latest = clock() - state.seconds, state.held_out
         while (progress := self.progress(state)) < 1 and state.stale < self.config.patience:
             row = self.step(state, progress)
             state.step += 1
             before, state.seconds = state.seconds, self.agreed(clock() - start)
-            row |= {"step": state.step, "seconds": state.seconds, "step_seconds": state.seconds - before}
+            row = replace(row, step=state.step, seconds=state.seconds, step_seconds=state.seconds - before)
             state.history.append(row)
             if self.progress(state) >= (state.evaluated + 1) / self.config.evaluations:
                 state.evaluated = int(self.progress(state) * self.config.evaluations)
-                row["held_out"], row["load"] = self.evaluate(self.held)
+                latest, load = self.evaluate(self.held)
+                row = state.history[-1] = replace(row, held_out=latest, load=load)
                 state.seconds = self.agreed(clock() - start)
-                latest = row["held_out"]
                 self.remember(state, latest)
             if self.accelerator.is_main_process:
                 self.folder.log(row)
-            report(row | {"progress": min(1.0, self.progress(state)), "held_out_last": latest})
-            if not math.isfinite(row["loss"] + row["layer_loss"]):
+            report(row, min(1.0, self.progress(state)), latest)
+            if not math.isfinite(row.loss + row.layer_loss):
                 break
         return state
 
@@ -118,14 +100,14 @@ class Trainer:
         """The mean over processes, so that all of them stop after the same step."""
         return self.accelerator.reduce(torch.tensor(seconds, device=self.accelerator.device), "mean").item()
 
-    def progress(self, state: State) -> float:
+    def progress(self, state: TrainingState) -> float:
         """The share of the training that is done; what `steps` and `minutes` say, whichever is over first."""
         steps, minutes = self.config.steps, self.config.minutes
         if steps is None and minutes is None:
             steps = math.ceil(len(self.train) / self.config.batch)
         return max(state.step / steps if steps else 0.0, state.seconds / (60 * minutes) if minutes else 0.0)
 
-    def remember(self, state: State, held_out: float) -> None:
+    def remember(self, state: TrainingState, held_out: float) -> None:
         """Keep the state on disk, and the weights if they are the best so far."""
         state.stale = 0 if held_out < state.least else state.stale + 1
         state.least = min(state.least, held_out)
@@ -144,13 +126,13 @@ class Trainer:
         """The optimizer in accelerate's wrapping."""
         return self.optimizer.optimizer
 
-    def restore(self, found: dict[str, Any]) -> State:
+    def restore(self, found: SavedTraining) -> TrainingState:
         """Put back what `RunFolder.load` found: weights, optimizer; returns where the training was."""
-        put_back(self.kept, found["tensors"])
-        set_optimizer_state_dict(self.module, self.inner, found["optimizer"], options=WHOLE)
-        return State(**found["state"])
+        put_back(self.kept, found.tensors)
+        set_optimizer_state_dict(self.module, self.inner, found.optimizer, options=WHOLE)
+        return found.state
 
-    def step(self, state: State, progress: float) -> dict[str, Any]:
+    def step(self, state: TrainingState, progress: float) -> StepRecord:
         """One step on `batch` sequences; returns what is logged of it."""
         rate = schedule(progress, self.config.warmup)
         for group in self.optimizer.param_groups:
@@ -180,14 +162,14 @@ class Trainer:
         loss, extra = self.accelerator.reduce(total).tolist()
         if self.config.balance == "bias":
             balance.move_bias(self.blocks, loads, self.config.balance_step)
-        return {
-            "loss": loss,
-            "layer_loss": extra,
-            "gradient_norm": whole(norm).item() if isinstance(norm, Tensor) else 0.0,
-            "learning_rate": rate,
-            "tokens": tokens,
-            "load": balance.summary(loads, tokens),
-        }
+        return StepRecord(
+            loss=loss,
+            layer_loss=extra,
+            gradient_norm=whole(norm).item() if isinstance(norm, Tensor) else 0.0,
+            learning_rate=rate,
+            tokens=tokens,
+            load=balance.summary(loads, tokens),
+        )
 
     def sequences(self, step: int) -> Tensor:
         """The numbers of a step's sequences: every pass over the samples has its own order, which the seed gives."""
@@ -207,7 +189,7 @@ class Trainer:
         extra: list[Tensor] = []
 
         def watch(layer: int, block: MoE, x_TD: Tensor, index_TK: Tensor) -> None:
-            loads[layer] += balance.load(index_TK, len(loads[layer]))
+            loads[layer] += balance.count_load(index_TK, len(loads[layer]))
             if self.config.balance == "loss":
                 gate, experts = block.routed
                 even = balance.balance_loss(gate.exact_scores(x_TD, experts), index_TK)
@@ -240,16 +222,15 @@ class Trainer:
         if not self.method.needs_dense:
             return []
         assert self.teacher is not None
-        layers: Any = self.teacher.model.base_model.layers
-        return [layer.get_submodule(ffn_name(layer)) for layer in layers]
+        return [layer.get_submodule(ffn_name(layer)) for layer in decoder_layers(self.teacher.model)]
 
-    def autocast(self) -> Any:
+    def autocast(self) -> AbstractContextManager[object]:
         """Products in the model's half precision, if it has one, though what learns is float32."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, self.dtype)
 
-    def evaluate(self, samples: Samples) -> tuple[float, dict[str, Any]]:
+    def evaluate(self, samples: Samples) -> tuple[float, ExpertLoad]:
         """(next-token loss in nats a token, how evenly the experts are used) on some samples."""
         process, count = self.accelerator.process_index, self.accelerator.num_processes
         own = samples.take(torch.arange(process, len(samples), count))

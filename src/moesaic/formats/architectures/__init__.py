@@ -1,7 +1,1 @@
 """Stock transformers architectures that can say what a converted model says: one a file, both directions."""
-
-from ..base import Format
-
-Base = Format
-
-__all__ = ["Base", "Format"]

@@ -1,4 +1,4 @@
-"""What the native forms share: attention, rope, experts as engines name them, and reasons to refuse.
+"""What the stock formats share: attention, rope, experts as engines name them, and reasons to refuse.
 
 Shapes: D hidden size, E routed experts, I neurons of one, X = 2 I.
 """
@@ -6,16 +6,18 @@ Shapes: D hidden size, E routed experts, I neurons of one, X = 2 I.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import InputError
-from ..base import Format, Tensors
+from ...models.families import ATTENTION
+from ...results import Json
+from ..base import Format, MoesaicModelConfig, Tensors
 
+Reason = tuple[bool, str]
+"""Whether a format cannot hold a model, and why."""
 ROUTER_SCALE = 2.0**-10
-"""Of the working form's scores, which are about 1: small enough that a softmax or sigmoid of them is flat."""
+"""Of moesaic's own format's scores, which are about 1: small enough that a softmax or sigmoid of them is flat."""
 WHY_NOT = {
     "gemma2": "Gemma has GeGLU and norms after attention and FFN",
     "gemma3_text": "Gemma has GeGLU and norms after attention and FFN",
@@ -29,16 +31,16 @@ COPIED_FIELDS = (
 )  # fmt: skip
 
 
-def common_config(working: Any, model_type: str, architecture: str) -> dict[str, Any]:
+def common_config(config: MoesaicModelConfig, model_type: str, architecture: str) -> Json:
     """The part of `config.json` that every form has, as transformers 5 and as older engines read it."""
-    rope = dict(working.rope_parameters)
+    rope = dict(config.rope_parameters)
     rope.setdefault("partial_rotary_factor", 1.0)
-    dtype = str(working.dtype).removeprefix("torch.")
-    return {name: getattr(working, name, None) for name in COPIED_FIELDS} | {
+    dtype = str(config.dtype).removeprefix("torch.")
+    return {name: getattr(config, name, None) for name in COPIED_FIELDS} | {
         "architectures": [architecture],
         "model_type": model_type,
         "hidden_act": "silu",
-        "num_experts_per_tok": working.num_experts_per_tok,
+        "num_experts_per_tok": config.num_experts_per_tok,
         "rope_theta": rope["rope_theta"],
         "partial_rotary_factor": rope["partial_rotary_factor"],
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
@@ -50,81 +52,82 @@ def common_config(working: Any, model_type: str, architecture: str) -> dict[str,
     }
 
 
-def check(form: Format, working: Any, *reasons: tuple[Any, str]) -> None:
-    """Raises InputError for what no form, or by one of `reasons` (whether it holds, what to say) not this one, says."""
-    family, biased = working.dense_model_type, getattr(working, "attention_bias", False)
-    length, window = working.max_position_embeddings, getattr(working, "sliding_window", None)
-    slides = "sliding_attention" in (getattr(working, "layer_types", None) or ()) or (
+def reason_against(format: Format, config: MoesaicModelConfig, *reasons: Reason) -> str:
+    """Say why a format cannot hold a model: what no stock one can, or the first of its own `reasons` that holds."""
+    family, biased = config.dense_model_type, getattr(config, "attention_bias", False)
+    length, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
         family != "qwen2" and window is not None and window < length
     )
-    act = getattr(working, "hidden_act", None)
-    other = f"its attention was made for {', '.join(form.sources)}, not for {family}"
+    act = getattr(config, "hidden_act", None)
+    other = f"its attention was made for {', '.join(format.sources)}, not for {family}"
     common = (
-        (family not in form.sources, WHY_NOT.get(family, other)),
+        (family not in format.sources, WHY_NOT.get(family, other)),
         (act != "silu", f"its experts have SiLU, the model has {act}"),
         (slides, f"it has no sliding window, the model attends to {window} tokens only"),
         (family != "qwen2" and biased, "it has no bias in o_proj, the model does"),
         (
-            form.name != "glm4_moe" and working.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0,
+            format.name != "glm4_moe" and config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0,
             "it turns whole heads, the model parts of them",
         ),
-        (working.rope_parameters.get("rope_type") == "longrope", "engines read longrope for other architectures only"),
-        (working.router != "linear", f"its router is linear, the model's is {working.router}"),
+        (config.rope_parameters.get("rope_type") == "longrope", "engines read longrope for other architectures only"),
+        (config.router != "linear", f"its router is linear, the model's is {config.router}"),
         (
-            not working.num_experts,
+            config.selection != "top-k",
+            f"it runs a fixed number of experts, the model's selection is {config.selection}",
+        ),
+        (
+            not config.num_experts,
             "the model has no routed experts; a statically pruned one is no Mixture-of-Experts",
         ),
-        (working.shared_expert_bias, "its shared expert has no bias"),
+        (config.shared_expert_bias, "its shared expert has no bias"),
     )
-    for holds, reason in (*common, *reasons):
-        if holds:
-            raise InputError(f"this model cannot be written as {form.name}: {reason}. The working form runs everywhere "
-                             "transformers does")  # fmt: skip
+    return next((reason for holds, reason in (*common, *reasons) if holds), "")
 
 
-def renormalised_scale(working: Any) -> float:
+def renormalised_scale(config: MoesaicModelConfig) -> float:
     """ε for gates that are divided by their sum: of one expert that is 1 whatever its score."""
-    return 1.0 if working.num_experts_per_tok == 1 else ROUTER_SCALE
+    return 1.0 if config.num_experts_per_tok == 1 else ROUTER_SCALE
 
 
-def too_small(working: Any, scale: float) -> tuple[bool, str]:
+def too_small(config: MoesaicModelConfig, scale: float) -> Reason:
     """The reason of forms that hold the scaled gate in the model's dtype."""
-    short = scale < 1 and working.dtype == torch.float16
+    short = scale < 1 and config.dtype == torch.float16
     return short, "float16 cannot hold its gates, which are scaled down; convert with --dtype bfloat16"
 
 
-def unlike_heads(working: Any) -> tuple[bool, str]:
+def unlike_heads(config: MoesaicModelConfig) -> Reason:
     """The reason of forms that take the size of a head from the hidden size."""
-    size = working.hidden_size // working.num_attention_heads
-    return head_dim(working) != size, f"its heads are of {size} dimensions, the model's of {head_dim(working)}"
+    size = config.hidden_size // config.num_attention_heads
+    return head_dim(config) != size, f"its heads are of {size} dimensions, the model's of {head_dim(config)}"
 
 
-def not_power(number: int, what: str) -> tuple[bool, str]:
+def not_power(number: int, what: str) -> Reason:
     """The reason of forms that weigh experts by 1 / number, which only powers of two undo without rounding."""
     return number & (number - 1) != 0, f"its gates undo {number} {what} exactly only if that is a power of two"
 
 
-def head_dim(working: Any) -> int:
+def head_dim(config: MoesaicModelConfig) -> int:
     """Size of one attention head."""
-    return getattr(working, "head_dim", None) or working.hidden_size // working.num_attention_heads
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def split_attention(tensors: Tensors, working: Any) -> Tensors:
+def split_attention(tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
     """The layer's tensors with q, k and v apart (Phi-3 has them fused)."""
     split = dict(tensors)
-    if (fused := split.pop("self_attn.qkv_proj.weight", None)) is not None:
-        queries, keys = (n * head_dim(working) for n in (working.num_attention_heads, working.num_key_value_heads))
+    if (fused := split.pop(f"{ATTENTION}.qkv_proj.weight", None)) is not None:
+        queries, keys = (n * head_dim(config) for n in (config.num_attention_heads, config.num_key_value_heads))
         parts = fused.split([queries, keys, keys])
-        split |= {f"self_attn.{n}_proj.weight": part for n, part in zip("qkv", parts, strict=True)}
+        split |= {f"{ATTENTION}.{n}_proj.weight": part for n, part in zip("qkv", parts, strict=True)}
     return split
 
 
-def join_attention(tensors: Tensors, working: Any) -> Tensors:
+def join_attention(tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
     """The inverse of `split_attention`."""
     joined = dict(tensors)
-    if working.dense_model_type == "phi3":
-        parts = [joined.pop(f"self_attn.{n}_proj.weight") for n in "qkv"]
-        joined["self_attn.qkv_proj.weight"] = torch.cat(parts)
+    if config.dense_model_type == "phi3":
+        parts = [joined.pop(f"{ATTENTION}.{n}_proj.weight") for n in "qkv"]
+        joined[f"{ATTENTION}.qkv_proj.weight"] = torch.cat(parts)
     return joined
 
 
@@ -172,3 +175,10 @@ def separate_shared(gate_up_EXD: Tensor, down_EDI: Tensor, width: int, active: i
     if down_EDI.shape[2] > width:
         layer |= {f"mlp.shared_experts.{name}_proj.weight": weight for name, weight in shared.items()}
     return layer
+
+
+def gguf_experts(gate_up_EXD: Tensor, down_EDI: Tensor, shared: Tensors) -> Tensors:
+    """Routed experts and the shared one's `gate`, `up` and `down` by llama.cpp's names."""
+    gate_EID, up_EID = gate_up_EXD.chunk(2, dim=1)
+    routed = {"ffn_gate_exps.weight": gate_EID, "ffn_up_exps.weight": up_EID, "ffn_down_exps.weight": down_EDI}
+    return routed | {f"ffn_{name}_shexp.weight": weight for name, weight in shared.items()}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ..base import Format, Tensors
+from ...results import Json
+from ..base import Format, MoesaicModelConfig, Tensors
 from . import _decoder as decoder
 
 EXPERTS = "mlp.experts."
@@ -22,33 +23,34 @@ class FlexOlmo(Format):
 
     sources: ClassVar[tuple[str, ...]] = ("olmo2",)
     loaded_by: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
+    preference: ClassVar[int | None] = 2
     copies_shared: ClassVar[bool] = True
 
-    def config(self, working: Any) -> dict[str, Any]:
-        decoder.check(
-            self, working, decoder.unlike_heads(working),
-            decoder.not_power(working.num_experts_per_tok, "active experts"),
-            decoder.too_small(working, decoder.renormalised_scale(working)),
+    def reason_against(self, config: MoesaicModelConfig) -> str:
+        return decoder.reason_against(
+            self, config, decoder.unlike_heads(config),
+            decoder.not_power(config.num_experts_per_tok, "active experts"),
+            decoder.too_small(config, decoder.renormalised_scale(config)),
         )  # fmt: skip
-        return decoder.common_config(working, "flex_olmo", "FlexOlmoForCausalLM") | {
-            "num_experts": working.num_experts,
-            "intermediate_size": working.moe_intermediate_size + working.shared_expert_intermediate_size,
+
+    def config_json(self, config: MoesaicModelConfig) -> Json:
+        return decoder.common_config(config, "flex_olmo", "FlexOlmoForCausalLM") | {
+            "num_experts": config.num_experts,
+            "intermediate_size": config.moe_intermediate_size + config.shared_expert_intermediate_size,
             "norm_topk_prob": True,
             "attention_bias": False,
         }
 
-    def layer(self, tensors: Tensors, working: Any) -> Tensors:
+    def layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
         native = dict(tensors)
         del native["mlp.gate.e_score_correction_bias"]
-        native["mlp.gate.weight"] = native["mlp.gate.weight"] * decoder.renormalised_scale(working)
-        gate_up, down = decoder.replicate_shared(native, working.num_experts_per_tok)
+        native["mlp.gate.weight"] = native["mlp.gate.weight"] * decoder.renormalised_scale(config)
+        gate_up, down = decoder.replicate_shared(native, config.num_experts_per_tok)
         return native | decoder.split_experts(gate_up, down, EXPERTS, PARTS)
 
-    def moesaic_layer(self, tensors: Tensors, working: Any) -> Tensors:
+    def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
         layer = dict(tensors)
-        layer["mlp.gate.weight"] = layer["mlp.gate.weight"] / decoder.renormalised_scale(working)
-        layer["mlp.gate.e_score_correction_bias"] = layer["mlp.gate.weight"].new_zeros(working.num_experts)
-        gate_up, down = decoder.join_experts(layer, working.num_experts, EXPERTS, PARTS)
-        return layer | decoder.separate_shared(
-            gate_up, down, working.moe_intermediate_size, working.num_experts_per_tok
-        )
+        layer["mlp.gate.weight"] = layer["mlp.gate.weight"] / decoder.renormalised_scale(config)
+        layer["mlp.gate.e_score_correction_bias"] = layer["mlp.gate.weight"].new_zeros(config.num_experts)
+        gate_up, down = decoder.join_experts(layer, config.num_experts, EXPERTS, PARTS)
+        return layer | decoder.separate_shared(gate_up, down, config.moe_intermediate_size, config.num_experts_per_tok)

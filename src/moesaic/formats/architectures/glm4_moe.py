@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from ..base import Format, Tensors
+from ...models.families import ATTENTION
+from ...results import Json
+from ..base import Format, MoesaicModelConfig, Tensors
 from . import _decoder as decoder
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 EXPERTS = "mlp.experts."
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -24,19 +29,23 @@ class Glm4Moe(Format):
     selection_bias: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3", "phi3")
     loaded_by: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "sglang", "mlx")
+    preference: ClassVar[int | None] = 0
+    gguf_architecture: ClassVar[str | None] = "glm4moe"
 
-    def config(self, working: Any) -> dict[str, Any]:
-        decoder.check(
-            self, working,
-            (not working.n_shared_experts, "it needs a shared expert; convert with a plan like S1A1E4"),
+    def reason_against(self, config: MoesaicModelConfig) -> str:
+        return decoder.reason_against(
+            self, config,
+            (not config.n_shared_experts, "it needs a shared expert; convert with a plan like S1A1E4"),
         )  # fmt: skip
-        return decoder.common_config(working, "glm4_moe", "Glm4MoeForCausalLM") | {
-            "head_dim": decoder.head_dim(working),
-            "attention_bias": working.dense_model_type == "qwen2",
-            "use_qk_norm": working.dense_model_type == "qwen3",
-            "n_routed_experts": working.num_experts,
-            "n_shared_experts": working.n_shared_experts,
-            "moe_intermediate_size": working.moe_intermediate_size,
+
+    def config_json(self, config: MoesaicModelConfig) -> Json:
+        return decoder.common_config(config, "glm4_moe", "Glm4MoeForCausalLM") | {
+            "head_dim": decoder.head_dim(config),
+            "attention_bias": config.dense_model_type == "qwen2",
+            "use_qk_norm": config.dense_model_type == "qwen3",
+            "n_routed_experts": config.num_experts,
+            "n_shared_experts": config.n_shared_experts,
+            "moe_intermediate_size": config.moe_intermediate_size,
             "norm_topk_prob": False,
             "routed_scaling_factor": 1.0,
             "n_group": 1,
@@ -45,18 +54,37 @@ class Glm4Moe(Format):
             "num_nextn_predict_layers": 0,
         }
 
-    def layer(self, tensors: Tensors, working: Any) -> Tensors:
-        native = decoder.split_attention(tensors, working)
+    def layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
+        native = decoder.split_attention(tensors, config)
         native["mlp.gate.weight"] = native["mlp.gate.weight"].float() * decoder.ROUTER_SCALE
         bias_E = native["mlp.gate.e_score_correction_bias"].float()
         native["mlp.gate.e_score_correction_bias"] = bias_E * decoder.ROUTER_SCALE / 4
         gate_up, down = native.pop("mlp.experts.gate_up_proj"), native.pop("mlp.experts.down_proj") * 2
         return native | decoder.split_experts(gate_up, down, EXPERTS, PARTS)
 
-    def moesaic_layer(self, tensors: Tensors, working: Any) -> Tensors:
-        layer = decoder.join_attention(tensors, working)
-        dtype = layer["self_attn.o_proj.weight"].dtype
+    def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
+        layer = decoder.join_attention(tensors, config)
+        dtype = layer[f"{ATTENTION}.o_proj.weight"].dtype
         for name, factor in (("weight", 1), ("e_score_correction_bias", 4)):
             layer[f"mlp.gate.{name}"] = (layer[f"mlp.gate.{name}"] / decoder.ROUTER_SCALE * factor).to(dtype)
-        gate_up, down = decoder.join_experts(layer, working.num_experts, EXPERTS, PARTS)
+        gate_up, down = decoder.join_experts(layer, config.num_experts, EXPERTS, PARTS)
         return layer | {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down / 2}
+
+    def gguf_layer(self, native: Tensors, config: MoesaicModelConfig) -> Tensors:
+        gate_up, down = decoder.join_experts(native, config.num_experts, EXPERTS, PARTS)
+        shared = {n: native.pop(f"mlp.shared_experts.{n}_proj.weight") for n in ("gate", "up", "down")}
+        return {
+            "post_attention_norm.weight": native.pop("post_attention_layernorm.weight"),
+            "ffn_gate_inp.weight": native.pop("mlp.gate.weight"),
+            "exp_probs_b.bias": native.pop("mlp.gate.e_score_correction_bias"),
+        } | decoder.gguf_experts(gate_up, down, shared)
+
+    def gguf_keys(self, writer: GGUFWriter, config: Json) -> None:
+        from gguf import ExpertGatingFuncType
+
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+        writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..base import Format, Tensors
+from ...results import Json
+from ..base import Format, MoesaicModelConfig, Tensors
 from . import _decoder as decoder
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 MULTIPLIERS = ("embedding_multiplier", "logits_scaling", "residual_multiplier")
 
@@ -22,47 +26,70 @@ class GraniteMoeShared(Format):
 
     sources: ClassVar[tuple[str, ...]] = ("llama", "mistral", "granite")
     loaded_by: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "sglang")
+    preference: ClassVar[int | None] = 1
+    gguf_architecture: ClassVar[str | None] = "granitemoe"
+    gguf_interleaved: ClassVar[bool] = True
 
-    def config(self, working: Any) -> dict[str, Any]:
-        decoder.check(
-            self, working, decoder.unlike_heads(working),
-            (not working.n_shared_experts, "it needs a shared expert; convert with a plan like S1A1E4"),
-            decoder.not_power(working.num_experts_per_tok, "active experts"),
-            decoder.too_small(working, decoder.renormalised_scale(working)),
+    def reason_against(self, config: MoesaicModelConfig) -> str:
+        return decoder.reason_against(
+            self, config, decoder.unlike_heads(config),
+            (not config.n_shared_experts, "it needs a shared expert; convert with a plan like S1A1E4"),
+            decoder.not_power(config.num_experts_per_tok, "active experts"),
+            decoder.too_small(config, decoder.renormalised_scale(config)),
         )  # fmt: skip
-        granite = working.dense_model_type == "granite"
-        return decoder.common_config(working, "granitemoeshared", "GraniteMoeSharedForCausalLM") | {
-            "num_local_experts": working.num_experts,
-            "intermediate_size": working.moe_intermediate_size,
-            "shared_intermediate_size": working.shared_expert_intermediate_size,
+
+    def config_json(self, config: MoesaicModelConfig) -> Json:
+        granite = config.dense_model_type == "granite"
+        return decoder.common_config(config, "granitemoeshared", "GraniteMoeSharedForCausalLM") | {
+            "num_local_experts": config.num_experts,
+            "intermediate_size": config.moe_intermediate_size,
+            "shared_intermediate_size": config.shared_expert_intermediate_size,
             "attention_bias": False,
-            "attention_multiplier": working.attention_multiplier if granite else decoder.head_dim(working) ** -0.5,
-            **{name: getattr(working, name) if granite else 1.0 for name in MULTIPLIERS},
+            "attention_multiplier": config.to_dict()["attention_multiplier"]
+            if granite
+            else decoder.head_dim(config) ** -0.5,
+            **{name: getattr(config, name) if granite else 1.0 for name in MULTIPLIERS},
         }
 
-    def layer(self, tensors: Tensors, working: Any) -> Tensors:
+    def layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
         native = dict(tensors)
         del native["mlp.gate.e_score_correction_bias"]
         moe, shared = "block_sparse_moe.", "mlp.shared_experts."
-        native[moe + "router.layer.weight"] = native.pop("mlp.gate.weight") * decoder.renormalised_scale(working)
+        native[moe + "router.layer.weight"] = native.pop("mlp.gate.weight") * decoder.renormalised_scale(config)
         native[moe + "input_linear.weight"] = native.pop("mlp.experts.gate_up_proj")
-        native[moe + "output_linear.weight"] = native.pop("mlp.experts.down_proj") * working.num_experts_per_tok
+        native[moe + "output_linear.weight"] = native.pop("mlp.experts.down_proj") * config.num_experts_per_tok
         parts = [native.pop(f"{shared}{name}_proj.weight") for name in ("gate", "up")]
         native["shared_mlp.input_linear.weight"] = torch.cat(parts)
         native["shared_mlp.output_linear.weight"] = native.pop(f"{shared}down_proj.weight")
         return native
 
-    def moesaic_layer(self, tensors: Tensors, working: Any) -> Tensors:
+    def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
         layer = dict(tensors)
         moe, shared = "block_sparse_moe.", "mlp.shared_experts."
-        gate_ED = layer.pop(moe + "router.layer.weight") / decoder.renormalised_scale(working)
+        gate_ED = layer.pop(moe + "router.layer.weight") / decoder.renormalised_scale(config)
         gate, up = layer.pop("shared_mlp.input_linear.weight").chunk(2)
         return layer | {
             "mlp.gate.weight": gate_ED,
             "mlp.gate.e_score_correction_bias": gate_ED.new_zeros(len(gate_ED)),
             "mlp.experts.gate_up_proj": layer.pop(moe + "input_linear.weight"),
-            "mlp.experts.down_proj": layer.pop(moe + "output_linear.weight") / working.num_experts_per_tok,
+            "mlp.experts.down_proj": layer.pop(moe + "output_linear.weight") / config.num_experts_per_tok,
             f"{shared}gate_proj.weight": gate.clone(),
             f"{shared}up_proj.weight": up.clone(),
             f"{shared}down_proj.weight": layer.pop("shared_mlp.output_linear.weight"),
         }
+
+    def gguf_layer(self, native: Tensors, config: MoesaicModelConfig) -> Tensors:
+        gate, up = native.pop("shared_mlp.input_linear.weight").chunk(2)
+        shared = {"gate": gate, "up": up, "down": native.pop("shared_mlp.output_linear.weight")}
+        gate_up, down = (native.pop(f"block_sparse_moe.{name}_linear.weight") for name in ("input", "output"))
+        return {
+            "ffn_norm.weight": native.pop("post_attention_layernorm.weight"),
+            "ffn_gate_inp.weight": native.pop("block_sparse_moe.router.layer.weight"),
+        } | decoder.gguf_experts(gate_up, down, shared)
+
+    def gguf_keys(self, writer: GGUFWriter, config: Json) -> None:
+        writer.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])

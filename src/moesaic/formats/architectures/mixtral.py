@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ..base import Format, Tensors
+from ...results import Json
+from ..base import Format, MoesaicModelConfig, Tensors
 from . import _decoder as decoder
 
 MOE = "block_sparse_moe."
@@ -22,37 +23,47 @@ class Mixtral(Format):
 
     sources: ClassVar[tuple[str, ...]] = ("llama", "mistral", "phi3")
     loaded_by: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "sglang", "mlx")
+    preference: ClassVar[int | None] = 3
+    gguf_architecture: ClassVar[str | None] = "llama"
+    gguf_interleaved: ClassVar[bool] = True
     copies_shared: ClassVar[bool] = True
 
-    def engines(self, working: Any) -> list[str]:
-        unlike, _ = decoder.unlike_heads(working)  # MLX takes the size of a head from the hidden size
-        return [engine for engine in super().engines(working) if engine != "mlx" or not unlike]
+    def engines(self, config: MoesaicModelConfig) -> list[str]:
+        unlike, _ = decoder.unlike_heads(config)  # MLX takes the size of a head from the hidden size
+        return [engine for engine in super().engines(config) if engine != "mlx" or not unlike]
 
-    def config(self, working: Any) -> dict[str, Any]:
-        decoder.check(
-            self, working,
-            decoder.not_power(working.num_experts_per_tok, "active experts"),
-            decoder.too_small(working, decoder.renormalised_scale(working)),
+    def reason_against(self, config: MoesaicModelConfig) -> str:
+        return decoder.reason_against(
+            self, config,
+            decoder.not_power(config.num_experts_per_tok, "active experts"),
+            decoder.too_small(config, decoder.renormalised_scale(config)),
         )  # fmt: skip
-        return decoder.common_config(working, "mixtral", "MixtralForCausalLM") | {
-            "head_dim": decoder.head_dim(working),
-            "num_local_experts": working.num_experts,
-            "intermediate_size": working.moe_intermediate_size + working.shared_expert_intermediate_size,
+
+    def config_json(self, config: MoesaicModelConfig) -> Json:
+        return decoder.common_config(config, "mixtral", "MixtralForCausalLM") | {
+            "head_dim": decoder.head_dim(config),
+            "num_local_experts": config.num_experts,
+            "intermediate_size": config.moe_intermediate_size + config.shared_expert_intermediate_size,
             "sliding_window": None,
         }
 
-    def layer(self, tensors: Tensors, working: Any) -> Tensors:
-        native = decoder.split_attention(tensors, working)
+    def layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
+        native = decoder.split_attention(tensors, config)
         del native["mlp.gate.e_score_correction_bias"]
-        native[MOE + "gate.weight"] = native.pop("mlp.gate.weight") * decoder.renormalised_scale(working)
-        gate_up, down = decoder.replicate_shared(native, working.num_experts_per_tok)
+        native[MOE + "gate.weight"] = native.pop("mlp.gate.weight") * decoder.renormalised_scale(config)
+        gate_up, down = decoder.replicate_shared(native, config.num_experts_per_tok)
         return native | decoder.split_experts(gate_up, down, EXPERTS, PARTS)
 
-    def moesaic_layer(self, tensors: Tensors, working: Any) -> Tensors:
-        layer = decoder.join_attention(tensors, working)
-        layer["mlp.gate.weight"] = layer.pop(MOE + "gate.weight") / decoder.renormalised_scale(working)
-        layer["mlp.gate.e_score_correction_bias"] = layer["mlp.gate.weight"].new_zeros(working.num_experts)
-        gate_up, down = decoder.join_experts(layer, working.num_experts, EXPERTS, PARTS)
-        return layer | decoder.separate_shared(
-            gate_up, down, working.moe_intermediate_size, working.num_experts_per_tok
-        )
+    def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
+        layer = decoder.join_attention(tensors, config)
+        layer["mlp.gate.weight"] = layer.pop(MOE + "gate.weight") / decoder.renormalised_scale(config)
+        layer["mlp.gate.e_score_correction_bias"] = layer["mlp.gate.weight"].new_zeros(config.num_experts)
+        gate_up, down = decoder.join_experts(layer, config.num_experts, EXPERTS, PARTS)
+        return layer | decoder.separate_shared(gate_up, down, config.moe_intermediate_size, config.num_experts_per_tok)
+
+    def gguf_layer(self, native: Tensors, config: MoesaicModelConfig) -> Tensors:
+        gate_up, down = decoder.join_experts(native, config.num_experts, EXPERTS, PARTS)
+        return {
+            "ffn_norm.weight": native.pop("post_attention_layernorm.weight"),
+            "ffn_gate_inp.weight": native.pop(MOE + "gate.weight"),
+        } | decoder.gguf_experts(gate_up, down, {})

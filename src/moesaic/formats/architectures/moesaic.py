@@ -1,9 +1,11 @@
-"""The working form itself: what a native export is read back into."""
+"""moesaic's own format itself: what a native export is read back into."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ..base import Format, Tensors
+from ...moe.modeling import MODEL_TYPE
+from ...results import Json
+from ..base import Format, MoesaicModelConfig, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,11 +14,14 @@ class MoesaicFormat(Format):
 
     selection_bias: ClassVar[bool] = True
 
-    def config(self, working: Any) -> dict[str, Any]:
-        return working.to_dict() | {"model_type": working.model_type}
+    def reason_against(self, config: MoesaicModelConfig) -> str:
+        return ""
 
-    def layer(self, tensors: Tensors, working: Any) -> Tensors:
+    def config_json(self, config: MoesaicModelConfig) -> Json:
+        return config.to_dict() | {"model_type": MODEL_TYPE}
+
+    def layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
         return tensors
 
-    def moesaic_layer(self, tensors: Tensors, working: Any) -> Tensors:
+    def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
         return tensors

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from ..base import Format, Tensors
+from ...models.families import ATTENTION
+from ...results import Json
+from ..base import Format, MoesaicModelConfig, Tensors
 from . import _decoder as decoder
 
 EXPERTS = "mlp.experts."
@@ -27,17 +29,19 @@ class Qwen2Moe(Format):
     sources: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "phi3")
     loaded_by: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "sglang", "mlx")
 
-    def config(self, working: Any) -> dict[str, Any]:
-        decoder.check(
-            self, working, decoder.unlike_heads(working),
-            (not working.n_shared_experts, "it needs a shared expert; convert with a plan like S1A1E5"),
-            decoder.not_power(working.num_experts, "routed experts"),
-            decoder.too_small(working, decoder.ROUTER_SCALE),
+    def reason_against(self, config: MoesaicModelConfig) -> str:
+        return decoder.reason_against(
+            self, config, decoder.unlike_heads(config),
+            (not config.n_shared_experts, "it needs a shared expert; convert with a plan like S1A1E5"),
+            decoder.not_power(config.num_experts, "routed experts"),
+            decoder.too_small(config, decoder.ROUTER_SCALE),
         )  # fmt: skip
-        return decoder.common_config(working, "qwen2_moe", "Qwen2MoeForCausalLM") | {
-            "num_experts": working.num_experts,
-            "moe_intermediate_size": working.moe_intermediate_size,
-            "shared_expert_intermediate_size": working.shared_expert_intermediate_size,
+
+    def config_json(self, config: MoesaicModelConfig) -> Json:
+        return decoder.common_config(config, "qwen2_moe", "Qwen2MoeForCausalLM") | {
+            "num_experts": config.num_experts,
+            "moe_intermediate_size": config.moe_intermediate_size,
+            "shared_expert_intermediate_size": config.shared_expert_intermediate_size,
             "norm_topk_prob": False,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
@@ -45,31 +49,31 @@ class Qwen2Moe(Format):
             "use_sliding_window": False,
         }
 
-    def layer(self, tensors: Tensors, working: Any) -> Tensors:
-        native = decoder.split_attention(tensors, working)
+    def layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
+        native = decoder.split_attention(tensors, config)
         del native["mlp.gate.e_score_correction_bias"]
         native["mlp.gate.weight"] = native["mlp.gate.weight"] * decoder.ROUTER_SCALE
         for name in "qkv":  # engines expect a bias
-            weight = native[f"self_attn.{name}_proj.weight"]
-            native.setdefault(f"self_attn.{name}_proj.bias", weight.new_zeros(len(weight)))
+            weight = native[f"{ATTENTION}.{name}_proj.weight"]
+            native.setdefault(f"{ATTENTION}.{name}_proj.bias", weight.new_zeros(len(weight)))
         for name in PARTS:
             factor = 2 if name == "down_proj" else 1
             native[f"mlp.shared_expert.{name}.weight"] = native.pop(f"mlp.shared_experts.{name}.weight") * factor
         native["mlp.shared_expert_gate.weight"] = torch.full_like(native["mlp.gate.weight"][:1], SHARED_GATE)
         gate_up, down = native.pop("mlp.experts.gate_up_proj"), native.pop("mlp.experts.down_proj")
-        return native | decoder.split_experts(gate_up, down * working.num_experts, EXPERTS, PARTS)
+        return native | decoder.split_experts(gate_up, down * config.num_experts, EXPERTS, PARTS)
 
-    def moesaic_layer(self, tensors: Tensors, working: Any) -> Tensors:
+    def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
         layer = dict(tensors)
-        if working.dense_model_type != "qwen2":
+        if config.dense_model_type != "qwen2":
             for name in "qkv":
-                del layer[f"self_attn.{name}_proj.bias"]
-        layer = decoder.join_attention(layer, working)
+                del layer[f"{ATTENTION}.{name}_proj.bias"]
+        layer = decoder.join_attention(layer, config)
         del layer["mlp.shared_expert_gate.weight"]
         layer["mlp.gate.weight"] = layer["mlp.gate.weight"] / decoder.ROUTER_SCALE
-        layer["mlp.gate.e_score_correction_bias"] = layer["mlp.gate.weight"].new_zeros(working.num_experts)
+        layer["mlp.gate.e_score_correction_bias"] = layer["mlp.gate.weight"].new_zeros(config.num_experts)
         for name in PARTS:
             factor = 2 if name == "down_proj" else 1
             layer[f"mlp.shared_experts.{name}.weight"] = layer.pop(f"mlp.shared_expert.{name}.weight") / factor
-        gate_up, down = decoder.join_experts(layer, working.num_experts, EXPERTS, PARTS)
-        return layer | {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down / working.num_experts}
+        gate_up, down = decoder.join_experts(layer, config.num_experts, EXPERTS, PARTS)
+        return layer | {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down / config.num_experts}

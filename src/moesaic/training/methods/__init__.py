@@ -2,6 +2,4 @@
 
 from .base import Method
 
-Base = Method
-
-__all__ = ["Base", "Method"]
+__all__ = ["Method"]

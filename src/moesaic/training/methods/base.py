@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from ...moe.block import MoE
 from ...moe.modeling import connect_gates, moe_blocks
-from ...routing._gates import GATES, Gate
-from ..parts import learn
+from ...routing.base import Gate, make_gate
+from ..parameters import learn
 
 DenseFFN = Callable[[Tensor], Tensor]
 
@@ -58,20 +58,19 @@ def learn_routers(model: PreTrainedModel) -> None:
             learn(p for name, p in block.gate.named_parameters() if name.startswith(block.gate.trainable_names))
 
 
-def replace_gates(model: PreTrainedModel, kind: str, **fields: Any) -> None:
-    """Give every block a gate of another kind; what the old one has of the same name and shape goes along.
+def replace_gates(model: PreTrainedModel, router: str, **fields: object) -> None:
+    """Give every block the gate of another router; what the old one has of the same name and shape goes along.
 
     Args:
-        model: in the working form; its configuration is told.
-        kind: of `GATES`.
-        fields: of the configuration, such as `router_threshold`.
+        model: in moesaic's own format; its configuration is told.
+        router: its name.
+        fields: of the configuration, such as `selection`.
     """
-    config: Any = model.config
-    config.update({"router": kind, **fields})
+    model.config.update({"router": router, **fields})
     for block in moe_blocks(model):
         if block.gate is not None:
             with torch.device(block.gate.e_score_correction_bias.device):
-                block.gate = _successor(block.gate, GATES[kind](config))
+                block.gate = _successor(block.gate, make_gate(model.config))  # pyrefly: ignore[bad-argument-type]
     connect_gates(model)
 
 

@@ -30,7 +30,7 @@ class D2DMoE(Method):
 
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         model.requires_grad_(False)
-        replace_gates(model, "norm", router_threshold=self.threshold, router_hidden_size=self.width)
+        replace_gates(model, "norm", selection=f"relative:threshold={self.threshold}", router_hidden_size=self.width)
         learn_routers(model)
         return model
 

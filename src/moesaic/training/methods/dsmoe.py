@@ -27,7 +27,7 @@ class DSMoE(Full):
     """Weight of the sparsity loss, in nats a token, over layers and experts alike (the paper's has 1)."""
 
     def prepare(self, model: PreTrainedModel) -> nn.Module:
-        replace_gates(model, "sigmoid", router_threshold=self.threshold)
+        replace_gates(model, "sigmoid", selection=f"threshold:threshold={self.threshold}")
         return super().prepare(model)
 
     def layer_loss(self, moe: MoE, x_TD: Tensor, index_TK: Tensor, dense: DenseFFN | None) -> Tensor | None:

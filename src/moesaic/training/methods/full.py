@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...models.families import decoder_layers
-from ..parts import learn
+from ..parameters import learn
 from .base import Method, learn_routers
 
 

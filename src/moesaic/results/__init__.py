@@ -1,0 +1,35 @@
+"""What the verbs give back: frozen dataclasses whose fields are the keys of their JSON."""
+
+from .base import Json, Result
+from .conversion import Check, ConversionResult, Inspection, LayerRecord, PerplexityProtocol, PlanChoice, Plans, Trial
+from .evaluation import EvaluationResult, TaskScore
+from .export import ExportResult
+from .frontier import FrontierResult, FrontierRow, FrontierSummary, ShapeSpeed
+from .speed import BenchmarkResult, Roof, Speed
+from .training import ExpertLoad, FinetuneResult, LoadChange
+
+__all__ = [
+    "BenchmarkResult",
+    "Check",
+    "ConversionResult",
+    "EvaluationResult",
+    "ExpertLoad",
+    "ExportResult",
+    "FinetuneResult",
+    "FrontierResult",
+    "FrontierRow",
+    "FrontierSummary",
+    "Inspection",
+    "Json",
+    "LayerRecord",
+    "LoadChange",
+    "PerplexityProtocol",
+    "PlanChoice",
+    "Plans",
+    "Result",
+    "Roof",
+    "ShapeSpeed",
+    "Speed",
+    "TaskScore",
+    "Trial",
+]

@@ -1,0 +1,170 @@
+"""Results of `plan`, `convert` and `inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .base import Json, Result
+from .training import FinetuneResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecord(Result):
+    """How the conversion of one decoder layer went."""
+
+    layer: int
+    split_error: float
+    """Error of the FFN as cut, relative to the dense FFN's output, over weighted calibration tokens."""
+    error: float
+    """The same after recovery."""
+    expert_tokens: list[int]
+    """Calibration tokens that run each routed expert."""
+    unreached_experts: list[int]
+    """Routed experts that no calibration token runs."""
+    activation_rates: list[float]
+    """Per-cent points over neurons of how often one is among the tenth that contribute most."""
+    seconds: float
+    stage_seconds: dict[str, float]
+    stage_peak_rss_bytes: dict[str, int]
+    """The process's largest resident set so far, after each stage."""
+    residual_error: float | None = None
+    """Mean relative distance of the residual stream from the dense model's, after the layer."""
+    sink_norm: float | None = None
+    """Norm of attention sinks over that in the dense model; None where there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial(Result):
+    """One way to cut that was tried on part of the model."""
+
+    partition: str
+    plan: str
+    width: int
+    """Neurons of a group."""
+    held_out_loss: float
+    """Nats a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityProtocol(Result):
+    """What a perplexity was measured on."""
+
+    text: str
+    tokens: int
+    window: int
+    data_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check(Result):
+    """How far stock transformers is from moesaic on the same weights, in float32."""
+
+    max_abs_logit_error: float
+    """Over all tokens, also where a tie between experts was decided otherwise."""
+    median_difference: float
+    """Of log-probabilities, nats; of the worst sequence."""
+    agreement: float
+    """Share of tokens with the same most likely next."""
+    tokens: int
+    layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionResult(Result):
+    """What `convert` did; `metrics.json` in its output."""
+
+    omitted_when_none: ClassVar[frozenset[str]] = frozenset({"check", "finetune"})
+
+    output: str
+    format: str
+    """How it is written: `moesaic`, or a stock architecture such as `glm4_moe`."""
+    format_reason: str
+    """Why it is no stock architecture, or nothing."""
+    partition: str
+    plan: str
+    expert_width: int
+    """Neurons of a group."""
+    ffn_active: float
+    """Share of the dense FFN's neurons that one token runs."""
+    memory_factor: float
+    """Neurons that are kept, relative to the dense FFN's."""
+    total_parameters: int
+    active_parameters: int
+    """Parameters that one token runs."""
+    dense_parameters: int
+    perplexity_dense: float
+    perplexity: float
+    perplexity_protocol: PerplexityProtocol
+    peak_rss_bytes: int
+    layers: list[LayerRecord]
+    fingerprint: dict[str, str]
+    compute_dtype: str
+    versions: dict[str, str]
+    machine: str
+    trials: list[Trial]
+    logit_factor: float
+    """By which the final norm, and with it all logits, were scaled."""
+    seconds: float
+    collapsed: bool
+    engines: list[str]
+    """Engines that load the output as it is."""
+    check: Check | None = None
+    finetune: FinetuneResult | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection(Result):
+    """What a converted model says of itself."""
+
+    folder: str
+    model: str
+    """The dense model it was made from."""
+    architecture: str
+    bytes: int
+    moe: Mapping[str, int | str]
+    """Fields of `config.json`: num_experts, num_experts_per_tok, ..."""
+    config: Json
+    """The conversion's settings."""
+    metrics: ConversionResult
+
+    def to_dict(self) -> Json:
+        values = super().to_dict()
+        del values["metrics"]
+        return values | self.metrics.to_dict()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanChoice(Result):
+    """One shape near a budget."""
+
+    partition: str
+    plan: str
+    expert_width: int
+    ffn_active: float
+    memory_factor: float
+    total_parameters: int
+    active_parameters: int
+    decode_limit: float
+    """Weights that a decoding step reads in the dense model over those in this one."""
+    prefill_limit: float
+    """The same of what a prompt's token multiplies with."""
+    format: str
+    format_reason: str
+    engines: list[str]
+    gguf: list[str]
+    """Types of GGUF that hold it."""
+    options: str
+    """With which `moesaic convert` makes it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plans(Result):
+    """Shapes near a budget, specialists first."""
+
+    model: str
+    intermediate_size: int
+    """Neurons of the dense FFN."""
+    active: float
+    choices: list[PlanChoice]

@@ -1,0 +1,66 @@
+"""Results of `finetune`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .base import Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLoad(Result):
+    """How evenly experts are used."""
+
+    coefficient_of_variation: float
+    """Of the experts' shares of tokens, mean over layers."""
+    dead_experts: int
+    """Experts that no token runs, in all layers."""
+    experts_per_token: float
+    """Routed experts that a token runs, mean over layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadChange(Result):
+    """Load before and after a training."""
+
+    before: ExpertLoad
+    after: ExpertLoad
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneResult(Result):
+    """What `finetune` did."""
+
+    omitted_when_none: ClassVar[frozenset[str]] = frozenset(
+        {"output", "format", "format_reason", "perplexity_dense", "perplexity_before", "perplexity", "peak_rss_bytes",
+         "versions", "machine"}
+    )  # fmt: skip
+
+    method: str
+    objective: str
+    held_out_loss_before: float
+    """Nats a token."""
+    held_out_loss: float
+    held_out_tokens: int
+    steps: int
+    best_step: int
+    """The step after which the model that was written stood; 0: the model as it came."""
+    tokens: int
+    seconds: float
+    processes: int
+    load: LoadChange
+    improved: bool
+    """Whether what was written is better than what came."""
+    trainable_parameters: dict[str, int]
+    """By part of the model."""
+    output: str | None = None
+    """The folder; of several processes only the main one has it and what follows."""
+    format: str | None = None
+    format_reason: str | None = None
+    perplexity_dense: float | None = None
+    perplexity_before: float | None = None
+    perplexity: float | None = None
+    peak_rss_bytes: int | None = None
+    versions: dict[str, str] | None = None
+    machine: str | None = None
