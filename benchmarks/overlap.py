@@ -23,17 +23,17 @@ BUDGETS = ((0.25, 1.0), (0.5, 1.0), (0.5, 2.0), (0.25, 4.0))
 def distinct(model: str, config: ConvertConfig) -> tuple[str, list[float]]:
     """(plan, different neurons over kept ones in every `EVERY`-th layer) of the dense model's own activations."""
     conversion = prepare(model, config)
-    conversion.stream.load_embeddings_and_head()
+    conversion.layerwise.load_embeddings_and_head()
     hidden_NLD = embed(conversion)["calibration"]
     generator, shares = torch.Generator().manual_seed(config.seed), []
-    for index in range(len(conversion.stream.layers)):
-        with conversion.stream.layer(index) as layer:
+    for index in range(len(conversion.layerwise.layers)):
+        with conversion.layerwise.layer(index) as layer:
             if index % EVERY == FIRST:
-                sample = calibrate(conversion.stream, index, layer, hidden_NLD, conversion.domain_N)
+                sample = calibrate(conversion.layerwise, index, layer, hidden_NLD, conversion.tokens.domain_N)
                 found = conversion.partitioner.split(sample, conversion.plan, generator)
                 shared = len(found.shared)
                 shares.append((len(found.experts.unique()) + shared) / (found.experts.numel() + shared))
-            hidden_NLD = conversion.stream.run(index, layer, hidden_NLD)
+            hidden_NLD = conversion.layerwise.run(index, layer, hidden_NLD)
     return str(conversion.plan), shares
 
 

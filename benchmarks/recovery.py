@@ -30,7 +30,7 @@ from moesaic.calibration.text import Document, read_documents, text_hash
 from moesaic.evaluation.perplexity import perplexity
 from moesaic.evaluation.tasks import evaluate_tasks, read_tasks
 from moesaic.machine import machine, versions
-from moesaic.training.config import make_config
+from moesaic import FinetuneConfig
 
 CMOE = Path(__file__).parent.parent / "recipes" / "cmoe.yaml"
 WINDOW, SAMPLES = 512, 2_000
@@ -55,7 +55,7 @@ def training(recipe: str, data: Sequence[str], minutes: float) -> FinetuneConfig
     """How it is trained: ours as `moesaic finetune` does, CMoE's by its recipe in sequences of 512."""
     common = {"data": tuple(data), "minutes": minutes, "device": "cpu"}
     if recipe == "cmoe":
-        return make_config(CMOE, common | {"window": WINDOW, "samples": SAMPLES})
+        return FinetuneConfig.read(CMOE, common | {"window": WINDOW, "samples": SAMPLES})
     return FinetuneConfig(**common, objective=recipe)
 
 

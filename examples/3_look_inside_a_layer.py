@@ -9,9 +9,9 @@ from moesaic.conversion.prepare import prepare
 from moesaic.partition.coactivation import Coactivation
 
 conversion = prepare("tiny", moesaic.ConvertConfig(plan="S2A2E8", tokens=4_096, partition=Coactivation(iterations=4)))
-conversion.stream.load_embeddings_and_head()
-with torch.no_grad(), conversion.stream.layer(0) as layer:
-    sample = calibrate(conversion.stream, 0, layer, conversion.stream.embed(conversion.tokens_NL), conversion.domain_N)
+conversion.layerwise.load_embeddings_and_head()
+with torch.no_grad(), conversion.layerwise.layer(0) as layer:
+    sample = calibrate(conversion.layerwise, 0, layer, conversion.layerwise.embed(conversion.tokens.calibration_NL), conversion.tokens.domain_N)
     partition = conversion.partitioner.split(sample, conversion.plan, torch.Generator().manual_seed(0))
     moe = build_moe(conversion, sample, partition)
     print("all experts on:", relative_error(sample, moe.forward_all_experts(sample.input_TD)))

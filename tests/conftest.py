@@ -101,7 +101,13 @@ def random_sample(tokens=200, hidden=16, neurons=48, seed=0, dtype=torch.float32
     return LayerActivations(ffn=ffn, input_TD=x, output_TD=ffn(x), weight_T=weight, domain_T=domain)
 
 
-def block_for(sample, plan, gate="linear", bias=False):
+def default_selection(router):
+    from moesaic import registry
+
+    return registry.method_class("router", router).default_selection
+
+
+def block_for(sample, plan, gate="linear", bias=False, selection=None):
     """An unfilled MoE block for a sample and a plan."""
     from types import SimpleNamespace
 
@@ -111,6 +117,7 @@ def block_for(sample, plan, gate="linear", bias=False):
         hidden_size=sample.input_TD.shape[1], num_experts=plan.num_experts,
         num_experts_per_tok=plan.num_experts_per_tok, moe_intermediate_size=plan.width,
         shared_expert_intermediate_size=plan.shared_width, shared_expert_bias=bias,
-        router=gate, router_hidden_size=16, router_threshold=0.5, _experts_implementation="eager",
+        router=gate, router_hidden_size=16, selection=selection or default_selection(gate),
+        _experts_implementation="eager",
     )  # fmt: skip
     return MoE(config, sample.ffn.act_fn).to(sample.input_TD.dtype).requires_grad_(False)

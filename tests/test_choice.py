@@ -11,7 +11,7 @@ from moesaic import InputError, convert
 from moesaic.checkpoint.writer import ResumableOutput
 from moesaic.conversion import auto as choice
 from moesaic.conversion.auto import TIE, candidates, choose, trial, trial_windows
-from moesaic.conversion.layer import embed
+from moesaic.conversion.states import embed
 from moesaic.conversion.temperature import STEP, fit_temperature
 from moesaic.models.families import scale_logits
 
@@ -22,10 +22,10 @@ AUTO = QUICK.model_copy(update={"partition": "auto", "active": 0.5})
 def test_the_better_cut_is_taken_and_all_are_reported(tmp_path, fine):
     config = AUTO.model_copy(update={"fine": fine})
     metrics = convert("tiny", tmp_path / "out", config)
-    losses = {f"{t['partition']} {t['plan']}": t["held_out_loss"] for t in metrics["trials"]}
+    losses = {f"{t.partition} {t.plan}": t.held_out_loss for t in metrics.trials}
     conversions = candidates("tiny", config)
     assert list(losses) == [conversion.name for conversion in conversions]
-    assert losses[f"{metrics['partition']} {metrics['plan']}"] <= min(losses.values()) + TIE
+    assert losses[f"{metrics.partition} {metrics.plan}"] <= min(losses.values()) + TIE
     assert [trial(conversion) for conversion in conversions] == pytest.approx(list(losses.values()))
 
 
@@ -40,7 +40,7 @@ def test_the_faster_cut_wins_a_tie(tmp_path, losses, taken):
         partial.add_trial(conversion.name, loss)
     conversion, trials = choose(conversions, partial)
     assert conversion.config.partition == taken
-    assert tuple(t["held_out_loss"] for t in trials) == losses
+    assert tuple(t.held_out_loss for t in trials) == losses
 
 
 def test_the_fine_cut_is_tried_where_it_is_asked_for(tmp_path):
@@ -91,8 +91,8 @@ def test_a_trial_grows_with_the_calibration(tokens, window, windows):
 
 
 def test_finished_trials_are_not_repeated(tmp_path, monkeypatch):
-    def stop(done, count, record):
-        if record is None:
+    def stop(done, count, note):
+        if not note.startswith("trying"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -100,7 +100,7 @@ def test_finished_trials_are_not_repeated(tmp_path, monkeypatch):
     kept = json.loads((tmp_path / "out.partial" / "state.json").read_text())["trials"]
     monkeypatch.setattr(choice, "trial", None)
     metrics = convert("tiny", tmp_path / "out", AUTO)
-    assert {f"{t['partition']} {t['plan']}": t["held_out_loss"] for t in metrics["trials"]} == kept
+    assert {f"{t.partition} {t.plan}": t.held_out_loss for t in metrics.trials} == kept
 
 
 def test_a_named_partition_or_one_that_fits_alone_needs_no_trial():
@@ -128,15 +128,15 @@ def test_logits_scale_in_every_family(family):
 @torch.no_grad()
 def test_confidence_is_the_best_factor_on_the_grid():
     [conversion] = candidates("tiny", QUICK.model_copy(update={"active": 0.5, "tokens": 4_096}))
-    conversion.stream.load_embeddings_and_head()
-    hidden = embed(conversion)["validation"]
-    for index in range(len(conversion.stream.layers)):
-        with conversion.stream.layer(index) as layer:
-            hidden = conversion.stream.run(index, layer, hidden)
-    weight = conversion.stream.model.base_model.norm.weight
+    conversion.layerwise.load_embeddings_and_head()
+    hidden = embed(conversion.layerwise, conversion.tokens).validation
+    for index in range(len(conversion.layerwise.layers)):
+        with conversion.layerwise.layer(index) as layer:
+            hidden = conversion.layerwise.run(index, layer, hidden)
+    weight = conversion.layerwise.model.base_model.norm.weight
     weight *= 1.5  # too sure of itself
     before = weight.clone()
-    factor, tensors = fit_temperature(conversion, hidden)
+    factor, tensors = fit_temperature(conversion.layerwise, conversion.tokens.validation_NL, hidden)
     assert torch.equal(weight, before)
     assert factor < 0.8
     [scaled] = tensors.values()
@@ -144,7 +144,7 @@ def test_confidence_is_the_best_factor_on_the_grid():
 
     def loss(value):
         weight.copy_(before * value)
-        found = conversion.stream.token_losses(conversion.validation_NL, hidden).mean().item()
+        found = conversion.layerwise.token_losses(conversion.tokens.validation_NL, hidden).mean().item()
         weight.copy_(before)
         return found
 
@@ -153,9 +153,9 @@ def test_confidence_is_the_best_factor_on_the_grid():
 
 def test_the_scaled_norm_is_in_the_checkpoint(tmp_path):
     metrics = convert("tiny", tmp_path / "out", QUICK.model_copy(update={"plan": "S0A1E24", "tokens": 8_192}))
-    assert metrics["logit_factor"] < 1
+    assert metrics.logit_factor < 1
     model, _ = moesaic.load(tmp_path / "out")
     dense, _ = moesaic.load("tiny")
     torch.testing.assert_close(
-        model.base_model.norm.weight, dense.base_model.norm.weight * metrics["logit_factor"], rtol=1e-2, atol=1e-3
+        model.base_model.norm.weight, dense.base_model.norm.weight * metrics.logit_factor, rtol=1e-2, atol=1e-3
     )

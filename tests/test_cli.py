@@ -97,7 +97,7 @@ def test_recipes_are_read_and_overridden(run, tmp_path):
         (["tiny", "OUT", "--plan", "S3A3E7"], "nearest count that does is"),
         (["tiny", "OUT", "--active", "1.5"], "at most 1"),
         (["tiny", "OUT", "--tokens", "-3"], "--tokens is -3"),
-        (["tiny", "OUT", "--format", "gguf"], "--to gguf"),
+        (["tiny", "OUT", "--format", "gguf"], "--format gguf"),
         (["tiny", "OUT", "--format", "glm4"], "Did you mean 'glm4-moe'"),
         (["tiny", "OUT", "--calibration", "missing.txt"], "no text file 'missing.txt'"),
         (["tiny", "OUT", "--fine", "--plan", "S3A3E8"], "--fine asks for about 64 disjoint groups"),
@@ -179,7 +179,7 @@ def test_frontier_prints_rows_and_keeps_them(run, tmp_path):
     code, out, err = run("frontier", "tiny", *small, "--methods", "static+closed-form,flap", "--json")
     assert code == 0, err
     rows = json.loads(out)["rows"]
-    assert [row["method"] for row in rows] == ["static+closed-form", "flap"]
+    assert [row.method for row in rows] == ["static+closed-form", "flap"]
     assert rows[0].keys() >= {"method", "ffn_active", "perplexity_ratio", "speedup"}
     code, out, err = run("frontier", "tiny", *small, "--methods", "static+closed-form,flap")
     assert (code, out) == (0, "")

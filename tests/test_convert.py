@@ -43,18 +43,18 @@ def made(folders, tmp_path_factory):
 
 def test_everything_that_is_promised_is_there(made):
     out, metrics = made
-    assert metrics.keys() >= KEYS
-    assert metrics["plan"] == "S1A2E8"
-    assert metrics["ffn_active"] == pytest.approx(3 / 8)
-    assert len(metrics["layers"]) == 3
-    assert sum(metrics["layers"][0]["expert_tokens"]) == 2 * 15 * 64  # every 16th window is for validation
+    assert metrics.to_dict().keys() >= KEYS
+    assert metrics.plan == "S1A2E8"
+    assert metrics.ffn_active == pytest.approx(3 / 8)
+    assert len(metrics.layers) == 3
+    assert sum(metrics.layers[0].expert_tokens) == 2 * 15 * 64  # every 16th window is for validation
     names = {path.name for path in out.iterdir()}
     assert names >= {
         "config.json", "moesaic.yaml", "metrics.json", "README.md", "tokenizer.json", "model.safetensors.index.json",
         "layer_error.png", "expert_load.png", "activation_rates.png",
     }  # fmt: skip
     assert not any("partial" in name or "hidden" in name or name == "state.json" for name in names)
-    assert json.loads((out / "metrics.json").read_text())["perplexity"] == metrics["perplexity"]
+    assert json.loads((out / "metrics.json").read_text())["perplexity"] == metrics.perplexity
     assert not out.with_name("out.partial").exists()
 
 
@@ -65,13 +65,13 @@ def test_what_is_written_does_not_depend_on_what_is_calculated_in(folders, tmp_p
     for compute in (torch.bfloat16, torch.float32):
         monkeypatch.setattr(conversion, "compute_dtype", lambda dtype, device, compute=compute: compute)
         made[compute] = convert(folders("qwen2"), tmp_path / str(compute), config)
-        assert made[compute]["compute_dtype"] == str(compute).removeprefix("torch.")
+        assert made[compute].compute_dtype == str(compute).removeprefix("torch.")
     half, wide = (weights(tmp_path / str(compute)) for compute in made)
     assert {tensor.dtype for tensor in wide.values()} == {torch.bfloat16}
     unchanged = [name for name in half if not ("mlp." in name or name == "model.norm.weight")]
     assert unchanged
     assert all(torch.equal(half[name], wide[name]) for name in unchanged)
-    assert [m["perplexity"] for m in made.values()] == pytest.approx([made[torch.float32]["perplexity"]] * 2, rel=0.02)
+    assert [m.perplexity for m in made.values()] == pytest.approx([made[torch.float32].perplexity] * 2, rel=0.02)
 
 
 def test_products_are_in_the_dtype_that_is_fast(monkeypatch):
@@ -95,11 +95,11 @@ def test_parameters_are_counted_as_they_are(made, folders):
     out, metrics = made
     model, _ = moesaic.load(out)
     total = sum(p.numel() for p in model.parameters())
-    assert metrics["total_parameters"] == total
+    assert metrics.total_parameters == total
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-    assert metrics["active_parameters"] == total - experts * 5 // 7
+    assert metrics.active_parameters == total - experts * 5 // 7
     dense, _ = moesaic.load(folders("qwen2"))
-    assert metrics["dense_parameters"] == sum(p.numel() for p in dense.parameters())
+    assert metrics.dense_parameters == sum(p.numel() for p in dense.parameters())
 
 
 @torch.no_grad()
@@ -145,7 +145,7 @@ def test_generation_with_a_cache_equals_generation_without(made):
 
 def test_every_family_converts_and_loads(folders, family, tmp_path):
     metrics = convert(folders(family), tmp_path / "out", QUICK.model_copy(update={"active": 0.5}))
-    assert loaded_perplexity(tmp_path / "out") == pytest.approx(metrics["perplexity"], rel=1e-3)
+    assert loaded_perplexity(tmp_path / "out") == pytest.approx(metrics.perplexity, rel=1e-3)
 
 
 @pytest.mark.parametrize("partition", registry.names("partition"))
@@ -154,7 +154,7 @@ def test_every_partition_with_every_recovery(folders, tmp_path, partition, recov
     config = QUICK.model_copy(update={"active": 0.5, "partition": partition, "recovery": recovery})
     metrics = convert(folders("llama"), tmp_path / "out", config)
     if recovery == "closed-form":
-        assert all(r["error"] < r["split_error"] for r in metrics["layers"])
+        assert all(r.error < r.split_error for r in metrics.layers)
     model, _ = moesaic.load(tmp_path / "out")
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
 
@@ -186,7 +186,7 @@ def test_a_killed_conversion_resumes_to_the_same_bits(folders, tmp_path, made, l
     metrics = convert(folders("qwen2"), out, config, progress=lambda done, count, record: seen.append(done))
     assert seen[0] == layer  # it went on, it did not start anew
     same(weights(out), weights(made[0]))
-    assert metrics["perplexity"] == made[1]["perplexity"]
+    assert metrics.perplexity == made[1].perplexity
 
 
 @pytest.mark.parametrize("moment", ["shard", "hidden", "commit", "index", "rename"])
@@ -272,7 +272,7 @@ def test_a_collapse_fails_unless_forced(folders, tmp_path):
         convert(folders("llama"), tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
     metrics = convert(folders("llama"), tmp_path / "out", config, force=True)
-    assert metrics["collapsed"]
+    assert metrics.collapsed
     assert "collapsed" in (tmp_path / "out" / "README.md").read_text()
 
 

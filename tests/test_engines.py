@@ -70,7 +70,7 @@ def converted(tmp_path_factory):
             folder = tmp_path_factory.mktemp(family)
             save_dense(family, folder / "dense")
             metrics = convert(folder / "dense", folder / "native", QUICK.model_copy(update=METHODS[method]))
-            assert metrics["format"] == "glm4_moe"
+            assert metrics.format == "glm4_moe"
             made[family, method] = folder / "native"
         return made[family, method]
 
@@ -141,7 +141,7 @@ def test_llama_cpp_reads_every_type(converted, tmp_path, outtype):
 )
 def test_vllm_runs_the_working_form_by_our_plug_in(tmp_path, family, settings):
     save_dense(family, tmp_path / "dense")
-    assert convert(tmp_path / "dense", tmp_path / "out", QUICK.model_copy(update=settings))["format"] == "moesaic"
+    assert convert(tmp_path / "dense", tmp_path / "out", QUICK.model_copy(update=settings)).format == "moesaic"
     tokens = [[5, 9, 200, 17], list(range(30, 60))]
     model, _ = load(tmp_path / "out", dtype=torch.float32)
     expected = torch.stack([model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in tokens])

@@ -40,9 +40,9 @@ def test_gptq_protocol_is_the_published_one(tiny, text):
     windows = [[0, *ids[i : i + 63]] for i in range(0, len(ids) // 63 * 63, 63)]
     losses = [model(torch.tensor([w]), labels=torch.tensor([w])).loss.item() for w in windows]
     result = perplexity(model, tokenizer, text=text, window=64)
-    assert result["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
-    assert result["tokens"] == 64 * len(windows)
-    assert result["protocol"] == "gptq"
+    assert result.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert result.tokens == 64 * len(windows)
+    assert result.protocol == "gptq"
 
 
 def naive_losses(model, window):
@@ -59,7 +59,7 @@ def test_llama_cpp_scores_second_halves_with_bos_in_the_first_place(tiny, text):
         window = [0, *ids[i + 1 : i + 64]]
         losses += naive_losses(model, window)[32:].tolist()
     result = perplexity(model, tokenizer, text=text, window=64, protocol="llama.cpp")
-    assert result["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert result.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
 
 
 def test_lm_eval_scores_every_token_once_given_the_one_before(tiny, text):
@@ -69,13 +69,13 @@ def test_lm_eval_scores_every_token_once_given_the_one_before(tiny, text):
     assert sum(map(len, losses)) == len(ids) - 1
     words = len(text.read_text().split())
     result = perplexity(model, tokenizer, text=text, window=64, protocol="lm-eval")
-    assert result["perplexity"] == pytest.approx(math.exp(torch.cat(losses).sum().item() / words), rel=1e-3)
+    assert result.perplexity == pytest.approx(math.exp(torch.cat(losses).sum().item() / words), rel=1e-3)
 
 
 def test_the_default_is_bundled_text_within_a_limit(tiny):
     result = perplexity(*tiny, window=64, max_tokens=640)
-    assert result["tokens"] == 640
-    assert 20 < result["perplexity"] < 80
+    assert result.tokens == 640
+    assert 20 < result.perplexity < 80
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,9 @@ def test_task_files_of_all_forms(tiny, tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     result = evaluate_tasks(model, tokenizer, read_tasks(path))
-    assert result["a"] == {"acc": 0.5, "acc_norm": 0.5, "stderr": 0.5, "n": 2}
-    assert result["l"]["acc"] == 0
-    assert result["mean"]["n"] == 4
+    assert result["a"].to_dict() == {"acc": 0.5, "acc_norm": 0.5, "stderr": 0.5, "n": 2}
+    assert result["l"].acc == 0
+    assert result["mean"].n == 4
     assert [item.task for item in read_tasks(path, per_task=1)] == ["a", "w", "l"]
     for bad, says in [("{}", ":1 is not a task item"), ("", "holds no items")]:
         path.write_text(bad)
@@ -170,24 +170,24 @@ def test_benchmark_compares_and_counts(tiny, converted):
     dense, tokenizer = tiny
     model, _ = moesaic.load(converted[0], dtype=torch.float32)
     result = benchmark(model, dense, prompt_tokens(tokenizer, 32, 3), new=4, batches=(1, 3), rounds=2)
-    assert result["decode"].keys() == {"1", "3"}
-    assert result["prefill"].keys() == {"32"}
-    assert result["block"].keys() == {"1", "8", "32"}
-    assert result["decode"]["1"]["experts_touched"] == 2
-    assert 2 < result["decode"]["3"]["experts_touched"] <= 6
-    assert result["block"]["32"]["experts_touched"] > 6
-    small, large = result["block"]["1"], result["block"]["32"]
+    assert result.decode.keys() == {"1", "3"}
+    assert result.prefill.keys() == {"32"}
+    assert result.block.keys() == {"1", "8", "32"}
+    assert result.decode["1"].experts_touched == 2
+    assert 2 < result.decode["3"].experts_touched <= 6
+    assert result.block["32"].experts_touched > 6
+    small, large = result.block["1"], result.block["32"]
     ffn = 3 * dense.config.hidden_size * dense.config.intermediate_size
-    assert (small["dense_bytes"], large["dense_flops"]) == (4 * ffn, 2 * 32 * ffn)
-    assert small["bytes"] / small["dense_bytes"] == pytest.approx(3 / 8, rel=0.05)
+    assert (small.dense_bytes, large.dense_flops) == (4 * ffn, 2 * 32 * ffn)
+    assert small.bytes / small.dense_bytes == pytest.approx(3 / 8, rel=0.05)
     with pytest.raises(InputError, match="different dtypes"):
         benchmark(model, moesaic.load("tiny")[0], prompt_tokens(tokenizer, 32))
-    for group in (result["decode"], result["prefill"], result["block"]):
+    for group in (result.decode, result.prefill, result.block):
         for value in group.values():
-            least, greatest = value["speedup_range"]
-            assert 0 < least <= value["speedup"] <= greatest
-            assert value["share_of_limit"] == pytest.approx(value["speedup"] / value["limit"])
-            assert value["limit"] > (1 if value["experts_touched"] < 6 else 0.99)  # routers cost a little
+            least, greatest = value.speedup_range
+            assert 0 < least <= value.speedup <= greatest
+            assert value.share_of_limit == pytest.approx(value.speedup / value.limit)
+            assert value.limit > (1 if value.experts_touched < 6 else 0.99)  # routers cost a little
 
 
 def test_weights_read_a_step_are_counted(tiny, converted):
@@ -205,10 +205,10 @@ def test_weights_read_a_step_are_counted(tiny, converted):
 
 def test_inspect_tells_what_was_saved(converted, tmp_path):
     facts = moesaic.inspect(converted[0])
-    assert facts["plan"] == "S1A2E8"
-    assert facts["moe"]["num_experts"] == 7
-    assert facts["config"]["seed"] == 0
-    assert facts["model"] == "tiny"
+    assert facts.metrics.plan == "S1A2E8"
+    assert facts.moe["num_experts"] == 7
+    assert facts.config["seed"] == 0
+    assert facts.model == "tiny"
     with pytest.raises(InputError, match=r"holds no moesaic\.yaml"):
         moesaic.inspect(tmp_path)
 
@@ -225,7 +225,7 @@ def test_better_methods_are_better_on_a_real_model(tmp_path):
     ]:
         config = moesaic.ConvertConfig(active=0.25, partition=name, recovery=recovery)
         metrics = moesaic.convert("tiny", tmp_path / f"{name}-{recovery}", config)
-        ratio[name, recovery] = metrics["perplexity"] / metrics["perplexity_dense"]
+        ratio[name, recovery] = metrics.perplexity / metrics.perplexity_dense
     best = ratio["coactivation", "closed-form"]
     assert 1 < best < ratio["static", "closed-form"] < ratio["static", "none"]
     assert best < ratio["cmoe", "none"]

@@ -26,7 +26,7 @@ CELLS = {
     "mixtral": ["llama", "mistral", "phi3"],
     "flex_olmo": ["olmo2"],
 }
-FORM = registry.build("export", "glm4_moe")
+FORM = registry.build("format", "glm4_moe")
 SHORT = {"max_tokens": 256, "window": 64}
 METHODS = {
     "coactivation": {"plan": "S4A2E8"},
@@ -73,12 +73,12 @@ def same_tensors(one, other):
 def test_stock_transformers_says_the_same_and_the_way_back_is_exact(converted, form, family, method, tmp_path):
     source = converted(family, method)
     facts = export(source, tmp_path / "native", form)
-    assert facts["target"] == form
-    assert facts["median_difference"] < 0.01
-    assert facts["agreement"] > 0.95
-    assert facts["max_abs_logit_error"] >= 0
+    assert facts.target == form
+    assert facts.median_difference < 0.01
+    assert facts.agreement > 0.95
+    assert facts.max_abs_logit_error >= 0
     if method in ("specialists", "top-1") and form in ("granitemoeshared", "mixtral", "flex_olmo"):
-        assert facts["median_difference"] < 1e-4  # the one gate is exactly 1
+        assert facts.median_difference < 1e-4  # the one gate is exactly 1
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
     assert stock.config.model_type == form
     assert not type(stock).__module__.startswith("moesaic")
@@ -102,16 +102,16 @@ def test_convert_writes_the_native_form_that_export_would(folders, converted, tm
         update=METHODS[method] | ({"partition": "specialists"} if method == "specialists" else {})
     )
     metrics = convert(folders(family), tmp_path / "out", config)
-    assert metrics["format"] == form
-    assert metrics["format_reason"] == ""
-    assert metrics["check"]["median_difference"] < 0.01
-    assert metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics.format == form
+    assert metrics.format_reason == ""
+    assert metrics.check.median_difference < 0.01
+    assert metrics.to_dict() == json.loads((tmp_path / "out" / "metrics.json").read_text())
     same_tensors(tmp_path / "out", converted(family, method))
     assert "stock transformers gave" in (tmp_path / "out" / "README.md").read_text()
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert stock.config.model_type == form
     parameters = sum(p.numel() for p in stock.parameters())
-    assert metrics["total_parameters"] == pytest.approx(parameters, rel=1e-3)  # but for selection biases
+    assert metrics.total_parameters == pytest.approx(parameters, rel=1e-3)  # but for selection biases
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_convert_writes_the_native_form_that_export_would(folders, converted, tm
 )
 def test_what_no_engine_has_stays_in_the_working_form_and_says_why(folders, tmp_path, family, settings, reason):
     metrics = convert(folders(family), tmp_path / "out", QUICK.model_copy(update={"plan": "S1A2E8"} | settings))
-    assert metrics["format"] == "moesaic"
-    assert reason in metrics["format_reason"]
+    assert metrics.format == "moesaic"
+    assert reason in metrics.format_reason
     with pytest.raises(InputError, match=reason):
         export(tmp_path / "out", tmp_path / "native")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -141,9 +141,9 @@ def test_a_native_form_that_fails_its_check_becomes_the_working_form(folders, co
 
     monkeypatch.setattr(check, "logits", spoilt)
     metrics = convert(folders("qwen2"), tmp_path / "out", QUICK.model_copy(update=METHODS["coactivation"]))
-    assert metrics["format"] == "moesaic"
-    assert "is not the converted one" in metrics["format_reason"]
-    assert "check" not in metrics
+    assert metrics.format == "moesaic"
+    assert "is not the converted one" in metrics.format_reason
+    assert "check" not in metrics.to_dict()
     same_tensors(tmp_path / "out", converted("qwen2", "coactivation"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -157,7 +157,7 @@ def test_a_native_form_that_fails_and_cannot_be_written_otherwise_is_found_again
             convert(folders("qwen2"), tmp_path / "out", config)
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     monkeypatch.setattr(pipeline, "convert_layer", None)  # nothing is converted again
-    assert convert(folders("qwen2"), tmp_path / "out", config)["format"] == "glm4_moe"
+    assert convert(folders("qwen2"), tmp_path / "out", config).format == "glm4_moe"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -175,7 +175,7 @@ def test_a_rope_that_was_forgotten_is_seen(converted, tmp_path, monkeypatch):
 
 def test_of_a_large_model_the_first_layers_are_checked(converted, tmp_path, monkeypatch):
     monkeypatch.setattr(check, "virtual_memory", lambda: SimpleNamespace(available=0))
-    assert export(converted("qwen2"), tmp_path / "native")["layers"] == 2 < 3
+    assert export(converted("qwen2"), tmp_path / "native").layers == 2 < 3
 
 
 @torch.no_grad()
@@ -198,8 +198,8 @@ def test_a_native_form_loads_as_the_working_form(converted, tmp_path):
     own, _ = moesaic.load(converted("tied"))
     assert type(model) is type(own)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert evaluate(model, tokenizer, **SHORT)["perplexity"] == evaluate(own, tokenizer, **SHORT)["perplexity"]
-    assert moesaic.inspect(tmp_path / "native")["moe"] == moesaic.inspect(converted("tied"))["moe"]
+    assert evaluate(model, tokenizer, **SHORT).perplexity == evaluate(own, tokenizer, **SHORT).perplexity
+    assert moesaic.inspect(tmp_path / "native").moe == moesaic.inspect(converted("tied")).moe
 
 
 @torch.no_grad()
@@ -288,27 +288,27 @@ def test_what_a_form_cannot_say_is_refused_before_anything_is_written(
     ],
 )
 def test_configurations_that_it_cannot_say(family, change, reason):
-    working = moesaic_config(small_model(family).config, moesaic.Plan(1, 2, 8, 12), "linear")
-    FORM.config(working)
+    config = moesaic_config(small_model(family).config, moesaic.Plan(1, 2, 8, 12), "linear")
+    FORM.check(config, has_bias=False)
     for name, value in change.items():
-        setattr(working, name, value)
+        setattr(config, name, value)
     with pytest.raises(InputError, match=reason):
-        FORM.config(working)
+        FORM.check(config, has_bias=False)
 
 
 def test_forms_that_turn_whole_heads_refuse_models_that_turn_parts():
-    working = moesaic_config(small_model("phi3").config, moesaic.Plan(0, 1, 8, 12), "linear")
-    mixtral = registry.build("export", "mixtral")
-    mixtral.config(working)
-    working.rope_parameters = working.rope_parameters | {"partial_rotary_factor": 0.5}
+    config = moesaic_config(small_model("phi3").config, moesaic.Plan(0, 1, 8, 12), "linear")
+    mixtral = registry.build("format", "mixtral")
+    mixtral.check(config, has_bias=False)
+    config.rope_parameters = config.rope_parameters | {"partial_rotary_factor": 0.5}
     with pytest.raises(InputError, match="turns whole heads"):
-        mixtral.config(working)
+        mixtral.check(config, has_bias=False)
 
 
 def test_a_window_as_long_as_the_model_reaches_is_none():
-    working = moesaic_config(small_model("mistral").config, moesaic.Plan(1, 2, 8, 12), "linear")
-    working.sliding_window = SMALL["max_position_embeddings"]
-    FORM.config(working)
+    config = moesaic_config(small_model("mistral").config, moesaic.Plan(1, 2, 8, 12), "linear")
+    config.sliding_window = SMALL["max_position_embeddings"]
+    FORM.check(config, has_bias=False)
 
 
 def test_a_bad_export_leaves_nothing_behind(converted, tmp_path, monkeypatch):

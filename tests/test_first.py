@@ -13,7 +13,8 @@ from moesaic import Plan, convert, registry
 from moesaic.calibration.layers import replaced_ffn
 from moesaic.calibration.sinks import CHAT_SHARE, SHARE, ffn_factor, opening_targets, opening_tokens
 from moesaic.checkpoint.builtin import tiny_folder
-from moesaic.conversion.layer import convert_layer, embed
+from moesaic.conversion.layer import convert_layer
+from moesaic.conversion.states import embed
 from moesaic.conversion.prepare import prepare
 from moesaic.models.layerwise import LayerwiseModel
 from moesaic.recovery.closed_form import ClosedForm
@@ -72,7 +73,7 @@ def test_with_the_target_as_ffn_output_the_layer_gives_the_dense_stream(folders,
         expected = stream.run(1, layer, dense)
         expected_factor = 0 if family in NORM_BEHIND else {"granite": 0.5}.get(family, 1)
         assert ffn_factor(stream, 1, layer, dense[:1]) == pytest.approx(expected_factor, abs=1e-5)
-        (_, target), after = opening_targets(stream, 1, layer, moved, dense)
+        _, target, after = opening_targets(stream, 1, layer, moved, dense)
         torch.testing.assert_close(after, expected)
         if family in NORM_BEHIND:
             return
@@ -93,7 +94,7 @@ def test_recovery_fits_openings_as_so_many_more_rows(name, plan):
     partitioner = registry.build("partition", name)
     partition = partitioner.split(sample, plan, torch.Generator().manual_seed(0))
     moe = block_for(sample, plan)
-    gate = registry.build("router", partitioner.default_router).build(sample, partition, plan.num_experts_per_tok)
+    gate = registry.build("router", partitioner.default_router).fit(sample, partition, plan.num_experts_per_tok)
     moe.load_dense(sample.ffn, partition.shared, partition.experts, gate)
     blocks = [partition.shared, *partition.experts]
 
@@ -107,7 +108,7 @@ def test_recovery_fits_openings_as_so_many_more_rows(name, plan):
     (z, y), (z_first, y_first) = rows(sample), rows(opening)
     expected = np.linalg.lstsq(torch.cat([z, z_first]).numpy(), torch.cat([y, y_first]).numpy(), rcond=None)[0]
     ClosedForm(ridge=0).recover(moe, replace(sample, opening=opening), partition)
-    found = torch.cat([down.T for _, _, (_, _, down) in moe.parts(partition.shared, partition.experts)])
+    found = torch.cat([down.T for *_, down in moe.parts(partition.shared, partition.experts)])
     torch.testing.assert_close(found, torch.from_numpy(expected), rtol=2e-2, atol=2e-3)
 
 
@@ -125,12 +126,12 @@ def test_a_converted_layer_loses_less_of_first_tokens(no_bos_folder):
         conversion = prepare(
             no_bos_folder, QUICK.model_copy(update={"partition": "specialists", "active": 0.5, "first_tokens": count})
         )
-        assert len(conversion.opening_N1) == count
-        conversion.stream.load_embeddings_and_head()
-        states = embed(conversion)
+        assert len(conversion.tokens.opening_M1) == count
+        conversion.layerwise.load_embeddings_and_head()
+        states = embed(conversion.layerwise, conversion.tokens)
         for index in range(2):
             _, states, _ = convert_layer(conversion, index, states)
-        dense, ours = states["dense"][:, 0], states["converted"][:, 0]
+        dense, ours = states.dense[:, 0], states.converted[:, 0]
         errors[count] = ((ours - dense).norm(dim=1) / dense.norm(dim=1)).mean().item()
     assert errors[256] < errors[0]
 
@@ -143,4 +144,4 @@ def test_a_stopped_conversion_goes_on_with_its_first_tokens(no_bos_folder, tmp_p
     with pytest.raises(KeyboardInterrupt):
         convert(no_bos_folder, tmp_path / "stopped", QUICK, progress=stop)
     resumed = convert(no_bos_folder, tmp_path / "stopped", QUICK)
-    assert resumed["perplexity"] == convert(no_bos_folder, tmp_path / "whole", QUICK)["perplexity"]
+    assert resumed.perplexity == convert(no_bos_folder, tmp_path / "whole", QUICK).perplexity

@@ -16,6 +16,7 @@ from moesaic.conversion.auto import candidates
 from moesaic.evaluation.cost import active_weights, ffn_of
 from moesaic.models.families import decoder_layers, ffn_name, gated_ffn
 from moesaic.plan import Plan
+from moesaic.results import FrontierRow
 
 MEASUREMENT = Measurement(tokens=2_048, max_tokens=4_096, speed=False)
 
@@ -53,18 +54,18 @@ def measured(tmp_path_factory):
 
 
 def test_the_methods_come_in_their_order(measured):
-    ratio = {row["method"]: row["perplexity_ratio"] for row in measured[1]["rows"]}
+    ratio = {row.method: row.perplexity_ratio for row in measured[1].rows}
     assert 1 < ratio["neurons"] < ratio["specialists"] < ratio["static+closed-form"] < ratio["flap"] < ratio["cmoe"]
 
 
 def test_rows_and_charts_are_kept_and_not_measured_again(measured, monkeypatch):
     out, result = measured
     assert {"frontier.json", "frontier.png", "frontier.svg"} == {p.name for p in out.iterdir()}
-    assert json.loads((out / "frontier.json").read_text()) == json.loads(json.dumps(result))
-    assert all(row["machine"] and row["versions"]["torch"] == torch.__version__ for row in result["rows"])
+    assert json.loads((out / "frontier.json").read_text()) == json.loads(json.dumps(result.to_dict()))
+    assert all(row.machine and row.versions["torch"] == torch.__version__ for row in result.rows)
     monkeypatch.setattr("moesaic.comparison.frontier.convert", None)
     again = frontier("tiny", out, active=[0.25], methods=["flap", "cmoe"], measurement=MEASUREMENT)
-    assert again["rows"] == result["rows"]
+    assert again.rows == result.rows
     with pytest.raises(InputError, match=r"another .*tokens"):
         frontier("tiny", out, measurement=Measurement(tokens=1_024))
 
@@ -74,29 +75,32 @@ def test_speed_is_measured_later_and_once_a_shape(measured, monkeypatch):
     monkeypatch.setattr("moesaic.comparison.frontier.convert", None)
     ask = {"active": [0.25], "methods": ["flap"], "measurement": replace(MEASUREMENT, speed=True)}
     result = frontier("tiny", out, **ask)
-    speedup = {row["method"]: row["speedup"] for row in result["rows"]}
+    speedup = {row.method: row.speedup for row in result.rows}
     assert speedup.pop("neurons") is None
-    shapes = {(row["plan"], row["expert_width"]) for row in result["rows"] if row["plan"]}
+    shapes = {(row.plan, row.expert_width) for row in result.rows if row.plan}
     assert speedup["flap"] == speedup["static+closed-form"] > 0
-    assert {(speed["plan"], speed["expert_width"]) for speed in result["speeds"]} == shapes
-    assert len(result["speeds"]) == len(shapes) < len(before["rows"])
-    assert {row["method"]: row["speedup"] for row in result["summary"]}["cmoe"] == speedup["cmoe"] > 0
+    assert {(speed.plan, speed.expert_width) for speed in result.speeds} == shapes
+    assert len(result.speeds) == len(shapes) < len(before.rows)
+    assert {row.method: row.speedup for row in result.summary}["cmoe"] == speedup["cmoe"] > 0
     monkeypatch.setattr("moesaic.comparison.frontier.shape_speed", None)
-    assert frontier("tiny", out, **ask)["speeds"] == result["speeds"]
+    assert frontier("tiny", out, **ask).speeds == result.speeds
     file = out / "frontier.json"
-    rows = [row | {"speedup": None} for row in result["rows"]]
-    file.write_text(json.dumps(result | {"rows": rows}))
+    rows = [replace(row, speedup=None) for row in result.rows]
+    file.write_text(json.dumps(replace(result, rows=rows).to_dict()))
     unmeasured = frontier("tiny", out, **ask | {"measurement": MEASUREMENT})
-    assert unmeasured["rows"] == result["rows"]  # a shape that is known is not lost on rows that came later
+    assert unmeasured.rows == result.rows  # a shape that is known is not lost on rows that came later
     monkeypatch.setattr("moesaic.comparison.frontier.machine", lambda: "another machine")
-    monkeypatch.setattr("moesaic.comparison.frontier.shape_speed", lambda *_, **__: {"speedup": 7.0})
-    assert {row["speedup"] for row in frontier("tiny", out, **ask)["rows"]} == {7.0, None}
+    monkeypatch.setattr("moesaic.comparison.frontier.shape_speed", lambda *_: replace(result.speeds[0], speedup=7.0))
+    assert {row.speedup for row in frontier("tiny", out, **ask).rows} == {7.0, None}
 
 
 def test_routing_by_an_oracle_is_a_bound_without_a_speed():
-    row = {"plan": "S1A1E8", "expert_width": 16}
-    assert _shape(row | {"method": "coactivation-oracle"}) is None
-    assert _shape(row | {"method": "cmoe"}) == ("S1A1E8", 16)
+    row = FrontierRow(
+        method="coactivation-oracle", active=0.25, memory_factor=1.0, seed=0, plan="S1A1E8", expert_width=16,
+        ffn_active=0.25, perplexity=20.0, perplexity_ratio=2.0,
+    )  # fmt: skip
+    assert _shape(row) is None
+    assert _shape(replace(row, method="cmoe")) == ("S1A1E8", 16)
 
 
 @torch.no_grad()
@@ -127,26 +131,28 @@ def test_bad_requests_are_refused_before_any_work(tmp_path):
 
 
 def test_the_summary_has_means_and_deviations_over_seeds():
-    row = {"method": "cmoe", "active": 0.5, "memory_factor": 1.0, "ffn_active": 0.5, "memory": 1.0, "plan": "S3A3E12"}
-    row |= {"partition": "cmoe", "speedup": 1.2}
-    rows = [row | {"seed": seed, "perplexity_ratio": ratio} for seed, ratio in enumerate((2.0, 3.0, 4.0))]
-    line, other = summarise([*rows, row | {"method": "flap", "seed": 0, "perplexity_ratio": 5.0, "speedup": None}])
-    assert (line["perplexity_ratio"], line["perplexity_ratio_deviation"], line["seeds"]) == (3.0, 1.0, 3)
-    assert (line["speedup"], other["speedup"], other["seeds"]) == (1.2, None, 1)
-    assert len(summarise([*rows, row | {"plan": "S1A1E4", "seed": 3, "perplexity_ratio": 1.0}])) == 2
+    row = FrontierRow(
+        method="cmoe", active=0.5, memory_factor=1.0, ffn_active=0.5, memory=1.0, plan="S3A3E12", partition="cmoe",
+        speedup=1.2, seed=0, perplexity=20.0, perplexity_ratio=2.0,
+    )  # fmt: skip
+    rows = [replace(row, seed=seed, perplexity_ratio=ratio) for seed, ratio in enumerate((2.0, 3.0, 4.0))]
+    line, other = summarise([*rows, replace(row, method="flap", perplexity_ratio=5.0, speedup=None)])
+    assert (line.perplexity_ratio, line.perplexity_ratio_deviation, line.seeds) == (3.0, 1.0, 3)
+    assert (line.speedup, other.speedup, other.seeds) == (1.2, None, 1)
+    assert len(summarise([*rows, replace(row, plan="S1A1E4", seed=3, perplexity_ratio=1.0)])) == 2
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "read-me"])
 def test_every_method_fits_tiny(name):
     for conversion in candidates("tiny", Point(name, 0.25, 1.0, 0).config(MEASUREMENT)):
-        assert conversion.plan.ffn_active(conversion.stream.config.intermediate_size) == pytest.approx(0.25, abs=0.01)
+        assert conversion.plan.ffn_active(conversion.layerwise.config.intermediate_size) == pytest.approx(0.25, abs=0.01)
 
 
 def test_all_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
     monkeypatch.setattr("moesaic.comparison.frontier._measure", lambda model, point, *_: row_of(point))
     result = frontier("tiny", tmp_path, active=[0.25], methods=["all"], measurement=MEASUREMENT)
-    assert {row["method"] for row in result["rows"]} == {*METHODS, "neurons"} - {"read-me"}
-    [(name, reason)] = result["unfit"].items()
+    assert {row.method for row in result.rows} == {*METHODS, "neurons"} - {"read-me"}
+    [(name, reason)] = result.unfit.items()
     assert name == "read-me, 25% active"
     assert "domain of text for each expert" in reason
     with pytest.raises(InputError, match="no text file"):
@@ -155,8 +161,9 @@ def test_all_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
 
 def row_of(point):
     """A row that was not measured."""
-    row = {"plan": None, "ffn_active": point.active, "memory": 1.0, "perplexity_ratio": 2.0}
-    return asdict(point) | row
+    return FrontierRow(
+        **asdict(point), plan=None, ffn_active=point.active, memory=1.0, perplexity=20.0, perplexity_ratio=2.0
+    )
 
 
 def test_a_stopped_conversion_waits_for_its_turn(tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def test_the_file_holds_the_native_form(converted, tmp_path, outtype, bound):
     facts = export(converted, tmp_path / "model.gguf", "gguf", outtype=outtype)
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
     fields, tensors = read(tmp_path / "model.gguf")
-    assert (fields["general.architecture"], facts["architecture"]) == ("glm4moe", "glm4moe")
+    assert (fields["general.architecture"], facts.architecture) == ("glm4moe", "glm4moe")
     assert (fields["glm4moe.expert_count"], fields["glm4moe.expert_used_count"]) == (2, 2)
     assert not fields["glm4moe.expert_weights_norm"]
     stock = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32).model.layers[1]
@@ -59,7 +59,7 @@ def test_the_file_holds_the_native_form(converted, tmp_path, outtype, bound):
         difference = np.linalg.norm(tensors[name] - tensor.detach().numpy())
         assert difference <= bound * np.linalg.norm(tensors[name]), name
     # 16 neurons are no whole block of 32
-    assert facts["fallbacks"] == (3 if outtype in ("q8_0", "q4_0") else 0)
+    assert facts.fallbacks == (3 if outtype in ("q8_0", "q4_0") else 0)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_the_file_holds_the_native_form(converted, tmp_path, outtype, bound):
 )
 def test_the_architecture_follows_the_model(folders, tmp_path, family, settings, architecture):
     convert(folders(family), tmp_path / "out", QUICK.model_copy(update=settings))
-    assert export(tmp_path / "out", tmp_path / "model.gguf", "gguf")["architecture"] == architecture
+    assert export(tmp_path / "out", tmp_path / "model.gguf", "gguf").architecture == architecture
     fields, tensors = read(tmp_path / "model.gguf")
     assert fields["general.architecture"] == architecture
     assert ("rope_freqs.weight" in tensors) == (family == "llama3-rope")
@@ -123,7 +123,7 @@ def test_k_quants_need_llama_quantize(converted, tmp_path, monkeypatch):
     command.chmod(0o755)
     facts = export(converted, tmp_path / "model.gguf", "gguf", outtype="q4_k_m")
     kinds = [t.tensor_type for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors]
-    assert facts["fallbacks"] == kinds.count(gguf.GGMLQuantizationType.F16) > 20  # that command quantises nothing
+    assert facts.fallbacks == kinds.count(gguf.GGMLQuantizationType.F16) > 20  # that command quantises nothing
     command.write_text("#!/bin/sh\necho no such type >&2; exit 1\n")
     with pytest.raises(WorkError, match="no such type"):
         export(converted, tmp_path / "other.gguf", "gguf", outtype="q4_k_m")

@@ -15,8 +15,8 @@ from moesaic.partition.cmoe import active_neurons, l1_distance
 from moesaic.partition.specialists import cluster_saliency, spherical_kmeans
 
 PARTITIONERS = registry.names("partition")
-DISJOINT = [name for name in PARTITIONERS if not registry.method("partition", name).overlapping]
-ROUTED = [name for name in DISJOINT if not registry.method("partition", name).static]
+DISJOINT = [name for name in PARTITIONERS if not registry.method_class("partition", name).overlapping]
+ROUTED = [name for name in DISJOINT if not registry.method_class("partition", name).static]
 
 
 @pytest.mark.parametrize("name", ROUTED)
@@ -33,7 +33,7 @@ def test_a_disjoint_partition_is_a_permutation(name, width, shared, active, idle
 
 @pytest.mark.parametrize("name", PARTITIONERS)
 def test_partitions_are_reproducible_and_of_the_planned_size(name):
-    plan = Plan(1, 0, 4, 12) if registry.method("partition", name).static else Plan(1, 1, 4, 12)
+    plan = Plan(1, 0, 4, 12) if registry.method_class("partition", name).static else Plan(1, 1, 4, 12)
     first, again = (
         registry.build("partition", name).split(random_sample(), plan, torch.Generator().manual_seed(3))
         for _ in range(2)

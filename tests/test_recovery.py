@@ -27,7 +27,7 @@ def converted(name, plan, tokens=400):
     partition = partitioner.split(sample, plan, torch.Generator().manual_seed(0))
     moe = block_for(sample, plan, bias=partitioner.static)
     router = registry.build("router", partitioner.default_router)
-    gate = router.build(sample, partition, plan.num_experts_per_tok) if plan.num_experts else {}
+    gate = router.fit(sample, partition, plan.num_experts_per_tok) if plan.num_experts else {}
     moe.load_dense(sample.ffn, partition.shared, partition.experts, gate, partition.bias_D)
     return moe, sample, partition
 

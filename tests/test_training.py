@@ -19,12 +19,12 @@ from moesaic.formats.converted import Converted
 from moesaic.formats.loading import load_tokenizer
 from moesaic.moe.kernels import _by_transformers
 from moesaic.moe.modeling import moe_blocks
-from moesaic.training.balance import balance_loss, load, move_bias, summary, watched
-from moesaic.training.config import make_config
+from moesaic.training.load import balance_loss, load, move_bias, summary, watched
+from moesaic import FinetuneConfig
 from moesaic.training.data import make_samples
 from moesaic.training.losses import Objective, distance, layer_distance, next_token
 from moesaic.training.methods.factorllm import labels
-from moesaic.training.parts import check_gradients, counts, same_dtype, trainable
+from moesaic.training.parameters import check_gradients, counts, same_dtype, trainable
 from moesaic.training.trainer import schedule, training_mode
 
 SHORT = FinetuneConfig(window=64, samples=64, batch=4, held_out=8, steps=8, evaluations=4, device="cpu", teacher="tiny")
@@ -243,28 +243,28 @@ def test_every_method_trains_what_it_claims_and_writes_a_model_that_loads(conver
     facts = moesaic.finetune(
         converted, out, SHORT.model_copy(update={"method": method, "learning_rate": RATES.get(method)})
     )
-    assert facts["held_out_loss"] <= facts["held_out_loss_before"]
-    assert facts["trainable_parameters"]["router"] > 0
+    assert facts.held_out_loss <= facts.held_out_loss_before
+    assert facts.trainable_parameters["router"] > 0
     model, _ = moesaic.load(out, dtype=torch.float32)
     logits = model(input_ids=torch.arange(32)[None]).logits
     assert logits.isfinite().all()
     if method in ("lora", "full", "factorllm"):
-        assert facts["improved"]
+        assert facts.improved
     if method in ("lora", "full", "factorllm", "router"):
-        assert facts["format"] == "glm4_moe"
+        assert facts.format == "glm4_moe"
         assert json.loads((out / "metrics.json").read_text())["check"]["median_difference"] < 0.01
-    elif facts["improved"]:
-        assert facts["format"] == "moesaic"
+    elif facts.improved:
+        assert facts.format == "moesaic"
 
 
 def test_every_family_trains_and_keeps_its_form(family, folders, tmp_path):
     start, out = tmp_path / "start", tmp_path / "out"
-    form = moesaic.convert(folders(family), start, QUICK)["format"]
+    form = moesaic.convert(folders(family), start, QUICK).format
     config = SHORT.model_copy(update={"teacher": str(folders(family)), "learning_rate": 5e-3})
     facts = moesaic.finetune(start, out, config)
-    assert facts["improved"], facts
-    assert all(facts["trainable_parameters"][part] > 0 for part in ("attention", "shared", "routed", "router"))
-    assert facts["format"] == form
+    assert facts.improved, facts
+    assert all(facts.trainable_parameters[part] > 0 for part in ("attention", "shared", "routed", "router"))
+    assert facts.format == form
     before, after = tensors(start), tensors(out)
     assert before.keys() == after.keys()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
@@ -331,11 +331,11 @@ def test_merged_model_equals_adapters(converted):
 def test_loss_falls(converted, tmp_path):
     config = SHORT.model_copy(update={"learning_rate": 2e-3, "steps": 24, "samples": 96})
     facts = moesaic.finetune(converted, tmp_path / "out", config)
-    assert facts["improved"]
-    assert facts["held_out_loss"] < facts["held_out_loss_before"] - 0.05
-    assert facts["perplexity"] < facts["perplexity_before"]
+    assert facts.improved
+    assert facts.held_out_loss < facts.held_out_loss_before - 0.05
+    assert facts.perplexity < facts.perplexity_before
     known = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert known["finetune"]["held_out_loss"] == facts["held_out_loss"]
+    assert known["finetune"]["held_out_loss"] == facts.held_out_loss
     assert (tmp_path / "out" / "training.png").stat().st_size > 5_000
     log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == list(range(1, 25))
@@ -346,8 +346,8 @@ def test_loss_falls(converted, tmp_path):
 def test_a_harmful_training_returns_the_start(converted, tmp_path):
     config = SHORT.model_copy(update={"method": "full", "learning_rate": 1.0})
     facts = moesaic.finetune(converted, tmp_path / "out", config)
-    assert not facts["improved"]
-    assert facts["held_out_loss"] == facts["held_out_loss_before"]
+    assert not facts.improved
+    assert facts.held_out_loss == facts.held_out_loss_before
     assert same(tensors(converted), tensors(tmp_path / "out"))
 
 
@@ -361,15 +361,15 @@ def test_what_rounding_spoils_is_not_written(converted, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "write", lambda run, trained, facts, state: facts)
     config = SHORT.model_copy(update={"learning_rate": 1e-3})
     facts = moesaic.finetune(converted, tmp_path / "out", config)
-    assert not facts["improved"]
-    assert facts["held_out_loss"] == facts["held_out_loss_before"]
+    assert not facts.improved
+    assert facts.held_out_loss == facts.held_out_loss_before
 
 
 def test_a_float16_start_comes_back_bit_by_bit(tmp_path):
     update = {"active": 0.25, "partition": "specialists", "dtype": "float16"}
     moesaic.convert("tiny", tmp_path / "start", QUICK.model_copy(update=update))
     config = SHORT.model_copy(update={"method": "full", "learning_rate": 1.0, "steps": 2})
-    assert not moesaic.finetune(tmp_path / "start", tmp_path / "out", config)["improved"]
+    assert not moesaic.finetune(tmp_path / "start", tmp_path / "out", config).improved
     assert same(tensors(tmp_path / "start"), tensors(tmp_path / "out"))
 
 
@@ -387,7 +387,7 @@ def test_resumed_equals_uninterrupted(converted, tmp_path, method):
     with pytest.raises(InputError, match="another text, configuration"):
         moesaic.finetune(converted, tmp_path / "parts", config.model_copy(update={"seed": 1}))
     facts = moesaic.finetune(converted, tmp_path / "parts", config)
-    assert facts["steps"] == 8
+    assert facts.steps == 8
     assert same(tensors(tmp_path / "whole"), tensors(tmp_path / "parts"))
     logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
     assert [json.loads(a)["loss"] for a in logs[0]] == [json.loads(b)["loss"] for b in logs[1]]
@@ -396,7 +396,7 @@ def test_resumed_equals_uninterrupted(converted, tmp_path, method):
 @pytest.mark.parametrize("update", [{"objective": "lm"}, {"objective": "both", "match": 1.0}, {"balance": "loss"}])
 def test_other_objectives_learn_too(converted, tmp_path, update):
     facts = moesaic.finetune(converted, tmp_path / "out", SHORT.model_copy(update={"learning_rate": 1e-3, **update}))
-    assert facts["improved"]
+    assert facts.improved
 
 
 def test_minutes_end_a_training(converted, tmp_path):
@@ -405,20 +405,20 @@ def test_minutes_end_a_training(converted, tmp_path):
         converted, tmp_path / "out", SHORT.model_copy(update={"steps": None, "minutes": 2.0, "evaluations": 2}),
         clock=lambda: float(next(ticks)),
     )  # fmt: skip
-    assert 8 <= facts["steps"] <= 12
+    assert 8 <= facts.steps <= 12
 
 
 def test_cmoe_and_its_recipe(tmp_path):
     plain = QUICK.model_copy(update={"plan": "S1A1E4", "partition": "cmoe", "recovery": "none"})
     moesaic.convert("tiny", tmp_path / "cmoe", plain, force=True)
-    recipe = make_config(moesaic_root() / "recipes" / "cmoe.yaml", {})
+    recipe = FinetuneConfig.read(moesaic_root() / "recipes" / "cmoe.yaml", {})
     assert (recipe.objective, recipe.balance, recipe.learning_rate) == ("lm", "bias", 5.65e-5)
     short = {name: getattr(SHORT, name) for name in ("window", "samples", "batch", "held_out", "steps")}
     facts = moesaic.finetune(
         tmp_path / "cmoe", tmp_path / "out", recipe.model_copy(update=short | {"learning_rate": 1e-3})
     )
-    assert facts["improved"]
-    assert facts["trainable_parameters"]["router"] == 3 * 4
+    assert facts.improved
+    assert facts.trainable_parameters["router"] == 3 * 4
     bias = [t for name, t in tensors(tmp_path / "out").items() if name.endswith("e_score_correction_bias")]
     assert any(t.any() for t in bias)
 
@@ -494,14 +494,14 @@ def test_a_training_that_does_not_fit_in_memory_is_refused(converted, tmp_path, 
 
 
 def test_unknown_settings_and_short_names_of_options(tmp_path):
-    assert make_config(None, {"rank": 4, "alpha": 8}).method == "lora:rank=4,alpha=8"
-    assert make_config(None, {"method": "rmoe:width=32", "rank": 4}).method == "rmoe:width=32,rank=4"
+    assert FinetuneConfig.read(None, {"rank": 4, "alpha": 8}).method == "lora:rank=4,alpha=8"
+    assert FinetuneConfig.read(None, {"method": "rmoe:width=32", "rank": 4}).method == "rmoe:width=32,rank=4"
     with pytest.raises(InputError, match="method 'full' has no option 'rank'"):
-        make_config(None, {"method": "full", "rank": 4})
+        FinetuneConfig.read(None, {"method": "full", "rank": 4})
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("objectiv: lm\n")
     with pytest.raises(InputError, match="Did you mean 'objective'"):
-        make_config(recipe, {})
+        FinetuneConfig.read(recipe, {})
 
 
 def test_dtypes_come_back():

@@ -273,7 +273,8 @@ def _measure_speeds(model: str, result: FrontierResult, output: Path, report: Ca
     for shape in missing:
         report(shape.plan)
         plan = parse_plan(shape.plan, dense.config.intermediate_size, shape.expert_width, overlapping=True)
-        result = _save(replace(result, speeds=[*result.speeds, shape_speed(dense, tokenizer, plan)]), output)
+        found = replace(shape_speed(dense, tokenizer, plan), machine=here)
+        result = _save(replace(result, speeds=[*result.speeds, found]), output)
     return result
 
 

@@ -58,9 +58,9 @@ def choose_format(wish: object, config: MoesaicModelConfig, has_bias: bool) -> C
     formats: list[Format] = [registry.build("format", name) for name in registry.names("format")]
     able = [f for f in formats if f.preference is not None and config.dense_model_type in f.sources]
     for format in sorted(able, key=lambda f: f.preference or 0):
-        reason = format.reason(config, has_bias)
-        if not reason and format.copies_shared and config.n_shared_experts and config.num_experts_per_tok > 1:
-            reason = "each of several active experts would run a copy of the shared one"
+        copies = format.copies_shared and config.n_shared_experts and config.num_experts_per_tok > 1
+        several = "each of several active experts would run a copy of the shared one" if copies else ""
+        reason = several or format.reason(config, has_bias)
         if not reason:
             return ChosenFormat(format, "")
         reasons.append(f"not {format.name}: {reason}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..calibration.activations import CHUNK_TOKENS, LayerActivations
+from ..models.moe_block import Routing
 from ..moe.block import MoE
 from ..partition import Partition
 from .base import Recovery
@@ -89,8 +90,9 @@ class ClosedForm(Recovery):
 
 
 def top_one(moe: MoE) -> bool:
-    """Whether a token never runs two routed experts."""
-    return moe.gate is not None and moe.gate.num_experts_per_tok == 1
+    """Whether each token runs exactly one routed expert."""
+    gate = moe.gate
+    return gate is not None and gate.num_experts_per_tok == 1 and not gate.selection.dynamic_top_k
 
 
 def add(systems: Systems, number: int, z_CX: Tensor, rest_CD: Tensor) -> None:
@@ -158,8 +160,8 @@ def weighted(h_CF: Tensor, y_CD: Tensor, weight_C: Tensor) -> tuple[Tensor, Tens
     return (h_CF.float() * weight_C[:, None]).to(dtype), (y_CD * weight_C[:, None]).to(dtype)
 
 
-def chosen(moe: MoE, x_CD: Tensor) -> tuple[Tensor, Tensor]:
-    """(expert indices, weights) [C, K] that the block's gate gives these tokens."""
+def chosen(moe: MoE, x_CD: Tensor) -> Routing:
+    """What the block's gate decides for these tokens."""
     assert moe.gate is not None
     assert moe.experts is not None
     return moe.gate(x_CD, moe.experts)
@@ -185,9 +187,8 @@ def gains(moe: MoE, x_CD: Tensor, blocks: list[Tensor]) -> Tensor:
     widths = torch.tensor([len(block) for block in blocks], device=x_CD.device)
     gain_CB = torch.ones(len(x_CD), len(blocks), dtype=x_CD.dtype, device=x_CD.device)
     if moe.experts is not None:
-        index_CK, weight_CK = chosen(moe, x_CD)
-        gain_CB[:, -moe.experts.num_experts :] = 0
-        gain_CB.scatter_(1, index_CK + len(blocks) - moe.experts.num_experts, weight_CK)
+        routed_CE = x_CD.new_zeros(len(x_CD), moe.experts.num_experts + 1)  # the last column is no expert
+        gain_CB[:, -moe.experts.num_experts :] = routed_CE.scatter_(1, *chosen(moe, x_CD))[:, :-1]
     return gain_CB.repeat_interleave(widths, dim=1)
 
 
