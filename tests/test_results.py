@@ -1,0 +1,65 @@
+"""Tables of results are what the committed measurements say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import result_tables  # noqa: E402
+
+QUALITY = ROOT / "docs" / "results" / "quality.md"
+
+
+def test_no_page_is_stale():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "result_tables.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_changed_number_is_seen(monkeypatch, capsys):
+    text = QUALITY.read_text()
+    assert "| 17.7 |" in text
+    monkeypatch.setattr(result_tables, "PAGES", [ROOT / "README.md", Changed(QUALITY, text.replace("| 17.7 |", "| 1.7 |"))])
+    assert result_tables.main(check=True) == 1
+    assert "quality.md is stale" in capsys.readouterr().out
+
+
+class Changed(type(QUALITY)):
+    """A page whose text is not what is on disk."""
+
+    def __init__(self, path, text):
+        super().__init__(path)
+        self.text = text
+
+    def read_text(self):
+        return self.text
+
+
+def test_every_table_has_a_place_and_fits():
+    pages = "\n".join(page.read_text() for page in result_tables.PAGES)
+    assert sorted(match[1] for match in result_tables.MARKED.findall(pages)) == sorted(result_tables.TABLES)
+    for page in result_tables.PAGES:
+        rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
+        assert all(row.replace("\\|", "").count("|") <= 9 for row in rows), page
+
+
+def test_every_measurement_is_shown():
+    """Each JSON of results is the source of some table, or a row of a file that is."""
+    pages = "\n".join(page.read_text() for page in result_tables.PAGES)
+    files = [path.relative_to(ROOT).as_posix() for path in result_tables.RESULTS.rglob("*.json")]
+    assert files
+    assert not [file for file in files if file not in pages and "/rows/" not in file]
+
+
+def test_readmes_numbers_are_the_files():
+    summary = json.loads((result_tables.RESULTS / "quality-demo" / "frontier.json").read_text())["summary"]
+    table = result_tables.MARKED.findall((ROOT / "README.md").read_text())[0][0]
+    shown = next(row for row in result_tables.readme().splitlines() if row.startswith("| CMoE"))
+    wanted = {r["active"]: r["perplexity_ratio"] for r in summary if r["method"] == "cmoe"}
+    assert "readme" in table
+    for cell, (_, value) in zip(shown.split("|")[2:5], sorted(wanted.items()), strict=True):
+        assert abs(float(cell) - value) <= 0.005 * max(value, 1)
