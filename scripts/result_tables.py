@@ -175,7 +175,8 @@ def training() -> str:
             f"python benchmarks/recovery.py demo --web {s['files']['web']} --data {' '.join(s['files']['data'])} "
             f"--text {s['files']['text']} --tasks pack_200.jsonl --items {s['items_per_task']} "
             f"--max-tokens {s['max_tokens']} --plans S1A1E8 S2A2E8 --minutes 15 60",
-            f"Protocol: perplexity `gptq`, windows of {dense['web']['window']:,}, {s['max_tokens']:,} tokens of each text; "
+            f"Protocol: perplexity `gptq`, windows of {dense['web']['window']:,}, "
+            f"{s['max_tokens']:,} tokens of each text; "
             f"dense {dense['wikitext2']['perplexity']:.2f} and {dense['web']['perplexity']:.2f}; "
             f"{s['items_per_task']} items of each of 12 tasks, standard error {dense['tasks']['mean']['stderr']:.3f}",
             f"Training text: sha256 `{s['data_sha256']}`; calibration: {s['calibration_tokens']:,} tokens of "

@@ -65,7 +65,8 @@ def shapes(model: str) -> str:
             file,
             f"python benchmarks/quality.py {model} ... (the command of its quality table, without --no-speed)",
             f"Protocol: decode of one sequence, {s['dtype']}, {s['threads']} threads, prompt of {s['prompt']} tokens, "
-            f"{s['new']} new; medians (and range) of {s['rounds']} alternating rounds; random weights of these shapes; no seed",
+            f"{s['new']} new; medians (and range) of {s['rounds']} alternating rounds; "
+            "random weights of these shapes; no seed",
             part="speeds",
         )
     )
