@@ -54,3 +54,10 @@ def test_readmes_numbers_are_the_files():
     wanted = {r["active"]: r["perplexity_ratio"] for r in summary if r["method"] == "cmoe"}
     for cell, (_, value) in zip(shown.split("|")[2:5], sorted(wanted.items()), strict=True):
         assert abs(float(cell) - value) <= 0.005 * max(value, 1)
+
+
+def test_readmes_words_are_the_numbers():
+    readme = (ROOT / "README.md").read_text()
+    summary = json.loads((result_tables.RESULTS / "quality-gemma-270m" / "frontier.json").read_text())["summary"]
+    quarter = next(r for r in summary if r["method"] == "specialists" and r["active"] == 0.25)
+    assert f"Gemma 3 270M: {quarter['speedup']:.2f} times as fast at a quarter" in readme
