@@ -41,7 +41,7 @@ test: check unit
 docs: setup
 	@$(PIP) install --group docs
 	$(BIN)/python scripts/result_tables.py --check
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # engines in virtual environments of their own, made once; one that cannot be installed is skipped by its tests
 ENGINES ?= llama.cpp mlx vllm
