@@ -11,6 +11,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+import moesaic
 from conftest import random_sample
 from moesaic import Plan, cli, registry
 
@@ -130,6 +131,11 @@ def test_links_hold(page):
 def test_every_page_is_in_the_sites_navigation():
     listed = set(re.findall(r"[\w/.-]+\.md", (ROOT / "mkdocs.yml").read_text()))
     assert listed == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+
+
+def test_api_page_has_every_public_name():
+    listed = re.findall(r"^::: moesaic\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(moesaic.PUBLIC)
 
 
 def test_readmes_table_is_the_measurements():
