@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup format check unit test test-engines wheel version-is hooks demo tiny clean
+.PHONY: setup format check unit test test-engines wheel version-is hooks docs demo tiny clean
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,12 @@ unit: setup
 	$(BIN)/python -m pytest -n 2 tests
 
 test: check unit
+
+# the site in site/; a link or an anchor that leads nowhere fails, and so does a table that is stale
+docs: setup
+	@$(PIP) install --group docs
+	$(BIN)/python scripts/result_tables.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # engines in virtual environments of their own, made once; one that cannot be installed is skipped by its tests
 ENGINES ?= llama.cpp mlx vllm
@@ -72,4 +78,4 @@ tiny: setup
 	$(BIN)/python scripts/train_tiny.py src/moesaic/data/tiny
 
 clean:
-	rm -rf $(VENV) dist demo-output demo-output.partial
+	rm -rf $(VENV) dist demo-output demo-output.partial site

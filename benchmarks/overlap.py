@@ -1,4 +1,4 @@
-"""How many of the neurons that specialists keep are different ones of the dense FFN; what docs/partition.md says.
+"""How many of the neurons that specialists keep are different ones of the dense FFN; see dev/LOG.md, the cut.
 
 python benchmarks/overlap.py gemma-270m --calibration c4.jsonl
 """

@@ -1,4 +1,4 @@
-"""The quality table: every method at every budget on real models, from nothing; what README and docs/recovery.md show.
+"""The quality table: every method at every budget on real models, from nothing; shown in docs/results/quality.md.
 
     python benchmarks/quality.py demo gemma-270m --text wiki.test.raw --calibration c4.jsonl --tasks pack_200.jsonl
     python benchmarks/quality.py gemma-270m --text wiki.test.raw --calibration c4.jsonl --quick     # ten minutes

@@ -1,66 +1,157 @@
-"""Documentation is tested: README's code runs, its tables and tree match the code, CONTRIBUTING's example works."""
+"""Documentation is tested: its code and commands run, its lists match the code, its links lead somewhere."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
+import moesaic
 from conftest import random_sample
 from moesaic import Plan, cli, registry
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import result_tables  # noqa: E402
+
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
+REPOSITORY = "https://github.com/moesaic/moesaic/blob/main/"
+RAW = "https://raw.githubusercontent.com/moesaic/moesaic/main/"
+MANUALS = sorted(DOCS.glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def blocks(text, language):
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def test_readme_python_runs(tmp_path, monkeypatch):
+def commands(text):
+    """Every `moesaic VERB ...` of a page's code, without comments and continuation lines."""
+    code = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in re.findall(r"(?:^|[|$&] )(moesaic \w.*)$", code, re.MULTILINE)]
+
+
+def slug(heading):
+    """A heading's anchor, as GitHub and mkdocs make it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+WITH_PYTHON = [p for p in (ROOT / "README.md", *MANUALS) if blocks(p.read_text(), "python")]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
+def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    [code] = blocks(README, "python")
-    exec(compile(code, "README.md", "exec"), {})
-    assert (tmp_path / "out" / "config.json").is_file()
+    for code in blocks(page.read_text(), "python"):
+        exec(compile(code, page.name, "exec"), {})
 
 
-def test_readme_commands_exist():
-    named = set(re.findall(r"^moesaic (\w+)", README, re.MULTILINE))
-    assert named
-    assert named <= {command.callback.__name__ for command in cli.app.registered_commands}
+def test_tutorials_commands_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks((DOCS / "tutorial.md").read_text(), "sh") for line in block.splitlines()]
+    assert len(lines) >= 7
+    for line in lines:
+        done = CliRunner().invoke(cli.app, shlex.split(line)[1:])
+        assert done.exit_code == 0, f"{line}\n{done.output[-2000:]}\n{done.exception!r}"
+    assert (tmp_path / "model.gguf").stat().st_size > 1_000_000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_and_their_options_exist(page):
+    verbs = typer.main.get_command(cli.app).commands
+    for _, verb, *words in commands(page.read_text()):
+        assert verb in verbs, f"{page.name}: moesaic {verb}"
+        options = {name for p in verbs[verb].params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
+        unknown = {word.split("=")[0] for word in words if word.startswith("--")} - options
+        assert not unknown, f"{page.name}: moesaic {verb} has no {unknown}"
+
+
+def test_readme_shows_commands():
+    assert {command[1] for command in commands(README)} >= {"convert", "generate"}
+
+
+def test_options_in_manuals_tables_exist():
+    """A table's first column names options of the verb that the page's first command calls."""
+    verbs = typer.main.get_command(cli.app).commands
+    seen = 0
+    for page in MANUALS:
+        if not (found := commands(page.read_text())):
+            continue
+        known = {name for p in verbs[found[0][1]].params for name in (*p.opts, *p.secondary_opts)}
+        for cell in re.findall(r"^\| (`--[^|]*) \|", page.read_text(), re.MULTILINE):
+            named = set(re.findall(r"(?<=`)--[\w-]+", cell))
+            assert named <= known, f"{page.name}: {named - known}"
+            seen += len(named)
+    assert seen > 40
 
 
 def test_readme_lists_every_method_and_no_other():
-    table = README.split("## Methods")[1].split("## The tree")[0]
-    listed = re.findall(r"^\| `([\w-]+)`", table, re.MULTILINE)
-    assert sorted(listed) == sorted(name for stage in registry.STAGES for name in registry.names(stage))
+    table = README.split("## Methods")[1]
+    cells = re.findall(r"^\| (?:\[)?(\w+)(?:\]\([^)]*\))? \| `([\w-]+)` \|", table, re.MULTILINE)
+    assert sorted(cells) == sorted((stage, name) for stage in registry.STAGES for name in registry.names(stage))
 
 
-def test_readme_tree_is_the_tree():
-    tree = blocks(README.split("## The tree")[1], "")[0]
+@pytest.mark.parametrize("stage", registry.STAGES)
+def test_a_manual_has_every_method_of_its_stage(stage):
+    page = {"partition": "partition", "recovery": "recovery", "method": "finetune", "format": "formats"}
+    table = (DOCS / f"{page.get(stage, 'routing')}.md").read_text()
+    listed = {name.replace("_", "-") for name in re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)}
+    assert set(registry.names(stage)) <= listed
+
+
+def test_pages_are_short():
+    assert len(README.splitlines()) < 120
+    assert not {p.name: n for p in MANUALS if (n := len(p.read_text().splitlines())) > 100}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_hold(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        for base in (REPOSITORY, RAW):
+            target = str(ROOT / target.removeprefix(base)) if target.startswith(base) else target
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), f"{page.name}: {target}"
+        headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in map(slug, headings), f"{page.name}: {target}"
+    for path in re.findall(r"`((?:docs|dev|src|benchmarks|examples|scripts|recipes)/[\w./*-]+)`", text):
+        assert list(ROOT.glob(path.rstrip("/"))), f"{page.name}: {path}"
+
+
+def test_every_page_is_in_the_sites_navigation():
+    listed = set(re.findall(r"[\w/.-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert listed == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+
+
+def test_api_page_has_every_public_name():
+    listed = re.findall(r"^::: moesaic\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(moesaic.PUBLIC)
+
+
+def test_readmes_table_is_the_measurements():
+    assert result_tables.readme() in README
+
+
+def test_contributings_tree_is_the_tree():
+    tree = next(b for b in blocks((ROOT / "CONTRIBUTING.md").read_text(), "") if b.startswith("src/moesaic/"))
     listed = set(re.findall(r"^  (\S+)", tree, re.MULTILINE))
     source = ROOT / "src" / "moesaic"
     there = {p.name + "/" * p.is_dir() for p in source.iterdir() if not p.name.startswith("_") and p.name != "py.typed"}
     assert listed == there
-    assert all((ROOT / name).exists() for name in re.findall(r"^(\S+)", tree, re.MULTILINE))
-
-
-def test_links_to_files_hold():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for path in re.findall(
-            r"`((?:docs|dev|src|benchmarks|examples|scripts|evaluation|models|calibration)/[\w./*-]+)`",
-            page.read_text(),
-        ):
-            places = (ROOT, ROOT / "src" / "moesaic")
-            assert any(list(place.glob(path.rstrip("/"))) for place in places), f"{page.name}: {path}"
-        for path in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
-            assert (page.parent / path).exists(), f"{page.name}: {path}"
 
 
 def test_contributings_partitioner_works():
-    [code] = blocks((ROOT / "CONTRIBUTING.md").read_text(), "python")
+    code = next(b for b in blocks((ROOT / "CONTRIBUTING.md").read_text(), "python") if "Partitioner" in b)
     scope = {"__package__": "moesaic.partition", "__name__": "moesaic.partition.every_other"}
     exec(compile(code, "CONTRIBUTING.md", "exec"), scope)
     partition = scope["EveryOther"]().split(random_sample(neurons=48), Plan(1, 2, 4, 12), torch.Generator())

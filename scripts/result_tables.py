@@ -1,0 +1,227 @@
+"""Write every table of results in README.md and docs/results from benchmarks/results, each between two markers.
+
+    python scripts/result_tables.py            # writes what stands between `<!-- table: NAME -->` and `<!-- end -->`
+    python scripts/result_tables.py --check    # writes nothing and exits with 1 where a page is stale
+
+The prose around the tables is written by hand. Needs nothing but Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import speed_tables
+from measured import RESULTS, ROOT, grid, harness, measured, number, ratio, read, times
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
+MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BUDGETS = (0.25, 0.5, 0.75)
+OURS = ("coactivation", "specialists")
+LABELS = {
+    "coactivation": "**ours**, `coactivation`",
+    "coactivation-fine": "**ours**, `coactivation`, 64 groups",
+    "coactivation-128": "**ours**, `coactivation`, 128 groups",
+    "specialists": "**ours**, `specialists`",
+    "specialists-centroid": "ours, `specialists` by nearest centroid",
+    "static+closed-form": "static pruning, our recovery",
+    "static-weighted+closed-form": "the same, weighted saliency",
+    "flap": "static pruning (FLAP)",
+    "cmoe": "CMoE",
+    "moefication": "MoEfication, 64 groups",
+    "moefication-coarse": "MoEfication, eight groups",
+    "expertweaver": "ExpertWeaver, 64 groups",
+    "expertweaver-coarse": "ExpertWeaver, eight groups",
+    "llama-moe": "LLaMA-MoE (random groups)",
+    "neurons": "*bound: each token its own best neurons*",
+}
+
+
+def by_method(summary: list[dict[str, Any]]) -> dict[tuple[str, float], dict[float, dict[str, Any]]]:
+    """Rows by method and memory, then by budget, in the order of LABELS."""
+    keys = sorted({(r["method"], r["memory_factor"]) for r in summary}, key=lambda k: (list(LABELS).index(k[0]), k[1]))
+    return {key: {r["active"]: r for r in summary if (r["method"], r["memory_factor"]) == key} for key in keys}
+
+
+def quality(model: str) -> str:
+    file = f"quality-{model}/frontier.json"
+    rows = []
+    for (method, _), found in by_method(read(file)["summary"]).items():
+        memory = sorted({r["memory"] for r in found.values() if r["memory"]})
+        size = "" if not memory else " to ".join(f"{m:.3g}" for m in sorted({memory[0], memory[-1]})) + " x"
+        shapes = ", ".join(dict.fromkeys(found[b]["plan"] for b in BUDGETS if b in found and found[b]["plan"]))
+        rows.append([LABELS[method], size, shapes, *(ratio(found.get(budget)) for budget in BUDGETS)])
+    head = ["method", "memory of the FFNs", "shapes", *(f"{budget:.0%} active" for budget in BUDGETS)]
+    return grid(head, rows) + "\n\n" + harness(file)
+
+
+def readme() -> str:
+    """Four lines for README: the better of our two cuts, static pruning twice, CMoE; quality, then speed."""
+    table = by_method(read("quality-demo/frontier.json")["summary"])
+    ours = {
+        b: min((table[m, 1.0][b] for m in OURS if b in table[m, 1.0]), key=lambda r: r["perplexity_ratio"])
+        for b in BUDGETS
+    }
+    lines = [
+        ("**moesaic**, the better of its two cuts", ours),
+        *((LABELS[method], table[method, 1.0]) for method in ("static+closed-form", "flap", "cmoe")),
+    ]
+    head = ["", *(f"perplexity, {b:.0%} active" for b in BUDGETS), *(f"decode, {b:.0%}" for b in BUDGETS)]
+    return grid(
+        head,
+        [[label, *(ratio(r[b]) for b in BUDGETS), *(times(r[b]["speedup"]) for b in BUDGETS)] for label, r in lines],
+    )
+
+
+def zero_shot(folder: str) -> str:
+    """Mean accuracy of both models by method and budget."""
+    files = [f"{folder}/quality-{model}/frontier.json" for model in ("demo", "gemma-270m")]
+    files = [file for file in files if (RESULTS / file).is_file()]
+    data = [read(file) for file in files]
+    tables = [{key[0]: rows for key, rows in by_method(d["summary"]).items()} for d in data]
+    cell = lambda r: f"{r['tasks_mean']:.3f} ± {r['tasks_stderr']:.3f}".replace("0.", ".") if r else ""  # noqa: E731
+    budgets = [b for b in BUDGETS if any(r["active"] == b for d in data for r in d["summary"])]
+    dense = [f"{d['dense']['tasks']['mean']['acc']:.3f}".replace("0.", ".") for d in data]
+    rows = [["*dense*", *(f"*{value}*" for value in dense for _ in budgets)]]
+    rows += [
+        [LABELS[method], *(cell(t.get(method, {}).get(b)) for t in tables for b in budgets)]
+        for method in LABELS
+        if any(method in t for t in tables)
+    ]
+    head = ["method", *(f"`{d['setting']['model']}`, {b:.0%}" for d in data for b in budgets)]
+    return grid(head, rows) + "\n\n" + "\n\n".join(harness(file) for file in files)
+
+
+def calibration() -> str:
+    """The same conversion from fewer and from more tokens."""
+    files = {
+        "demo": ("quality-demo-16k", "quality-demo"),
+        "gemma-270m": ("quality-gemma-270m", "quality-gemma-270m-262k"),
+        "demo-1.5b": ("quality-demo-1.5b-16k", "quality-demo-1.5b"),
+    }
+    rows, tokens = [], (16_384, 65_536, 262_144)
+    for model, pair in files.items():
+        found = {read(f"{f}/frontier.json")["setting"]["tokens"]: read(f"{f}/frontier.json")["summary"] for f in pair}
+        key = lambda r: (r["method"], r["active"], r["memory_factor"])  # noqa: E731
+        tables = {t: {key(r): r for r in summary} for t, summary in found.items()}
+        for method, active, memory in sorted(set.intersection(*(set(t) for t in tables.values()))):
+            same = {t: table[method, active, memory] for t, table in tables.items()}
+            size = f"{next(iter(same.values()))['memory']:g} x"
+            rows.append([f"`{model}`", LABELS[method], size, f"{active:.0%}", *(ratio(same.get(t)) for t in tokens)])
+    head = ["model", "method", "memory", "FFN active", *(f"{t:,} tokens" for t in tokens)]
+    extra = ["quality-demo-16k", "quality-demo-1.5b-16k", "quality-gemma-270m-262k"]
+    return grid(head, rows) + "\n\n" + "\n\n".join(harness(f"{name}/frontier.json") for name in extra)
+
+
+def first_tokens() -> str:
+    one = lambda name: ratio(read(f"{name}/frontier.json")["summary"][0])  # noqa: E731
+    full = next(
+        r
+        for r in read("quality-demo-1.5b/frontier.json")["summary"]
+        if (r["method"], r["active"], r["memory_factor"]) == ("specialists-centroid", 0.25, 1.0)
+    )
+    rows = [
+        ["16,384", one("quality-demo-1.5b-16k-no-first"), one("quality-demo-1.5b-16k")],
+        ["65,536", one("quality-demo-1.5b-no-first"), ratio(full)],
+    ]
+    sources = [
+        harness(f"{name}/frontier.json") for name in ("quality-demo-1.5b-16k-no-first", "quality-demo-1.5b-no-first")
+    ]
+    head = ["calibration tokens", "without first tokens", "with first tokens"]
+    return grid(head, rows) + "\n\n" + "\n\n".join(sources)
+
+
+def training() -> str:
+    """Light training of ours and of CMoE, by minutes."""
+    d = read("recovery-demo/recovery.json")
+    found, rows = d["rows"], []
+    order = ["ours", "both", "lm", "distill", "cmoe"]
+    keys = sorted(
+        (name.split("-") for name in found if name != "dense"), key=lambda k: (k[0], order.index(k[1]), int(k[2]))
+    )
+    for plan, recipe, minutes in keys:
+        r = found[f"{plan}-{recipe}-{minutes}"]
+        tune = r.get("finetune")
+        tuned = [
+            t["finetune"]
+            for other, t in found.items()
+            if other.startswith(plan) and t.get("finetune") and (recipe == "cmoe") == ("-cmoe-" in other)
+        ]
+        bundled = tune["perplexity"] if tune else tuned[0]["perplexity_before"]
+        rows.append(
+            [
+                plan,
+                "CMoE's" if recipe == "cmoe" else "ours",
+                f"{minutes} min, `{recipe}`" if tune else "none",
+                number(r["ratio"]["wikitext2"]),
+                number(r["ratio"]["web"]),
+                number(bundled / tuned[0]["perplexity_dense"]),
+                f"{r['tasks']['mean']['acc']:.3f}",
+                f"{tune['tokens']:,}" if tune else "",
+            ]
+        )
+    dense = found["dense"]
+    rows.append(["*dense*", "", "", "*1*", "*1*", "*1*", f"*{dense['tasks']['mean']['acc']:.3f}*", ""])
+    head = ["shape", "conversion", "training", "WikiText-2", "web", "bundled", "zero-shot", "trained tokens"]
+    s = d["setting"]
+    return (
+        grid(head, rows)
+        + "\n\n"
+        + measured(
+            "recovery-demo/recovery.json",
+            f"python benchmarks/recovery.py demo --web {s['files']['web']} --data {' '.join(s['files']['data'])} "
+            f"--text {s['files']['text']} --tasks pack_200.jsonl --items {s['items_per_task']} "
+            f"--max-tokens {s['max_tokens']} --plans S1A1E8 S2A2E8 --minutes 15 60",
+            f"Protocol: perplexity `gptq`, windows of {dense['web']['window']:,}, "
+            f"{s['max_tokens']:,} tokens of each text; "
+            f"dense {dense['wikitext2']['perplexity']:.2f} and {dense['web']['perplexity']:.2f}; "
+            f"{s['items_per_task']} items of each of 12 tasks, standard error {dense['tasks']['mean']['stderr']:.3f}",
+            f"Training text: sha256 `{s['data_sha256']}`; calibration: {s['calibration_tokens']:,} tokens of "
+            f"{s['files']['web']}; {s['threads']} thread; one seed (0)",
+        )
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "readme": readme,
+    "quality-demo": lambda: quality("demo"),
+    "quality-gemma-270m": lambda: quality("gemma-270m"),
+    "quality-demo-1.5b": lambda: quality("demo-1.5b"),
+    "zero-shot": lambda: zero_shot("tasks"),
+    "zero-shot-65k": lambda: zero_shot("tasks-65k"),
+    "calibration-tokens": calibration,
+    "first-tokens": first_tokens,
+    "engines": speed_tables.engines,
+    "training": training,
+    "shapes-demo": lambda: speed_tables.shapes("demo"),
+    "shapes-gemma-270m": lambda: speed_tables.shapes("gemma-270m"),
+    "models": speed_tables.models,
+    "blocks": speed_tables.blocks,
+    "products": speed_tables.products,
+    "demo": speed_tables.demo,
+    "conversion": speed_tables.conversion,
+    "assignment": speed_tables.assignment,
+}
+
+
+def rewritten(text: str) -> str:
+    """A page with its tables made anew."""
+    return MARKED.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def main(check: bool) -> int:
+    stale = [page for page in PAGES if rewritten(page.read_text()) != page.read_text()]
+    for page in stale:
+        print(f"{page.relative_to(ROOT)} {'is stale: python scripts/result_tables.py' if check else 'rewritten'}")
+        if not check:
+            page.write_text(rewritten(page.read_text()))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is stale")
+    sys.exit(main(parser.parse_args().check))
