@@ -98,8 +98,8 @@ class MoEBlock:
             return said
         weight = next(self.router.parameters())
         generator = torch.Generator().manual_seed(0)
-        x_TD = torch.randn(PROBE_TOKENS, self.hidden_size, generator=generator).to(weight.device, weight.dtype)
-        sums_T = self.route(x_TD).top_k_weights.float().sum(-1)
+        x_TD = 10 * torch.randn(PROBE_TOKENS, self.hidden_size, generator=generator)  # so that scores differ clearly
+        sums_T = self.route(x_TD.to(weight.device, weight.dtype)).top_k_weights.float().sum(-1)
         return bool((sums_T - sums_T.mean()).abs().max() <= 0.01 * sums_T.mean().abs())
 
     def route(self, hidden_TD: Tensor) -> Routing:
