@@ -28,6 +28,7 @@ def frontier(
     calibration: Annotated[list[str] | None, typer.Option(help="text; repeat for more [default: bundled]")] = None,
     tokens: Annotated[int, typer.Option(help="calibration tokens", min=1)] = 16_384,
     speed: Annotated[bool, typer.Option(help="measure decode speed")] = True,
+    html: Annotated[bool, typer.Option("--html", help="write frontier.html too: all methods, interactive")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Methods x budgets x memory on one model: a table and a chart of quality against speed."""
@@ -43,6 +44,6 @@ def frontier(
             model, out, active=[share / 100 for share in options.numbers(active, "--active", float, most=100)],
             memory_factors=options.numbers(memory_factor, "--memory-factor", float, least=0.01),
             methods=methods.split(","), seeds=options.numbers(seeds, "--seeds", least=0),
-            measurement=measurement, progress=tick,
+            measurement=measurement, html=html, progress=tick,
         )  # fmt: skip
     print_result(result, as_json, lambda: tables.show_frontier(stderr, result, str(out)))
