@@ -1,7 +1,7 @@
 """Draw the frontier's charts anew from finished results, without measuring anything.
 
-    python scripts/redraw_charts.py benchmarks/results/quality-demo            # frontier.png and frontier.svg
-    python scripts/redraw_charts.py --html benchmarks/results/quality-demo     # and frontier.html
+python scripts/redraw_charts.py benchmarks/results/quality-demo            # frontier.png and frontier.svg
+python scripts/redraw_charts.py --html benchmarks/results/quality-demo     # and frontier.html
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from moesaic.comparison.frontier import known_as
-from moesaic.report.html import write_frontier_page
+from moesaic.report.frontier_page import write_frontier_page
 from moesaic.report.plots import write_frontier
 
 if __name__ == "__main__":

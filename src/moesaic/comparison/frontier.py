@@ -23,7 +23,7 @@ from ..evaluation.evaluate import check_request, evaluate
 from ..formats.loading import load
 from ..machine import machine, versions
 from ..plan import check_share, nearest_plan, parse_plan
-from ..report.html import write_frontier_page
+from ..report.frontier_page import write_frontier_page
 from ..report.plots import write_frontier
 from ..results import EvaluationResult, FrontierResult, FrontierRow, FrontierSummary, Json, ShapeSpeed
 from .bounds import top_neurons

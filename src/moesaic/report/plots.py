@@ -77,7 +77,9 @@ def _layer_error(layers: Sequence[Mapping[str, object]], plan: str, path: Path) 
     figure = _figure(7, 3.6)
     axes = figure.subplots()
     x = range(len(layers))
-    axes.plot(x, [number(r, "split_error") for r in layers], "o--", color=SOFT, label="FFN after the split", markersize=4)
+    axes.plot(
+        x, [number(r, "split_error") for r in layers], "o--", color=SOFT, label="FFN after the split", markersize=4
+    )
     axes.plot(x, [number(r, "error") for r in layers], "o-", color=ACCENT, label="FFN after recovery", markersize=4)
     axes.plot(x, [number(r, "residual_error") for r in layers], ":", color=INK, label="residual stream after the layer")
     axes.set(xlabel="layer", ylabel="relative error", title=f"Layer error, plan {plan}")
@@ -232,7 +234,7 @@ def draw_frontier(rows: Iterable[Mapping[str, object]], model: str) -> Figure:
     if any(not line.ours for line in lines):
         figure.text(0.985, 0.945, "blue: moesaic", fontsize=10, color=BLUES[0], weight="bold", ha="right")
         figure.text(0.985, 0.89, "grey: other methods", fontsize=10, color=GREYS[1][0], ha="right")
-    _label_lines(panels[0], lines, styles)
+    _label_lines(panels[0], lines, styles, panels[0].get_position().height * figure.get_figheight() * 72)
     return figure
 
 
@@ -250,7 +252,7 @@ def _draw_line(panel: Axes, line: Line, style: tuple[str, str, str], speed: bool
     x = [(point.speedup or 0) if speed else point.ffn_active for point in points]
     panel.errorbar(
         x, [point.ratio for point in points], [point.deviation for point in points], linestyle=dashes, marker=marker,
-        color=color, linewidth=2.4 if line.ours else 1.4, markersize=6 if line.ours else 5, zorder=3 if line.ours else 2,
+        color=color, linewidth=2.4 if line.ours else 1.4, markersize=6 if line.ours else 5, zorder=2 + line.ours,
     )  # fmt: skip
 
 
@@ -275,13 +277,20 @@ def _dress(panel: Axes, speed: bool, top: float) -> None:
     panel.tick_params(length=3)
 
 
-def _label_lines(panel: Axes, lines: Sequence[Line], styles: Mapping[Line, tuple[str, str, str]]) -> None:
-    """Name each line to the right of its end, with the number there; names that would overlap move apart."""
-    figure = panel.figure
+def _label_lines(
+    panel: Axes, lines: Sequence[Line], styles: Mapping[Line, tuple[str, str, str]], height: float
+) -> None:
+    """Name each line to the right of its end, with the number there; names that would overlap move apart.
+
+    Args:
+        panel: where the lines are.
+        lines: what to name.
+        styles: their colours.
+        height: of the panel, in points as fonts have them.
+    """
     low, high = (float(edge) for edge in np.log(panel.get_ylim()))
-    points_high = panel.get_position().height * figure.get_figheight() * 72
     ends = [min(float(np.log(line.points[-1].ratio)), high) for line in lines]
-    places = spread(ends, 1.35 * LABEL * (high - low) / points_high)
+    places = spread(ends, 1.35 * LABEL * (high - low) / height)
     for line, end, place in zip(lines, ends, places, strict=True):
         color = styles[line][0]
         panel.annotate(

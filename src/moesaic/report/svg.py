@@ -119,9 +119,10 @@ def heat_map(rows: Sequence[Sequence[float]], tips: Sequence[Sequence[str]], x_l
         for j, (value, tip) in enumerate(zip(row, row_tips, strict=True)):
             depth = min(value, 2) / 2
             color = f"rgb({235 - 224 * depth:.0f},{243 - 164 * depth:.0f},{250 - 112 * depth:.0f})"
+            said = escape(tip)
             parts.append(
                 f'<rect x="{LEFT + j * cell_width:.1f}" y="{TOP + i * cell_height}" width="{cell_width - 1:.1f}" '
-                f'height="{cell_height - 1}" fill="{color}" data-tip="{escape(tip)}"><title>{escape(tip)}</title></rect>'
+                f'height="{cell_height - 1}" fill="{color}" data-tip="{said}"><title>{said}</title></rect>'
             )
         if i % 4 == 0:
             parts.append(f'<text x="{LEFT - 7}" y="{TOP + i * cell_height + 10}" text-anchor="end">{i}</text>')
