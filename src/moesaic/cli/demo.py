@@ -28,6 +28,6 @@ def demo(
     """Convert the demo model and show it beside the dense one: perplexity, speed, text; report.html has it all."""
     from ..demo import demo as run
 
-    with progress(stderr, "demo", "per cent", "") as tick:
+    with progress(stderr, "demo", "%", "") as tick:
         result = run(out, model, active, llama_cpp=llama_cpp, progress=tick)
     print_result(result.to_dict(), as_json, lambda: show_demo(stderr, result.facts))

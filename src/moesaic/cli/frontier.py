@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..report import tables
+from ..report.progress import progress
 from . import options
 from .options import print_result, stderr
 
@@ -39,7 +40,7 @@ def frontier(
         text=str(text) if text else None, max_tokens=max_tokens, tasks=str(tasks) if tasks else None,
         items=items, calibration=tuple(calibration or ()), tokens=tokens, speed=speed,
     )  # fmt: skip
-    with tables.progress(stderr, "frontier", "conversion") as tick:
+    with progress(stderr, "frontier", "conversion") as tick:
         result = run(
             model, out, active=[share / 100 for share in options.numbers(active, "--active", float, most=100)],
             memory_factors=options.numbers(memory_factor, "--memory-factor", float, least=0.01),

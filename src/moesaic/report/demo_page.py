@@ -77,7 +77,8 @@ def _layers(facts: Facts) -> str:
         dots = [Dot(i, value, f"layer {i}\n{name}: {value:.3f}") for i, value in enumerate(values)]
         curves.append(Curve(key, dots, color, dashes))
     high = 1.1 * max(dot.y for curve in curves for dot in curve.dots)
-    x = Axis("layer", 0, max(1, len(facts.layers) - 1), [(i, str(i)) for i in range(0, len(facts.layers), 4)])
+    last = len(facts.layers) - 1
+    x = Axis("layer", 0, max(1, last), [(i, str(i)) for i in range(0, last + 1, max(1, last // 6))])
     y = Axis("relative error", 0, high, even_ticks(0, high))
     legend = "".join(
         f'<label><input type="checkbox" value="{key}" checked><i style="border-color:{color}"></i>{name}</label>'

@@ -32,12 +32,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], prose: bool = Fals
         rows: their cells.
         prose: whether the last column holds sentences.
     """
-    last = '<td class="says">' if prose else "<td>"
-    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+    says = ' class="says"' if prose else ""
+    *first, end = head
+    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in first) + f"<th{says}>{end}</th></tr>"]
     for row in rows:
         if len(row) == 1:
             lines.append(f'<tr class="group"><th colspan="{len(head)}">{row[0]}</th></tr>')
         else:
             *first, end = row
-            lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in first) + f"{last}{end}</td></tr>")
+            lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in first) + f"<td{says}>{end}</td></tr>")
     return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from tqdm import tqdm
 
 QUIET_SECONDS = 30
@@ -22,11 +23,12 @@ def progress(console: Console, title: str, unit: str, plural: str = "s") -> Iter
     The bar appears with the first tick, so that bad input gets its one line alone; a download before that shows its
     own. Where the console is no terminal, a line every half minute says the same.
     """
+    rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what does not fit is cut there, never the time left
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn(unit + plural),
-        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left  {task.fields[note]}"),
+        TextColumn("{task.description}"), BarColumn(bar_width=14), MofNCompleteColumn(), TextColumn(unit + plural),
+        TimeRemainingColumn(), TextColumn("left"), TextColumn("{task.fields[note]}", table_column=rest),
     )  # fmt: skip
-    bar = Progress(*columns, console=console, speed_estimate_period=120)
+    bar = Progress(*columns, console=console, speed_estimate_period=120, expand=True)
     task = bar.add_task(title, total=None, note="")
     spoken = -float("inf")
 
