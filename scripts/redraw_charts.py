@@ -7,10 +7,9 @@ python scripts/redraw_charts.py --html benchmarks/results/quality-demo     # and
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from moesaic.comparison.frontier import known_as
+from moesaic.comparison.frontier import known_as, read_frontier
 from moesaic.report.frontier_page import write_frontier_page
 from moesaic.report.plots import write_frontier
 
@@ -20,9 +19,9 @@ if __name__ == "__main__":
     parser.add_argument("--html", action="store_true", help="write the interactive page too")
     a = parser.parse_args()
     for folder in a.folders:
-        result = json.loads((folder / "frontier.json").read_text())
-        name = known_as(result["setting"]["model"])
-        write_frontier(result["summary"], name, folder)
+        result = read_frontier(folder / "frontier.json")
+        name = known_as(result.setting["model"])
+        write_frontier(result.summary, name, folder)
         if a.html:
             write_frontier_page(result, folder / "frontier.html", name)
         print(folder)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .comparison.frontier import known_as
 from .comparison.llama_cpp import find_llama_cpp, llama_cpp_speed
@@ -15,10 +16,9 @@ from .errors import InputError, WorkError
 from .evaluation.benchmark import benchmark
 from .evaluation.inspect import prompt_tokens
 from .formats.loading import load
-from .report.demo import Facts
 from .report.demo_page import write_demo_page
 from .report.plots import write_speed
-from .report.tables import note
+from .results import DemoResult, Typed
 from .serving.generate import complete
 
 PROMPTS = (
@@ -34,20 +34,6 @@ SHARES = {"convert": 0.62, "speed": 0.18, "typed": 0.05, "llama.cpp": 0.15}
 Progress = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True)
-class Demo:
-    """What the demo found."""
-
-    facts: Facts
-    """What its screen and its page show."""
-    metrics: dict[str, object]
-    """All that `metrics.json` holds: of `convert`, of `benchmark`, `typed` by both, `llama_cpp`."""
-
-    def to_dict(self) -> dict[str, object]:
-        """The metrics."""
-        return self.metrics
-
-
 def demo(
     output: Path,
     model: str = "demo",
@@ -55,7 +41,7 @@ def demo(
     *,
     llama_cpp: Path | None = None,
     progress: Progress | None = None,
-) -> Demo:
+) -> DemoResult:
     """Convert a model, measure both, let both type; model, `metrics.json`, plots and `report.html` stay in `output`.
 
     Args:
@@ -70,43 +56,38 @@ def demo(
     """
     python = find_llama_cpp(llama_cpp)
     steps = Steps(progress)
-    metrics: dict[str, object] = dict(
-        convert(model, output, ConvertConfig(active=active), overwrite=True, progress=steps.converting)
-    )
+    conversion = convert(model, output, ConvertConfig(active=active), overwrite=True, progress=steps.converting)
     converted, tokenizer = load(output)
-    dense, _ = load(model)
-    tokens = prompt_tokens(tokenizer, PROMPT)
-    metrics |= benchmark(
-        converted, dense, tokens, new=16, rounds=7,
+    dense = load(model).model
+    tokens_BL = prompt_tokens(tokenizer, PROMPT)
+    speed = benchmark(
+        converted, dense, tokens_BL, new=16, rounds=7,
         progress=lambda done, count: steps.report("speed", done / count, "speed in transformers"),
     )  # fmt: skip
-    steps.report("typed", 0, "both type")
-    typed = [
-        {
-            "prompt": prompt,
-            "dense": _continue(dense, tokenizer, prompt),
-            "converted": _continue(converted, tokenizer, prompt),
-        }
-        for prompt in PROMPTS
-    ]
-    metrics |= {"model": model, "name": known_as(model), "typed": typed, "llama_cpp": None}
-    del dense, converted
-    metrics["llama_cpp_missing"] = INSTALL
+    typed = []
+    for i, prompt in enumerate(PROMPTS):
+        steps.report("typed", i / len(PROMPTS), "both type")
+        texts = [_continue(m, tokenizer, prompt) for m in (dense, converted)]
+        typed.append(Typed(prompt=prompt, dense=texts[0], converted=texts[1]))
+    del dense, converted  # llama.cpp needs the room
+    found, missing = None, INSTALL
     if python:
         try:
-            metrics["llama_cpp"] = llama_cpp_speed(
-                model, output, tokens[0].tolist(), python,
+            found, missing = llama_cpp_speed(
+                model, output, tokens_BL[0].tolist(), python,
                 progress=lambda done, count, what: steps.report("llama.cpp", done / count, what),
-            ).to_dict()  # fmt: skip
-            metrics["llama_cpp_missing"] = None
+            ), None  # fmt: skip
         except (InputError, WorkError) as error:
-            metrics["llama_cpp_missing"] = f"Not measured in llama.cpp: {error}"
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    facts = Facts.from_row(metrics)
-    write_speed(metrics, output)
-    write_demo_page(facts, output / "report.html")
+            missing = f"Not measured in llama.cpp: {error}"
+    result = DemoResult(
+        model=model, name=known_as(model), conversion=conversion, speed=speed, typed=typed, llama_cpp=found,
+        llama_cpp_missing=missing,
+    )  # fmt: skip
+    (output / "metrics.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    write_speed(result.to_dict(), output)
+    write_demo_page(result, output / "report.html")
     steps.report("llama.cpp", 1, "done")
-    return Demo(facts, metrics)
+    return result
 
 
 class Steps:
@@ -124,19 +105,18 @@ class Steps:
         before = sum(SHARES[name] for name in names[: names.index(part)])
         self.progress(round(100 * (before + share * SHARES[part])), 100, what)
 
-    def converting(self, done: int, count: int, record: dict[str, object] | None) -> None:
+    def converting(self, done: int, count: int, what: str) -> None:
         """Follow `convert`: trials, of which nobody knows how many come, then the layers."""
-        if record and "trial" in record:
-            name = str(record["trial"])
-            if name not in self.trials:
-                self.trials.append(name)
+        if what.startswith("trying"):
+            if what not in self.trials:
+                self.trials.append(what)
             self.tried = 0.4 * (1 - 0.6 ** (len(self.trials) - 1 + done / count))
-            self.report("convert", self.tried, note(record))
+            self.report("convert", self.tried, what)
         else:
             self.report("convert", self.tried + (1 - self.tried) * done / count, f"layer {done} of {count}")
 
 
-def _continue(model: object, tokenizer: object, prompt: str) -> str:
+def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """What a model writes next, to the end of the function or of the last whole sentence."""
     text = complete(model, tokenizer, prompt, max_new_tokens=80)
     if prompt.endswith("\n"):

@@ -30,4 +30,4 @@ def demo(
 
     with progress(stderr, "demo", "%", "") as tick:
         result = run(out, model, active, llama_cpp=llama_cpp, progress=tick)
-    print_result(result.to_dict(), as_json, lambda: show_demo(stderr, result.facts))
+    print_result(result, as_json, lambda: show_demo(stderr, result))

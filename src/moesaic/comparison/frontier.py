@@ -122,9 +122,9 @@ def frontier(
     rows = _take_speeds(result.rows, result.speeds, measurement)
     report(len(points), len(points), "done")
     result = _save(replace(result, rows=rows, summary=summarise(rows)), output)
-    write_frontier([row.to_dict() for row in result.summary], known_as(model), output)
+    write_frontier(result.summary, known_as(model), output)
     if html:
-        write_frontier_page(result.to_dict(), output / "frontier.html", known_as(model))
+        write_frontier_page(result, output / "frontier.html", known_as(model))
     return result
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,37 +17,9 @@ from ..checkpoint.sources import resolve
 from ..errors import InputError, WorkError
 from ..formats.export import export
 from ..formats.gguf.dense import write_dense_gguf
-from ..report.rows import numbers, parts
+from ..results import Json, LlamaCppSpeed, Rate
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Tokens a second, medians over the rounds."""
-
-    tokens_per_s: float
-    dense_tokens_per_s: float
-    speedup: float
-    """The median of the ratios within a round."""
-
-
-@dataclass(frozen=True)
-class LlamaCppSpeed:
-    """What llama.cpp reached with both models in the same type."""
-
-    version: str
-    type: str
-    threads: int
-    prompt: int
-    new: int
-    rounds: int
-    decode: Rate
-    prefill: Rate
-
-    def to_dict(self) -> dict[str, object]:
-        """As JSON has it."""
-        return asdict(self)
 
 
 def find_llama_cpp(python: Path | None = None) -> Path | None:
@@ -108,14 +79,14 @@ def llama_cpp_speed(
             "threads": torch.get_num_threads(),
         }  # fmt: skip
         found = _run(python, ask, Path(scratch) / "answer.json")
-    theirs, ours = parts(found, "rates")
+    theirs, ours = found["rates"]
     return LlamaCppSpeed(
-        version=str(found["version"]), type=outtype, threads=torch.get_num_threads(), prompt=len(tokens), new=new,
+        version=found["version"], type=outtype, threads=torch.get_num_threads(), prompt=len(tokens), new=new,
         rounds=rounds, decode=_rate(ours, theirs, "decode"), prefill=_rate(ours, theirs, "prefill"),
     )  # fmt: skip
 
 
-def _run(python: Path, ask: Mapping[str, object], answer: Path) -> Mapping[str, object]:
+def _run(python: Path, ask: Json, answer: Path) -> Json:
     command = [str(python), str(WORKER), json.dumps(ask), str(answer)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not answer.is_file():
@@ -124,7 +95,7 @@ def _run(python: Path, ask: Mapping[str, object], answer: Path) -> Mapping[str, 
     return json.loads(answer.read_text())
 
 
-def _rate(ours: Mapping[str, object], theirs: Mapping[str, object], kind: str) -> Rate:
-    pair = numbers(ours, kind), numbers(theirs, kind)
-    ratios = [a / b for a, b in zip(*pair, strict=True)]
-    return Rate(statistics.median(pair[0]), statistics.median(pair[1]), statistics.median(ratios))
+def _rate(ours: Mapping[str, list[float]], theirs: Mapping[str, list[float]], kind: str) -> Rate:
+    ratios = [a / b for a, b in zip(ours[kind], theirs[kind], strict=True)]
+    medians = statistics.median(ours[kind]), statistics.median(theirs[kind])
+    return Rate(tokens_per_s=medians[0], dense_tokens_per_s=medians[1], speedup=statistics.median(ratios))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from .demo import Facts, Typed, next_commands, number_rows, verdicts
+from ..results import DemoResult, LayerRecord, Typed
+from .demo import next_commands, number_rows, verdicts
 from .html import page, table
 from .svg import Axis, Curve, Dot, even_ticks, heat_map, line_chart
 
@@ -19,38 +21,39 @@ MEANING = {
 }
 
 
-def write_demo_page(facts: Facts, path: Path) -> None:
+def write_demo_page(result: DemoResult, path: Path) -> None:
     """Write the page."""
+    made = result.conversion
     rows = [
         [escape(label), dense, f"<b>{moe}</b>", ratio, escape(word), _meaning(label)]
-        for label, dense, moe, ratio, word in number_rows(facts)
+        for label, dense, moe, ratio, word in number_rows(result)
     ]
     numbers = table(["", "dense", "MoE", "MoE / dense", "", "what it says"], rows, prose=True)
     found = "\n".join(
         f'<p class="{"ours" if good else "bad"}">{"+" if good else "−"} {escape(sentence)}</p>'
-        for good, sentence in verdicts(facts)
+        for good, sentence in verdicts(result)
     )
     body = [
-        f"<h1>{escape(facts.name)}: dense, and as a Mixture-of-Experts</h1>",
-        f'<p class="lead">Converted without training in {facts.conversion_seconds:.0f} s on {escape(facts.machine)}. '
-        f"Plan {facts.plan}: {facts.ffn_active:.0%} of each feed-forward layer runs per token.</p>",
+        f"<h1>{escape(result.name)}: dense, and as a Mixture-of-Experts</h1>",
+        f'<p class="lead">Converted without training in {made.seconds:.0f} s on {escape(made.machine)}. '
+        f"Plan {made.plan}: {made.ffn_active:.0%} of each feed-forward layer runs per token.</p>",
         found,
-        *([f"<p>{escape(facts.llama_cpp_missing)}</p>"] if facts.llama_cpp_missing else []),
+        *([f"<p>{escape(result.llama_cpp_missing)}</p>"] if result.llama_cpp_missing else []),
         "<h2>Numbers</h2>",
         numbers,
-        f'<p class="note">{escape(facts.protocol)}; {facts.threads} threads.</p>',
+        f'<p class="note">{escape(result.speed.protocol)}; {result.speed.threads} threads.</p>',
         "<h2>Text, typed by both</h2>",
-        *map(_typed, facts.typed),
+        *map(_typed, result.typed),
         "<h2>Layers</h2>",
-        _layers(facts),
+        _layers(made.layers),
         "<h2>Next</h2>",
-        *[f"<p>{escape(why)}</p>\n<pre>{escape(command)}</pre>" for command, why in next_commands(facts)],
+        *[f"<p>{escape(why)}</p>\n<pre>{escape(command)}</pre>" for command, why in next_commands(result)],
         "<h2>How this was made</h2>",
-        f"<pre>moesaic demo --model {escape(facts.model)} --out {escape(facts.output)}</pre>",
-        f'<p class="note">{escape(", ".join(f"{name} {version}" for name, version in facts.versions.items()))}. '
+        f"<pre>moesaic demo --model {escape(result.model)} --out {escape(made.output)}</pre>",
+        f'<p class="note">{escape(", ".join(f"{name} {version}" for name, version in made.versions.items()))}. '
         "Every number is in metrics.json beside this page.</p>",
     ]
-    path.write_text(page(f"{facts.name} as a Mixture-of-Experts", body), encoding="utf-8")
+    path.write_text(page(f"{result.name} as a Mixture-of-Experts", body), encoding="utf-8")
 
 
 def _meaning(label: str) -> str:
@@ -60,12 +63,12 @@ def _meaning(label: str) -> str:
 def _typed(typed: Typed) -> str:
     sides = "".join(
         f"<div><h3>{title}</h3><pre><b>{escape(typed.prompt)}</b>{escape(text)}</pre></div>"
-        for title, text in (("dense", typed.dense), ("Mixture-of-Experts", typed.moe))
+        for title, text in (("dense", typed.dense), ("Mixture-of-Experts", typed.converted))
     )
     return f'<div class="columns">{sides}</div>'
 
 
-def _layers(facts: Facts) -> str:
+def _layers(layers: Sequence[LayerRecord]) -> str:
     names = {
         "split_error": ("FFN as split into experts", SOFT, "6 4"),
         "error": ("FFN after recovery", ACCENT, ""),
@@ -73,11 +76,11 @@ def _layers(facts: Facts) -> str:
     }
     curves = []
     for key, (name, color, dashes) in names.items():
-        values = [float(getattr(layer, key)) for layer in facts.layers]
+        values = [getattr(layer, key) or 0.0 for layer in layers]
         dots = [Dot(i, value, f"layer {i}\n{name}: {value:.3f}") for i, value in enumerate(values)]
         curves.append(Curve(key, dots, color, dashes))
     high = 1.1 * max(dot.y for curve in curves for dot in curve.dots)
-    last = len(facts.layers) - 1
+    last = len(layers) - 1
     x = Axis("layer", 0, max(1, last), [(i, str(i)) for i in range(0, last + 1, max(1, last // 6))])
     y = Axis("relative error", 0, high, even_ticks(0, high))
     legend = "".join(
@@ -89,7 +92,7 @@ def _layers(facts: Facts) -> str:
         "<div><h3>Relative error of each layer</h3><p class=note>0 is the dense model. Recovery in closed form wins "
         f'back what the split lost.</p><div class="switches">{legend}</div>{chart}</div>'
     )
-    loads = [layer.load for layer in facts.layers]
+    loads = [[n * len(r.expert_tokens) / max(1, sum(r.expert_tokens)) for n in r.expert_tokens] for r in layers]
     if not all(loads):
         return f'<div class="columns">{error}</div>'
     tips = [

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .rows import number, number_or_none, text_or_none
+from ..results import FrontierSummary
 
 MOST_LINES = 6
 """On the printed chart; the page has them all."""
@@ -29,43 +29,12 @@ RIVALS = {
 
 
 @dataclass(frozen=True)
-class Point:
-    """One method at one budget: a row of the frontier's summary."""
-
-    method: str
-    memory_factor: float
-    active: float
-    ffn_active: float
-    ratio: float
-    """Perplexity over the dense model's."""
-    deviation: float
-    """Standard deviation of `ratio` over the seeds; 0 for one seed."""
-    seeds: int
-    plan: str | None
-    speedup: float | None
-    """Decode speed over the dense model's at batch 1; None where it was not measured."""
-    tasks: float | None
-    """Mean accuracy of the zero-shot tasks."""
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, object]) -> Point:
-        """A point from a row as `frontier.json` has it."""
-        return cls(
-            method=str(row["method"]), memory_factor=number(row, "memory_factor"), active=number(row, "active"),
-            ffn_active=number(row, "ffn_active"), ratio=number(row, "perplexity_ratio"),
-            deviation=number(row, "perplexity_ratio_deviation"), seeds=int(number(row, "seeds")),
-            plan=text_or_none(row, "plan"), speedup=number_or_none(row, "speedup"),
-            tasks=number_or_none(row, "tasks_mean"),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
 class Line:
     """A method with one size of memory, from budget to budget."""
 
     method: str
     memory_factor: float
-    points: tuple[Point, ...]
+    points: tuple[FrontierSummary, ...]
     """One a budget, the largest share first."""
 
     @property
@@ -87,19 +56,19 @@ class Line:
     @property
     def quality(self) -> float:
         """The geometric mean of the ratios; of two lines with the same budgets the lower one is better."""
-        return math.exp(sum(math.log(point.ratio) for point in self.points) / len(self.points))
+        return math.exp(sum(math.log(point.perplexity_ratio) for point in self.points) / len(self.points))
 
 
-def lines_of(rows: Iterable[Mapping[str, object]]) -> list[Line]:
+def lines_of(rows: Iterable[FrontierSummary]) -> list[Line]:
     """All lines: ours first, then other methods in the order of `RIVALS`, bounds last.
 
     Rows of one method and budget that differ in their cut (`default` may choose another with another seed) become
     their best one.
     """
-    best: dict[tuple[str, float, float], Point] = {}
-    for point in map(Point.from_row, rows):
+    best: dict[tuple[str, float, float], FrontierSummary] = {}
+    for point in rows:
         key = (point.method, point.memory_factor, point.active)
-        if key not in best or point.ratio < best[key].ratio:
+        if key not in best or point.perplexity_ratio < best[key].perplexity_ratio:
             best[key] = point
     lines = []
     for method, factor in dict.fromkeys(key[:2] for key in best):

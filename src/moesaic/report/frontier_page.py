@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from .frontier import Line, Point, chosen_lines, lines_of
+from ..results import EvaluationResult, FrontierResult, FrontierSummary
+from .frontier import Line, chosen_lines, lines_of
 from .html import page, table
-from .rows import number, part, parts, text_or_none
 from .svg import Axis, Curve, Dot, even_ticks, line_chart
 
 BLUES = ("#0b4f8a", "#2f80c4", "#6aa9e0", "#12375c", "#4d6fae", "#7d8fd6", "#3aa0a8", "#0f766e")
@@ -18,28 +18,25 @@ HIGHEST = 30
 """Perplexity over dense at which the chart ends; the table has every number."""
 
 
-def write_frontier_page(result: Mapping[str, object], path: Path, model: str | None = None) -> None:
+def write_frontier_page(result: FrontierResult, path: Path, model: str) -> None:
     """Write a frontier as one interactive page: every method, with switches, its numbers and a table of all rows.
 
     Args:
         result: what `frontier.json` holds.
         path: the file to write.
-        model: how to call the model in the title; None is its name in `result`.
+        model: how to call the model in the title.
     """
-    rows = parts(result, "summary")
-    lines = lines_of(rows)
+    lines = lines_of(result.summary)
     few = chosen_lines(lines)
-    setting, dense = part(result, "setting"), part(result, "dense")
-    name = model or str(setting["model"])
-    text = f"{text_or_none(dense, 'protocol') or ''}, {number(dense, 'tokens'):,.0f} tokens of {dense['text']}"
+    theirs = f", which is {result.dense.perplexity:.2f} ({_text(result.dense)})" if result.dense else ""
     colors = _colors(lines)
     charts = [_chart(lines, few, colors, speed=False)]
     if any(point.speedup for line in lines for point in line.points):
         charts.append(_chart(lines, few, colors, speed=True))
     body = [
-        f"<h1>{escape(name)} as a Mixture-of-Experts: what is lost</h1>",
-        f'<p class="lead">Perplexity over the dense model\'s, which is {number(dense, "perplexity"):.2f} '
-        f"({escape(text)}). Lower is better; at 1 nothing is lost.</p>",
+        f"<h1>{escape(model)} as a Mixture-of-Experts: what is lost</h1>",
+        f'<p class="lead">Perplexity over the dense model\'s{escape(theirs)}. Lower is better; at 1 nothing is lost.'
+        "</p>",
         '<p class="note">Point at a dot, or tap it, for its numbers. Blue: moesaic. Bounds are no methods: they show '
         "what perfect routing would reach.</p>",
         '<p><button data-show="few">the main lines</button> <button data-show="all">all</button> '
@@ -47,12 +44,16 @@ def write_frontier_page(result: Mapping[str, object], path: Path, model: str | N
         _switches(lines, few, colors),
         '<div class="columns">' + "\n".join(f"<div>{chart}</div>" for chart in charts) + "</div>",
         "<h2>All numbers</h2>",
-        _numbers(rows),
-        *[f'<p class="note">Left out: {escape(k)}: {escape(str(v))}</p>' for k, v in part(result, "unfit").items()],
-        f'<p class="note">{escape(str(result["machine"]))}; {escape(_pairs(part(result, "versions")))}; '
-        f"{escape(_pairs(setting))}.</p>",
+        _numbers(result.summary),
+        *[f'<p class="note">Left out: {escape(k)}: {escape(v)}</p>' for k, v in result.unfit.items()],
+        f'<p class="note">{escape(result.machine)}; {escape(_pairs(result.versions))}; '
+        f"{escape(_pairs(result.setting))}.</p>",
     ]
-    path.write_text(page(f"{name}: frontier", body), encoding="utf-8")
+    path.write_text(page(f"{model}: frontier", body), encoding="utf-8")
+
+
+def _text(dense: EvaluationResult) -> str:
+    return f"{dense.protocol}, {dense.tokens:,} tokens of {dense.text}"
 
 
 def _pairs(row: Mapping[str, object]) -> str:
@@ -81,7 +82,7 @@ def _switches(lines: Sequence[Line], few: Sequence[Line], colors: Mapping[Line, 
 def _chart(lines: Sequence[Line], few: Sequence[Line], colors: Mapping[Line, str], speed: bool) -> str:
     curves = [
         Curve(
-            str(i), [Dot(_x(point, speed), point.ratio, _tip(line, point)) for point in points], colors[line],
+            str(i), [Dot(_x(p, speed), p.perplexity_ratio, _tip(line, p)) for p in points], colors[line],
             dashes="" if line.ours else "2 4" if line.bound else "6 4", width=2.6 if line.ours else 1.6,
             shown=line in few,
         )
@@ -100,26 +101,26 @@ def _chart(lines: Sequence[Line], few: Sequence[Line], colors: Mapping[Line, str
     return line_chart(curves, x, y, "by speed")
 
 
-def _x(point: Point, speed: bool) -> float:
+def _x(point: FrontierSummary, speed: bool) -> float:
     return (point.speedup or 0) if speed else point.ffn_active
 
 
-def _tip(line: Line, point: Point) -> str:
+def _tip(line: Line, point: FrontierSummary) -> str:
     parts = [line.label, f"perplexity {_ratio(point)} × dense", f"{point.ffn_active:.0%} of each FFN"]
     parts += [f"plan {point.plan}"] if point.plan else []
     parts += [f"decode {point.speedup:.2f} × dense"] if point.speedup else []
-    parts += [f"zero-shot {point.tasks:.3f}"] if point.tasks is not None else []
+    parts += [f"zero-shot {point.tasks_mean:.3f}"] if point.tasks_mean is not None else []
     return "\n".join(parts)
 
 
-def _ratio(point: Point) -> str:
-    return f"{point.ratio:.3f}" + (f" ± {point.deviation:.3f}" if point.seeds > 1 else "")
+def _ratio(point: FrontierSummary) -> str:
+    return f"{point.perplexity_ratio:.3f}" + (f" ± {point.perplexity_ratio_deviation:.3f}" if point.seeds > 1 else "")
 
 
-def _numbers(rows: Sequence[Mapping[str, object]]) -> str:
+def _numbers(rows: Sequence[FrontierSummary]) -> str:
     """Every row of the summary, best first under its budget."""
-    points = sorted(map(Point.from_row, rows), key=lambda point: (point.active, point.ratio))
-    with_speed, with_tasks = any(p.speedup for p in points), any(p.tasks is not None for p in points)
+    points = sorted(rows, key=lambda point: (point.active, point.perplexity_ratio))
+    with_speed, with_tasks = any(p.speedup for p in points), any(p.tasks_mean is not None for p in points)
     head = ["method", "perplexity over dense", *["decode"] * with_speed, *["zero-shot"] * with_tasks]
     head += ["plan", "FFN", "memory", "seeds"]
     cells: list[list[str]] = []
@@ -130,7 +131,7 @@ def _numbers(rows: Sequence[Mapping[str, object]]) -> str:
         name = escape(line.label) + (" (bound)" if line.bound else "")
         row = [f'<span class="ours">{name}</span>' if line.ours else name, _ratio(p)]
         row += [f"{p.speedup:.2f} ×" if p.speedup else "-"] * with_speed
-        row += ["-" if p.tasks is None else f"{p.tasks:.3f}"] * with_tasks
+        row += ["-" if p.tasks_mean is None else f"{p.tasks_mean:.3f}"] * with_tasks
         row += [p.plan or "-", f"{p.ffn_active:.0%}", f"{p.memory_factor:g} ×", str(p.seeds)]
         cells.append(row)
     return table(head, cells)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ParamSpec
 
 import numpy as np
 
+from ..results import FrontierSummary
 from .frontier import Line, chosen_lines, lines_of, spread
 from .rows import number, numbers, part, parts
 
@@ -195,7 +196,7 @@ def write_roofline(result: Mapping[str, object], path: Path) -> None:
 
 
 @_optional
-def write_frontier(rows: Iterable[Mapping[str, object]], model: str, folder: Path) -> None:
+def write_frontier(rows: Iterable[FrontierSummary], model: str, folder: Path) -> None:
     """Draw at most six lines of the frontier, as `chosen_lines` picks them, into `frontier.png` and `frontier.svg`.
 
     Args:
@@ -211,7 +212,7 @@ def write_frontier(rows: Iterable[Mapping[str, object]], model: str, folder: Pat
         figure.savefig(folder / "frontier.svg", metadata={"Date": None})
 
 
-def draw_frontier(rows: Iterable[Mapping[str, object]], model: str) -> Figure:
+def draw_frontier(rows: Iterable[FrontierSummary], model: str) -> Figure:
     """Draw the frontier's chart: perplexity over the share of each FFN that runs, and over decode speed if measured."""
     lines = chosen_lines(lines_of(rows))
     with_speed = any(point.speedup for line in lines for point in line.points)
@@ -221,7 +222,7 @@ def draw_frontier(rows: Iterable[Mapping[str, object]], model: str) -> Figure:
         wspace=1.02, width_ratios=[1.1, 1] if with_speed else None,
     )  # fmt: skip
     panels = grid.subplots(squeeze=False, sharey=True)[0]
-    highest = max((point.ratio for line in lines for point in line.points), default=2)
+    highest = max((point.perplexity_ratio for line in lines for point in line.points), default=2)
     styles = _styles(lines)
     for panel, speed in zip(panels, (False, True), strict=False):
         for line in lines:
@@ -251,7 +252,8 @@ def _draw_line(panel: Axes, line: Line, style: tuple[str, str, str], speed: bool
     color, dashes, marker = style
     x = [(point.speedup or 0) if speed else point.ffn_active for point in points]
     panel.errorbar(
-        x, [point.ratio for point in points], [point.deviation for point in points], linestyle=dashes, marker=marker,
+        x, [point.perplexity_ratio for point in points], [point.perplexity_ratio_deviation for point in points],
+        linestyle=dashes, marker=marker,
         color=color, linewidth=2.4 if line.ours else 1.4, markersize=6 if line.ours else 5, zorder=2 + line.ours,
     )  # fmt: skip
 
@@ -289,12 +291,12 @@ def _label_lines(
         height: of the panel, in points as fonts have them.
     """
     low, high = (float(edge) for edge in np.log(panel.get_ylim()))
-    ends = [min(float(np.log(line.points[-1].ratio)), high) for line in lines]
+    ends = [min(float(np.log(line.points[-1].perplexity_ratio)), high) for line in lines]
     places = spread(ends, 1.35 * LABEL * (high - low) / height)
     for line, end, place in zip(lines, ends, places, strict=True):
         color = styles[line][0]
         panel.annotate(
-            f"{line.label}  {line.points[-1].ratio:.2f}", (line.points[-1].ffn_active, np.exp(end)),
+            f"{line.label}  {line.points[-1].perplexity_ratio:.2f}", (line.points[-1].ffn_active, np.exp(end)),
             xytext=(1.06, (place - low) / (high - low)), textcoords="axes fraction", fontsize=LABEL, va="center",
             color=color, weight="bold" if line.ours else "normal", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},

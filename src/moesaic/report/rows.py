@@ -17,16 +17,6 @@ def number(row: Mapping[str, object], name: str) -> float:
     return float(value)
 
 
-def number_or_none(row: Mapping[str, object], name: str) -> float | None:
-    """The number of that name, None where it is missing or null."""
-    return None if row.get(name) is None else number(row, name)
-
-
-def text_or_none(row: Mapping[str, object], name: str) -> str | None:
-    """The text of that name, None where it is missing or null."""
-    return None if row.get(name) is None else str(row[name])
-
-
 def part(row: Mapping[str, object], name: str) -> Mapping[str, object]:
     """The row inside a row; an empty one where it is missing or null.
 

@@ -11,7 +11,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ...checkpoint.reader import Checkpoint
 from ...errors import InputError
-from ..architectures._decoder import head_dim
 from ..converted import HEAD
 from ..loading import load_tokenizer
 from .config import write_rope
@@ -68,7 +67,7 @@ def _heads(config: PretrainedConfig) -> dict[str, int]:
 
 
 def _write_config(writer: gguf.GGUFWriter, config: PretrainedConfig, outtype: str) -> None:
-    size = head_dim(config)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = {"partial_rotary_factor": 1.0} | config.rope_parameters
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if outtype == "f32" else f"MOSTLY_{outtype.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
