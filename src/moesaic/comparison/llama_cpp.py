@@ -15,8 +15,6 @@ import torch
 
 from ..checkpoint.sources import resolve
 from ..errors import InputError, WorkError
-from ..formats.export import export
-from ..formats.gguf.dense import write_dense_gguf
 from ..results import Json, LlamaCppSpeed, Rate
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
@@ -63,9 +61,14 @@ def llama_cpp_speed(
         progress: called with (finished, all, what comes next).
 
     Raises:
-        InputError: a model that llama.cpp cannot run.
+        InputError: a model that llama.cpp cannot run, or gguf is not installed.
         WorkError: llama.cpp failed.
     """
+    if find_spec("gguf") is None:
+        raise InputError("GGUF files are written by gguf; install it with: pip install 'moesaic[export]'")
+    from ..formats.export import export
+    from ..formats.gguf.dense import write_dense_gguf
+
     report = progress or (lambda done, count, note: None)
     with tempfile.TemporaryDirectory(dir=converted, prefix="gguf-") as scratch:
         files = [Path(scratch) / name for name in ("dense.gguf", "converted.gguf")]

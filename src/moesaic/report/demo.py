@@ -81,8 +81,7 @@ def show_demo(console: Console, result: DemoResult) -> None:
     width = min(WIDTH, console.width)
     console.print(Text(f"\n{result.name}: dense, and as a Mixture-of-Experts", style="bold"), width=width)
     console.print(_numbers(result), width=width)
-    for number_, typed in enumerate(result.typed):
-        head = "Both go on from the same beginning:" if not number_ else "And from this one:"
+    for head, typed in zip(("Both go on from the same beginning:", "And from this one:"), result.typed, strict=True):
         console.print(Text(f"\n{head}", style="bold"))
         console.print(Padding(Text(typed.prompt.rstrip("\n"), style="dim"), (0, 2)), width=width)
         panels = [

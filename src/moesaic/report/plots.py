@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ParamSpec
 
 import numpy as np
 
+from ..errors import InputError
 from ..results import FrontierSummary
 from .frontier import Line, chosen_lines, lines_of, spread
 from .rows import number, numbers, part, parts
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MISSING = "plots are left out, as matplotlib is not installed: pip install 'moesaic[plots]'"
+MISSING = "matplotlib is not installed; install it with: pip install 'moesaic[plots]'"
 INK, ACCENT, SOFT = "#1b1b1f", "#2a6f97", "#c9a227"
 BLUES = ("#0b4f8a", "#2f80c4", "#6aa9e0")
 """Ours on the frontier's chart."""
@@ -37,7 +38,13 @@ P = ParamSpec("P")
 
 @functools.cache
 def _say_missing() -> None:
-    logging.getLogger(__name__).warning(MISSING)
+    logging.getLogger(__name__).warning(f"plots are left out: {MISSING}")
+
+
+def check_matplotlib() -> None:
+    """Raises InputError if no picture can be drawn, for those that a user asked for by name."""
+    if find_spec("matplotlib") is None:
+        raise InputError(f"pictures need matplotlib, and {MISSING}")
 
 
 def _optional(draw: Callable[P, None]) -> Callable[P, None]:
@@ -165,9 +172,13 @@ def write_training(history: Sequence[Mapping[str, object]], facts: Mapping[str, 
     _save(figure, path)
 
 
-@_optional
 def write_roofline(result: Mapping[str, object], path: Path) -> None:
-    """Draw what `benchmark` found of the FFN block under the machine's roof: GFLOP/s over FLOPs a byte."""
+    """Draw what `benchmark` found of the FFN block under the machine's roof: GFLOP/s over FLOPs a byte.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    check_matplotlib()
     bandwidth, peak = (number(part(result, "roof"), f"{name}_per_s") for name in ("bytes", "flops"))
     figure = _figure(7, 4.2)
     axes = figure.subplots()
