@@ -1,7 +1,9 @@
 """Draw the frontier's charts anew from finished results, without measuring anything.
 
-python scripts/redraw_charts.py benchmarks/results/quality-demo            # frontier.png and frontier.svg
-python scripts/redraw_charts.py --html benchmarks/results/quality-demo     # and frontier.html
+    python scripts/redraw_charts.py benchmarks/results/quality-demo            # frontier.png and frontier.svg
+    python scripts/redraw_charts.py --html benchmarks/results/quality-demo     # and frontier.html
+
+Each folder holds a `frontier.json`.
 """
 
 from __future__ import annotations

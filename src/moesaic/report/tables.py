@@ -195,7 +195,7 @@ def show_frontier(console: Console, f: FrontierResult, folder: str) -> None:
     console.print(grid)
     for name, reason in f.unfit.items():
         console.print(f"left out: {name}: {reason}", style="yellow", highlight=False, markup=False)
-    console.print(f"frontier.json, frontier.png and frontier.svg are in {folder}/", style="bold")
+    console.print(f"The rows (frontier.json) and their chart are in {folder}/", style="bold")
 
 
 def _spread(value: float, deviation: float | None) -> str:
