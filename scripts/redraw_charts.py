@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moesaic.comparison.frontier import known_as, read_frontier
+from moesaic.checkpoint.builtin import known_as
+from moesaic.comparison.frontier import read_frontier
 from moesaic.report.frontier_page import write_frontier_page
-from moesaic.report.plots import write_frontier
+from moesaic.report.frontier_plot import write_frontier
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

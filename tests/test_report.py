@@ -31,7 +31,8 @@ from moesaic.report import plots
 from moesaic.report.demo import show_demo
 from moesaic.report.frontier import MOST_LINES, chosen_lines, lines_of, spread
 from moesaic.report.frontier_page import write_frontier_page
-from moesaic.report.plots import draw_frontier, write_frontier, write_plots
+from moesaic.report.frontier_plot import draw_frontier, write_frontier
+from moesaic.report.plots import write_plots
 from moesaic.report.progress import progress
 from moesaic.results import FrontierSummary
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .comparison.frontier import known_as
+from .checkpoint.builtin import known_as
 from .comparison.llama_cpp import find_llama_cpp, llama_cpp_speed
 from .config import ConvertConfig
 from .conversion.convert import convert

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoint.builtin import BUILTINS
+from ..checkpoint.builtin import known_as
 from ..config import ConvertConfig
 from ..conversion.auto import candidates
 from ..conversion.convert import convert
@@ -24,7 +24,7 @@ from ..formats.loading import load
 from ..machine import machine, versions
 from ..plan import check_share, nearest_plan, parse_plan
 from ..report.frontier_page import write_frontier_page
-from ..report.plots import write_frontier
+from ..report.frontier_plot import write_frontier
 from ..results import EvaluationResult, FrontierResult, FrontierRow, FrontierSummary, Json, ShapeSpeed
 from .bounds import top_neurons
 from .recipes import ALL, METHODS, NEURONS, ORACLE, chosen, may_overlap
@@ -126,11 +126,6 @@ def frontier(
     if html:
         write_frontier_page(result, output / "frontier.html", known_as(model))
     return result
-
-
-def known_as(model: str) -> str:
-    """A model's name for readers: of a built-in one, what it is too."""
-    return f"{model} ({BUILTINS[model].hub_id.rpartition('/')[2]})" if model in BUILTINS else model
 
 
 def path(name: str | None) -> Path | None:
