@@ -22,7 +22,7 @@ from tqdm import tqdm
 from moesaic import InputError, convert
 from moesaic import demo as demo_module
 from moesaic.checkpoint.builtin import tiny_folder
-from moesaic.comparison.frontier import read_frontier
+from moesaic.comparison.frontier import Measurement, frontier, read_frontier
 from moesaic.comparison.llama_cpp import find_llama_cpp, llama_cpp_speed
 from moesaic.config import ConvertConfig
 from moesaic.demo import Steps, demo
@@ -146,6 +146,13 @@ def test_the_frontiers_page_has_every_number(tmp_path):
     html = (tmp_path / "frontier.html").read_text()
     assert html.count('type="checkbox"') == len(lines_of(result.summary))
     assert html.count("checked>") == len(chosen_lines(lines_of(result.summary)))
+
+
+def test_frontier_writes_its_page_when_asked(tmp_path):
+    measurement = Measurement(tokens=1_024, max_tokens=2_048, speed=False)
+    result = frontier("tiny", tmp_path, active=[0.25], methods=["neurons"], measurement=measurement, html=True)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".svg", ".html"}
+    assert f"{result.summary[0].perplexity_ratio:.3f}" in read(tmp_path / "frontier.html")
 
 
 def test_without_matplotlib_plots_are_left_out_with_one_line(tmp_path, monkeypatch, caplog):

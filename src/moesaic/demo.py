@@ -61,7 +61,7 @@ def demo(
     dense = load(model).model
     tokens_BL = prompt_tokens(tokenizer, PROMPT)
     speed = benchmark(
-        converted, dense, tokens_BL, new=16, rounds=7,
+        converted, dense, tokens_BL, new=16, rounds=5,
         progress=lambda done, count: steps.report("speed", done / count, "speed in transformers"),
     )  # fmt: skip
     typed = []
@@ -118,7 +118,7 @@ class Steps:
 
 def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """What a model writes next, to the end of the function or of the last whole sentence."""
-    text = complete(model, tokenizer, prompt, max_new_tokens=80)
+    text = complete(model, tokenizer, prompt, max_new_tokens=64)
     if prompt.endswith("\n"):
         lines = text.splitlines()
         end = next((i for i, line in enumerate(lines) if line.strip() and not line[:1].isspace()), len(lines))
