@@ -39,8 +39,8 @@ def progress(console: Console, title: str, unit: str, plural: str = "s") -> Iter
                 spoken = time.monotonic()
                 console.print(f"{title}: {done} of {count} {unit}{plural}, {note}".rstrip(", "), highlight=False)
             return
-        bar.start()
         bar.update(task, completed=done, total=count, note=note)
+        bar.start()
 
     with _silent_bars(lambda: bar.live.is_started):
         try:
