@@ -70,8 +70,12 @@ hooks: setup
 	@$(PIP) install pre-commit
 	$(BIN)/pre-commit install
 
-demo: setup
-	$(BIN)/moesaic demo --out demo-output
+# measures llama.cpp too, where its module for Python can be installed
+LLAMA_CPP := .venv-engines/llama.cpp
+
+demo: setup $(LLAMA_CPP)/.ready
+	$(BIN)/moesaic demo --out demo-output \
+		$$(test -x $(LLAMA_CPP)/bin/python && echo --llama-cpp $(LLAMA_CPP)/bin/python)
 
 # trains the built-in tiny model anew (a quarter of an hour)
 tiny: setup

@@ -1,48 +1,126 @@
-"""The demo: a real model converted and shown beside the dense one."""
+"""The demo: a real model converted and shown beside the dense one, as a screen, a page and numbers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .checkpoint.builtin import known_as
+from .comparison.llama_cpp import find_llama_cpp, llama_cpp_speed
 from .config import ConvertConfig
 from .conversion.convert import convert
+from .errors import InputError, WorkError
 from .evaluation.benchmark import benchmark
 from .evaluation.inspect import prompt_tokens
 from .formats.loading import load
+from .report.demo_page import write_demo_page
 from .report.plots import write_speed
-from .report.tables import note
+from .results import DemoResult, Typed
 from .serving.generate import complete
 
-PROMPT = 'def fibonacci(n: int) -> list[int]:\n    """The first n Fibonacci numbers."""\n'
+PROMPTS = (
+    'def fibonacci(n: int) -> list[int]:\n    """The first n Fibonacci numbers."""\n',
+    "Water is a molecule made of two hydrogen atoms and",
+)
+"""Code, which the demo's model was trained for, and plain text, which it is calibrated on."""
+PROMPT = 512
+"""Tokens read for a speed of prefill."""
+INSTALL = "Not measured in llama.cpp. To add it: pip install xllamacpp"
+SHARES = {"convert": 0.62, "speed": 0.18, "typed": 0.05, "llama.cpp": 0.15}
+"""Of the demo's time, about."""
+Progress = Callable[[int, int, str], None]
 
 
 def demo(
-    output: Path, model: str = "demo", active: float = 0.5, *, progress: Callable[..., None] | None = None
-) -> dict[str, Any]:
-    """Convert a model, then measure and complete a prompt with both; the result stays in `output`.
+    output: Path,
+    model: str = "demo",
+    active: float = 0.5,
+    *,
+    llama_cpp: Path | None = None,
+    progress: Progress | None = None,
+) -> DemoResult:
+    """Convert a model, measure both, let both type; model, `metrics.json`, plots and `report.html` stay in `output`.
 
-    Returns:
-        The metrics of `convert` and `benchmark` in one, and both completions; also in `output/metrics.json`.
+    Args:
+        output: the folder to make; one of an earlier demo is replaced.
+        model: what to convert.
+        active: share of each FFN that one token runs.
+        llama_cpp: a Python that can import `xllamacpp`; None takes this one if it can.
+        progress: called with (per cent done, 100, what goes on).
+
+    Raises:
+        InputError: no such model, or `llama_cpp` has no `xllamacpp`; before anything is converted.
     """
-    report = progress or (lambda done, count, note="": None)
-    metrics = convert(
-        model, output, ConvertConfig(active=active), overwrite=True,
-        progress=lambda done, count, record: report(done, count, f"converting layers, {note(record)}"),
-    )  # fmt: skip
+    python = find_llama_cpp(llama_cpp)
+    steps = Steps(progress)
+    conversion = convert(model, output, ConvertConfig(active=active), overwrite=True, progress=steps.converting)
     converted, tokenizer = load(output)
-    dense, _ = load(model)
+    dense = load(model).model
+    tokens_BL = prompt_tokens(tokenizer, PROMPT)
     speed = benchmark(
-        converted, dense, prompt_tokens(tokenizer, 512), new=16, rounds=7,
-        progress=lambda done, count: report(done, count, "measuring speed"),
+        converted, dense, tokens_BL, new=16, rounds=5,
+        progress=lambda done, count: steps.report("speed", done / count, "speed in transformers"),
     )  # fmt: skip
-    completions = {
-        name: complete(m, tokenizer, PROMPT, max_new_tokens=64)
-        for name, m in (("dense", dense), ("converted", converted))
-    }
-    result = metrics | speed | {"model": model, "prompt": PROMPT, "completions": completions}
-    (output / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
-    write_speed(result, output)
+    typed = []
+    for i, prompt in enumerate(PROMPTS):
+        steps.report("typed", i / len(PROMPTS), "both type")
+        texts = [_continue(m, tokenizer, prompt) for m in (dense, converted)]
+        typed.append(Typed(prompt=prompt, dense=texts[0], converted=texts[1]))
+    del dense, converted  # llama.cpp needs the room
+    found, missing = None, INSTALL
+    if python:
+        try:
+            found, missing = llama_cpp_speed(
+                model, output, tokens_BL[0].tolist(), python,
+                progress=lambda done, count, what: steps.report("llama.cpp", done / count, what),
+            ), None  # fmt: skip
+        except (InputError, WorkError) as error:
+            missing = f"Not measured in llama.cpp: {error}"
+    result = DemoResult(
+        model=model, name=known_as(model), conversion=conversion, speed=speed, typed=typed, llama_cpp=found,
+        llama_cpp_missing=missing,
+    )  # fmt: skip
+    (output / "metrics.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    write_speed(result.to_dict(), output)
+    write_demo_page(result, output / "report.html")
+    steps.report("llama.cpp", 1, "done")
     return result
+
+
+class Steps:
+    """One bar over all parts of the demo."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress or (lambda done, count, note: None)
+        self.trials: list[str] = []
+        self.tried = 0.0
+        """Of the conversion, the share that its trials took."""
+
+    def report(self, part: str, share: float, what: str) -> None:
+        """Say that a share of a part is done."""
+        names = list(SHARES)
+        before = sum(SHARES[name] for name in names[: names.index(part)])
+        self.progress(round(100 * (before + share * SHARES[part])), 100, what)
+
+    def converting(self, done: int, count: int, what: str) -> None:
+        """Follow `convert`: trials, of which nobody knows how many come, then the layers."""
+        if what.startswith("trying"):
+            if what not in self.trials:
+                self.trials.append(what)
+            self.tried = 0.4 * (1 - 0.6 ** (len(self.trials) - 1 + done / count))
+            self.report("convert", self.tried, what)
+        else:
+            self.report("convert", self.tried + (1 - self.tried) * done / count, f"layer {done} of {count}")
+
+
+def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """What a model writes next, to the end of the function or of the last whole sentence."""
+    text = complete(model, tokenizer, prompt, max_new_tokens=64)
+    if prompt.endswith("\n"):
+        lines = text.splitlines()
+        end = next((i for i, line in enumerate(lines) if line.strip() and not line[:1].isspace()), len(lines))
+        return "\n".join(lines[:end]).rstrip()
+    return text[: text.rfind(".") + 1] or text

@@ -30,6 +30,11 @@ BUILTINS = {
 NAMES = ("tiny", *BUILTINS)
 
 
+def known_as(model: str) -> str:
+    """Call a model by a name that readers know: of a built-in one, what it is too."""
+    return f"{model} ({BUILTINS[model].hub_id.rpartition('/')[2]})" if model in BUILTINS else model
+
+
 def cache_folder() -> Path:
     """Where fetched models are kept: `$MOESAIC_CACHE`, else `$XDG_CACHE_HOME/moesaic`, else `~/.cache/moesaic`."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..report import tables
+from ..report.progress import progress
 from . import options
 from .options import print_result, stderr
 
@@ -36,7 +37,7 @@ def benchmark(
     loaded, tokenizer = options.load_model(model, device, dtype, threads, experts)
     tokens_BL = prompt_tokens(tokenizer, prompt, max(sizes))
     dense, _ = options.load_model(against, device, str(loaded.dtype).removeprefix("torch."), threads)
-    with tables.progress(stderr, "measuring", "measurement") as tick:
+    with progress(stderr, "measuring", "measurement") as tick:
         result = run(loaded, dense, tokens_BL, new=new, batches=sizes, rounds=rounds, progress=tick)
     if plot:
         from ..report.plots import write_roofline  # matplotlib is slow to import

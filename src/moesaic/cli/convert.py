@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..report import tables
+from ..report.progress import progress
 from . import options
 from .options import print_result, stderr
 
@@ -66,6 +67,6 @@ def convert(
         facts = describe(conversions)
         print_result(facts, as_json, lambda: tables.show_facts(stderr, "Dry run: nothing was written", facts.to_dict()))
         return
-    with tables.progress(stderr, "converting", "layer") as tick:
+    with progress(stderr, "converting", "layer") as tick:
         metrics = run(model, out, config, resume=resume, overwrite=overwrite, force=force, progress=tick)
     print_result(metrics, as_json, lambda: tables.show_conversion(stderr, metrics))

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..report import tables
+from ..report.demo import show_demo
+from ..report.progress import progress
 from . import options
 from .options import print_result, stderr
 
@@ -16,11 +17,17 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for the result")] = Path("demo-output"),
     model: Annotated[str, typer.Option(help="the model to show")] = "demo",
     active: Annotated[float, typer.Option(help="share of each FFN that one token runs")] = 0.5,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PYTHON", help="a Python that has xllamacpp, to measure llama.cpp too [default: this one]"
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Convert the demo model and show it beside the dense one: perplexity, speed, text."""
+    """Convert the demo model and show it beside the dense one: perplexity, speed, text; report.html has it all."""
     from ..demo import demo as run
 
-    with tables.progress(stderr, "demo", "step") as tick:
-        result = run(out, model, active, progress=tick)
-    print_result(result, as_json, lambda: tables.show_demo(stderr, result))
+    with progress(stderr, "demo", "%", "") as tick:
+        result = run(out, model, active, llama_cpp=llama_cpp, progress=tick)
+    print_result(result, as_json, lambda: show_demo(stderr, result))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..report import tables
+from ..report.progress import progress
 from . import options
 from .options import print_result, stderr
 
@@ -33,7 +34,7 @@ def evaluate(
 
     check_request(text, protocol, window, max_tokens, tasks, harness)
     loaded, tokenizer = options.load_model(model, device, dtype, threads, experts, for_scoring=True)
-    with tables.progress(stderr, "evaluating", "step") as tick:
+    with progress(stderr, "evaluating", "step") as tick:
         result = run(
             loaded, tokenizer, text=text, protocol=protocol, window=window, max_tokens=max_tokens, tasks=tasks,
             items=items, harness=harness, progress=tick,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..report import tables
+from ..report.progress import progress
 from . import options
 from .options import print_result, stderr
 
@@ -25,7 +26,7 @@ def export(
     """Write a converted model as an architecture that stock engines load, and check that it says the same."""
     from ..formats.export import export as run
 
-    with tables.progress(stderr, "exporting", "layer") as tick:
+    with progress(stderr, "exporting", "layer") as tick:
         facts = run(model, out, to or format, outtype=outtype, resume=resume, overwrite=overwrite, progress=tick)
     done = "read back" if facts.target == "gguf" else "checked"
     print_result(facts, as_json, lambda: tables.show_facts(stderr, f"{out}: written and {done}", facts.to_dict()))

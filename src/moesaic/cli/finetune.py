@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..report import tables
+from ..report.progress import progress
 from . import options
 from .options import print_result, stderr
 
@@ -48,7 +49,7 @@ def finetune(
         "seed": seed,
     }  # fmt: skip
     config = FinetuneConfig.read(recipe, {name: value for name, value in given.items() if value is not None})
-    with tables.progress(stderr, "training", "per cent", "") as tick:
+    with progress(stderr, "training", "per cent", "") as tick:
         facts = run(model, out, config, resume=resume, overwrite=overwrite, teacher_cache=teacher_cache, progress=tick)
     if facts.output is not None:  # the others of several processes have nothing to say
         print_result(facts, as_json, lambda: tables.show_training(stderr, facts))

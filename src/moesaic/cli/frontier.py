@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..report import tables
+from ..report.progress import progress
 from . import options
 from .options import print_result, stderr
 
@@ -28,6 +29,7 @@ def frontier(
     calibration: Annotated[list[str] | None, typer.Option(help="text; repeat for more [default: bundled]")] = None,
     tokens: Annotated[int, typer.Option(help="calibration tokens", min=1)] = 16_384,
     speed: Annotated[bool, typer.Option(help="measure decode speed")] = True,
+    html: Annotated[bool, typer.Option("--html", help="write frontier.html too: all methods, interactive")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Methods x budgets x memory on one model: a table and a chart of quality against speed."""
@@ -38,11 +40,11 @@ def frontier(
         text=str(text) if text else None, max_tokens=max_tokens, tasks=str(tasks) if tasks else None,
         items=items, calibration=tuple(calibration or ()), tokens=tokens, speed=speed,
     )  # fmt: skip
-    with tables.progress(stderr, "frontier", "conversion") as tick:
+    with progress(stderr, "frontier", "conversion") as tick:
         result = run(
             model, out, active=[share / 100 for share in options.numbers(active, "--active", float, most=100)],
             memory_factors=options.numbers(memory_factor, "--memory-factor", float, least=0.01),
             methods=methods.split(","), seeds=options.numbers(seeds, "--seeds", least=0),
-            measurement=measurement, progress=tick,
+            measurement=measurement, html=html, progress=tick,
         )  # fmt: skip
     print_result(result, as_json, lambda: tables.show_frontier(stderr, result, str(out)))

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+from ..checkpoint.builtin import known_as
 from ..conversion.auto import candidates
 from ..conversion.convert import convert
 from ..errors import InputError
@@ -18,7 +19,8 @@ from ..evaluation.evaluate import check_request, evaluate
 from ..formats.loading import load
 from ..machine import machine, versions
 from ..plan import check_share, parse_plan
-from ..report.plots import write_frontier
+from ..report.frontier_page import write_frontier_page
+from ..report.frontier_plot import write_frontier
 from ..results import EvaluationResult, FrontierResult, FrontierRow, ShapeSpeed
 from .bounds import top_neurons
 from .recipes import ALL, NEURONS, chosen, may_overlap
@@ -37,6 +39,7 @@ def frontier(
     methods: Sequence[str] = ("default", "static+closed-form", "flap", "cmoe"),
     seeds: Sequence[int] = (0,),
     measurement: Measurement | None = None,
+    html: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> FrontierResult:
     """Convert and measure `model` with every method at every budget; rows are kept in `output/frontier.json`.
@@ -44,7 +47,7 @@ def frontier(
     Finished rows are not measured again; the bounds (`neurons`, routing by an oracle) have no speed-up. Memory
     factors other than 1 are measured for methods whose experts may overlap. Each conversion is deleted when it is
     measured. Decode speed is measured last, once for each shape of all rows on this machine. `frontier.png` and `.svg`
-    beside the file show it.
+    beside the file show the main lines, and with `html` the interactive `frontier.html` shows all.
 
     Raises:
         InputError: an unknown method, a shape that does not fit (with `methods=["all"]`: no shape that does; `unfit`
@@ -70,7 +73,9 @@ def frontier(
     rows = _take_speeds(result.rows, result.speeds, measurement)
     report(len(points), len(points), "done")
     result = _save(replace(result, rows=rows, summary=summarise(rows)), output)
-    write_frontier([row.to_dict() for row in result.summary], model, output)
+    write_frontier(result.summary, known_as(model), output)
+    if html:
+        write_frontier_page(result, output / "frontier.html", known_as(model))
     return result
 
 

@@ -1,13 +1,10 @@
-"""Progress and results for people."""
+"""Results for people."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..results import (
@@ -171,27 +168,6 @@ def show_inspection(console: Console, f: Inspection) -> None:
     )
 
 
-def show_demo(console: Console, d: dict[str, Any]) -> None:
-    """Dense and converted side by side."""
-    decode = next(iter(d["decode"].values()))
-    prefill_size, prefill = next(iter(d["prefill"].items()))
-    grid = _grid(f"{d['model']}: dense against Mixture-of-Experts {d['plan']}", "", "dense", "MoE", "ratio")
-    sizes = [
-        ("active parameters", d["dense_parameters"], d["active_parameters"], "{:,}"),
-        ("perplexity (held-out text)", d["perplexity_dense"], d["perplexity"], "{:.2f}"),
-    ]
-    for label, dense, ours, form in sizes:
-        grid.add_row(label, form.format(dense), form.format(ours), f"{ours / dense:.2f}")
-    for label, v in (("decode", decode), (f"prefill {prefill_size}", prefill)):
-        speeds = (f"{v[side]:.1f}" for side in ("dense_tokens_per_s", "tokens_per_s"))
-        grid.add_row(f"{label}, tokens/s", *speeds, f"{v['speedup']:.2f}")
-    console.print(grid)
-    for name in ("dense", "converted"):
-        console.print(f"[bold]{name}:[/]")
-        console.print(d["prompt"] + d["completions"][name], markup=False, highlight=False)
-    console.print(f"The model, metrics.json and plots are in {d['output']}/", style="bold")
-
-
 def show_frontier(console: Console, f: FrontierResult, folder: str) -> None:
     """A row for each method under its budget, best first; what was not measured has no column."""
     setting, dense, rows = f.setting, f.dense, f.summary
@@ -219,30 +195,9 @@ def show_frontier(console: Console, f: FrontierResult, folder: str) -> None:
     console.print(grid)
     for name, reason in f.unfit.items():
         console.print(f"left out: {name}: {reason}", style="yellow", highlight=False, markup=False)
-    console.print(f"frontier.json, frontier.png and frontier.svg are in {folder}/", style="bold")
+    console.print(f"The rows (frontier.json) and their chart are in {folder}/", style="bold")
 
 
 def _spread(value: float, deviation: float | None) -> str:
     """`1.234 ±.056`, or the value alone."""
     return f"{value:.3f}" + ("" if deviation is None else f" ±{deviation:.3f}".replace("±0", "±"))
-
-
-@contextmanager
-def progress(console: Console, title: str, unit: str, plural: str = "s") -> Iterator[Callable[..., None]]:
-    """A bar on standard error; yields `tick(done, count, note)`."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit + plural),
-        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left  {task.fields[note]}"),
-    )  # fmt: skip
-    bar = Progress(*columns, console=console, speed_estimate_period=120)
-    task = bar.add_task(title, total=None, note="")
-
-    def tick(done: int, count: int, note: str = "") -> None:
-        bar.start()  # not before there is progress: bad input gets its one line alone
-        bar.update(task, completed=done, total=count, note=note)
-
-    try:
-        yield tick
-    finally:
-        if bar.live.is_started:  # or it would print an empty line
-            bar.stop()

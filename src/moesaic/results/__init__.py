@@ -2,6 +2,7 @@
 
 from .base import Json, Result
 from .conversion import Check, ConversionResult, Inspection, LayerRecord, PerplexityProtocol, PlanChoice, Plans, Trial
+from .demo import DemoResult, LlamaCppSpeed, Rate, Typed
 from .evaluation import EvaluationResult, TaskScore
 from .export import ExportResult
 from .frontier import FrontierResult, FrontierRow, FrontierSummary, ShapeSpeed
@@ -12,6 +13,7 @@ __all__ = [
     "BenchmarkResult",
     "Check",
     "ConversionResult",
+    "DemoResult",
     "EvaluationResult",
     "ExpertLoad",
     "ExportResult",
@@ -22,14 +24,17 @@ __all__ = [
     "Inspection",
     "Json",
     "LayerRecord",
+    "LlamaCppSpeed",
     "LoadChange",
     "PerplexityProtocol",
     "PlanChoice",
     "Plans",
+    "Rate",
     "Result",
     "Roof",
     "ShapeSpeed",
     "Speed",
     "TaskScore",
     "Trial",
+    "Typed",
 ]

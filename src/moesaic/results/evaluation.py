@@ -33,5 +33,6 @@ class EvaluationResult(Result):
     data_sha256: str
     tasks: dict[str, TaskScore]
     """By name; `mean` over the tasks of a file."""
-    dtype: str
     versions: dict[str, str]
+    dtype: str | None = None
+    """Of the weights; None in files of versions that did not note it."""
