@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..evaluation.cost import active_weights, body_weights
 from ..formats.base import Format, MoesaicModelConfig
 from ..formats.converted import choose_format
-from ..formats.gguf.writer import K_BLOCK, gguf_format
+from ..formats.gguf_support import K_BLOCK, gguf_format
 from ..models.families import check_convertible, decoder_layers
 from ..moe.modeling import moesaic_config
 from ..partition import Partitioner
@@ -41,7 +41,9 @@ def plans(model: str, active: float = 0.5, memory_factor: float = 1.0) -> Plans:
     """
     known = HUB_ID.fullmatch(model) and model not in NAMES
     try:
-        config = AutoConfig.from_pretrained(model if known else resolve(model)).get_text_config()
+        config = AutoConfig.from_pretrained(
+            model if known else resolve(model), trust_remote_code=False
+        ).get_text_config()
         dense = empty(config)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"'{model}' has no configuration that transformers knows: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich.columns import Columns
 from rich.console import Console
@@ -111,8 +112,19 @@ def _numbers(result: DemoResult) -> Table:
     return grid
 
 
-def number_rows(result: DemoResult) -> list[tuple[str, str, str, str, str]]:
-    """(what, dense, MoE, their ratio, a word for it): the table of the screen and of the page."""
+class NumberRow(NamedTuple):
+    """A row of the table on the screen and on the page."""
+
+    label: str
+    dense: str
+    moe: str
+    ratio: str
+    word: str
+    """Whether the ratio is good."""
+
+
+def number_rows(result: DemoResult) -> list[NumberRow]:
+    """The rows of the table: parameters, perplexity, speeds."""
     made = result.conversion
     dense, total, active = made.dense_parameters, made.total_parameters, made.active_parameters
     rows = [
@@ -125,7 +137,9 @@ def number_rows(result: DemoResult) -> list[tuple[str, str, str, str, str]]:
         label = f"{'writes' if speed.kind == 'decode' else 'reads'} in {speed.engine}, tokens/s"
         rows.append((label, _speed(speed.dense), _speed(speed.moe), speed.ratio))
         words.append(speed.word)
-    return [(label, a, b, f"{ratio:.2f}x", word) for (label, a, b, ratio), word in zip(rows, words, strict=True)]
+    return [
+        NumberRow(label, a, b, f"{ratio:.2f}x", word) for (label, a, b, ratio), word in zip(rows, words, strict=True)
+    ]
 
 
 def _millions(count: int) -> str:
