@@ -13,7 +13,6 @@ import ast
 import difflib
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import os
 import pkgutil
@@ -22,6 +21,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -61,9 +61,8 @@ def names(stage: str) -> list[str]:
 
 @cache
 def _built_in(stage: str) -> tuple[str, ...]:
-    found = importlib.util.find_spec(STAGES[stage].package)
-    assert found is not None
-    modules = pkgutil.iter_modules(found.submodule_search_locations)
+    folder = Path(__file__).parent.joinpath(*STAGES[stage].package.split(".")[1:])  # nothing is imported for a list
+    modules = pkgutil.iter_modules([str(folder)])
     listed = (m.name for m in modules if m.name != "base" and not m.name.startswith("_") and not m.ispkg)
     return tuple(name.replace("_", "-") for name in listed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -70,15 +70,23 @@ def draw_frontier(rows: Iterable[FrontierSummary], model: str) -> Figure:
     return figure
 
 
-def _styles(lines: Sequence[Line]) -> dict[Line, tuple[str, str, str]]:
+class Style(NamedTuple):
+    """How a line is drawn."""
+
+    color: str
+    dashes: str
+    marker: str
+
+
+def _styles(lines: Sequence[Line]) -> dict[Line, Style]:
     """Colour, dashes and marker of each line: ours blue, the others grey."""
     ours = [line for line in lines if line.ours]
     rivals = [line for line in lines if not line.ours]
-    found = {line: (BLUES[i % len(BLUES)], "-", "osD^vP"[i % 6]) for i, line in enumerate(ours)}
-    return found | {line: GREYS[i % len(GREYS)] for i, line in enumerate(rivals)}
+    found = {line: Style(BLUES[i % len(BLUES)], "-", "osD^vP"[i % 6]) for i, line in enumerate(ours)}
+    return found | {line: Style(*GREYS[i % len(GREYS)]) for i, line in enumerate(rivals)}
 
 
-def _draw_line(panel: Axes, line: Line, style: tuple[str, str, str], speed: bool) -> None:
+def _draw_line(panel: Axes, line: Line, style: Style, speed: bool) -> None:
     points = [point for point in line.points if point.speedup or not speed]
     color, dashes, marker = style
     x = [(point.speedup or 0) if speed else point.ffn_active for point in points]
