@@ -34,10 +34,10 @@ from moesaic.partition.cmoe import l1_distance
 def conversion(model: str, config: ConvertConfig, keep: Path | None = None) -> dict[str, Any]:
     """Metrics of one conversion with the median seconds a layer of each stage; the result is kept where asked."""
     with tempfile.TemporaryDirectory() as scratch:
-        metrics = convert(model, keep or Path(scratch) / "out", config, force=True)
+        result = convert(model, keep or Path(scratch) / "out", config, force=True)
     stages = {
-        stage: round(statistics.median(r["stage_seconds"][stage] for r in metrics["layers"]), 3)
-        for stage in metrics["layers"][0]["stage_seconds"]
+        stage: round(statistics.median(record.stage_seconds[stage] for record in result.layers), 3)
+        for stage in result.layers[0].stage_seconds
     }
     kept = (
         "plan",
@@ -50,9 +50,9 @@ def conversion(model: str, config: ConvertConfig, keep: Path | None = None) -> d
         "peak_rss_bytes",
     )
     return {
-        **{name: metrics[name] for name in kept},
-        "layers": len(metrics["layers"]),
-        "median_seconds_a_layer": round(statistics.median(r["seconds"] for r in metrics["layers"]), 2),
+        **{name: getattr(result, name) for name in kept},
+        "layers": len(result.layers),
+        "median_seconds_a_layer": round(statistics.median(record.seconds for record in result.layers), 2),
         "median_stage_seconds": stages,
         "config": config.model_dump(mode="json"),
     }

@@ -11,7 +11,6 @@ import torch
 
 from moesaic import ConvertConfig
 from moesaic.calibration.layers import calibrate
-from moesaic.conversion.layer import embed
 from moesaic.conversion.prepare import prepare
 
 EVERY, FIRST = 6, 3
@@ -24,7 +23,7 @@ def distinct(model: str, config: ConvertConfig) -> tuple[str, list[float]]:
     """(plan, different neurons over kept ones in every `EVERY`-th layer) of the dense model's own activations."""
     conversion = prepare(model, config)
     conversion.layerwise.load_embeddings_and_head()
-    hidden_NLD = embed(conversion)["calibration"]
+    hidden_NLD = conversion.layerwise.embed(conversion.tokens.calibration_NL)
     generator, shares = torch.Generator().manual_seed(config.seed), []
     for index in range(len(conversion.layerwise.layers)):
         with conversion.layerwise.layer(index) as layer:

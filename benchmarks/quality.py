@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moesaic.comparison.frontier import Measurement, frontier
+from moesaic import Measurement, frontier
 from moesaic.comparison.recipes import METHODS, NEURONS
 from moesaic.report import tables
 

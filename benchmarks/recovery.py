@@ -30,7 +30,6 @@ from moesaic.calibration.text import Document, read_documents, text_hash
 from moesaic.evaluation.perplexity import perplexity
 from moesaic.evaluation.tasks import evaluate_tasks, read_tasks
 from moesaic.machine import machine, versions
-from moesaic import FinetuneConfig
 
 CMOE = Path(__file__).parent.parent / "recipes" / "cmoe.yaml"
 WINDOW, SAMPLES = 512, 2_000
@@ -82,10 +81,11 @@ def measure(folder: str | Path, texts: dict[str, Path], a: argparse.Namespace) -
     """Perplexity on each text, and the mean of the tasks."""
     model, tokenizer = moesaic.load(folder)
     found: dict[str, Any] = {
-        name: perplexity(model, tokenizer, text=path, max_tokens=a.max_tokens) for name, path in texts.items()
+        name: perplexity(model, tokenizer, text=path, max_tokens=a.max_tokens)._asdict() for name, path in texts.items()
     }
     if a.tasks:
-        found["tasks"] = evaluate_tasks(model, tokenizer, read_tasks(a.tasks, a.items))
+        scores = evaluate_tasks(model, tokenizer, read_tasks(a.tasks, a.items))
+        found["tasks"] = {name: score.to_dict() for name, score in scores.items()}
     return found
 
 

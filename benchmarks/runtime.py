@@ -215,11 +215,11 @@ def models(a: argparse.Namespace) -> None:
     for folder in a.converted:
         loaded, tokenizer = moesaic.load(folder, device=a.device)
         dense, _ = moesaic.load(a.dense, device=a.device)
-        facts = moesaic.inspect(folder)
+        facts = moesaic.inspect(folder).metrics
         found = benchmark(
             loaded, dense, prompt_tokens(tokenizer, 512, max(a.batch)), new=a.new, batches=a.batch, rounds=a.rounds
         )
-        result["models"][f"{facts['plan']}"] = {"ffn_active": facts["ffn_active"]} | found
+        result["models"][facts.plan] = {"ffn_active": facts.ffn_active} | found.to_dict()
         out.write_text(json.dumps(result, indent=2) + "\n")
         del loaded, dense
 

@@ -9,7 +9,7 @@ import moesaic
 model = sys.argv[1] if len(sys.argv) > 1 else "tiny"
 with tempfile.TemporaryDirectory() as scratch:
     out = Path(scratch) / "out"
-    metrics = moesaic.convert(model, out, moesaic.ConvertConfig(active=0.5))
-    print(f"perplexity {metrics['perplexity_dense']:.2f} dense, {metrics['perplexity']:.2f} with {metrics['plan']}")
+    result = moesaic.convert(model, out, moesaic.ConvertConfig(active=0.5))
+    print(f"perplexity {result.perplexity_dense:.2f} dense, {result.perplexity:.2f} with {result.plan}")
     converted, tokenizer = moesaic.load(out)
     print(moesaic.complete(converted, tokenizer, "The first", max_new_tokens=20))

@@ -12,6 +12,6 @@ with tempfile.TemporaryDirectory() as scratch:
         ("static", "none"), ("cmoe", "none"), ("static", "closed-form"), ("coactivation", "closed-form"),
     ]:  # fmt: skip
         config = moesaic.ConvertConfig(active=0.25, partition=partition, recovery=recovery, tokens=8_192)
-        metrics = moesaic.convert(model, Path(scratch) / f"{partition}-{recovery}", config, force=True)
-        ratio = metrics["perplexity"] / metrics["perplexity_dense"]
-        print(f"{partition:14}{recovery:14}{metrics['plan']:10} perplexity x {ratio:.3f}")
+        result = moesaic.convert(model, Path(scratch) / f"{partition}-{recovery}", config, force=True)
+        ratio = result.perplexity / result.perplexity_dense
+        print(f"{partition:14}{recovery:14}{result.plan:10} perplexity x {ratio:.3f}")

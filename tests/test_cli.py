@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from moesaic import cli
 from moesaic.report import tables
+from moesaic.results import EvaluationResult, FrontierResult, FrontierSummary
 
 SMALL = ["--tokens", "1024", "--plan", "S1A2E8"]
 
@@ -179,7 +181,7 @@ def test_frontier_prints_rows_and_keeps_them(run, tmp_path):
     code, out, err = run("frontier", "tiny", *small, "--methods", "static+closed-form,flap", "--json")
     assert code == 0, err
     rows = json.loads(out)["rows"]
-    assert [row.method for row in rows] == ["static+closed-form", "flap"]
+    assert [row["method"] for row in rows] == ["static+closed-form", "flap"]
     assert rows[0].keys() >= {"method", "ffn_active", "perplexity_ratio", "speedup"}
     code, out, err = run("frontier", "tiny", *small, "--methods", "static+closed-form,flap")
     assert (code, out) == (0, "")
@@ -187,14 +189,23 @@ def test_frontier_prints_rows_and_keeps_them(run, tmp_path):
 
 
 def test_a_frontier_fits_eighty_columns_and_shows_only_what_was_measured():
-    row = {"active": 0.25, "plan": "S1A1E8", "memory": 1.0, "perplexity_ratio": 17.7, "perplexity_ratio_deviation": 0.1}
-    full = row | {"method": "static+closed-form", "seeds": 3, "speedup": 1.5, "tasks_mean": 0.4, "tasks_stderr": 0.02}
-    bound = row | {"method": "neurons", "plan": None, "memory": None, "seeds": 1, "speedup": None}
-    dense = {"perplexity": 32.1, "protocol": "gptq", "tokens": 40_960, "text": "wiki.test.raw"}
+    row = FrontierSummary(
+        method="static+closed-form", active=0.25, ffn_active=0.25, memory_factor=1.0, memory=1.0, plan="S1A1E8",
+        partition=None, speedup=None, perplexity_ratio=17.7, perplexity_ratio_deviation=0.1, seeds=1,
+    )  # fmt: skip
+    full = replace(row, seeds=3, speedup=1.5, tasks_mean=0.4, tasks_stderr=0.02)
+    bound = replace(row, method="neurons", plan=None, memory=None)
+    dense = EvaluationResult(
+        perplexity=32.1, protocol="gptq", tokens=40_960, window=2_048, text="wiki.test.raw", data_sha256="", tasks={},
+        dtype="float32", versions={},
+    )  # fmt: skip
 
     def shown(*rows):
         console = Console(width=200, file=io.StringIO())
-        found = {"setting": {"model": "demo"}, "dense": dense, "summary": list(rows)}
+        found = FrontierResult(
+            setting={"model": "demo"}, versions={}, machine="", rows=[], dense=dense, unfit={}, speeds=[],
+            summary=list(rows),
+        )  # fmt: skip
         tables.show_frontier(console, found, "out")
         return console.file.getvalue()
 

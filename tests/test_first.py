@@ -14,8 +14,8 @@ from moesaic.calibration.layers import replaced_ffn
 from moesaic.calibration.sinks import CHAT_SHARE, SHARE, ffn_factor, opening_targets, opening_tokens
 from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.conversion.layer import convert_layer
-from moesaic.conversion.states import embed
 from moesaic.conversion.prepare import prepare
+from moesaic.conversion.states import embed
 from moesaic.models.layerwise import LayerwiseModel
 from moesaic.recovery.closed_form import ClosedForm
 

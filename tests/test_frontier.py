@@ -9,8 +9,9 @@ import torch
 from conftest import FAMILIES, small_model
 from moesaic import InputError
 from moesaic.comparison.bounds import TopNeurons, top_neurons
-from moesaic.comparison.frontier import Measurement, Point, _shape, frontier, summarise
+from moesaic.comparison.frontier import frontier
 from moesaic.comparison.recipes import METHODS
+from moesaic.comparison.rows import Measurement, Point, shape_of, summarise
 from moesaic.comparison.speed import shaped
 from moesaic.conversion.auto import candidates
 from moesaic.evaluation.cost import active_weights, ffn_of
@@ -99,8 +100,8 @@ def test_routing_by_an_oracle_is_a_bound_without_a_speed():
         method="coactivation-oracle", active=0.25, memory_factor=1.0, seed=0, plan="S1A1E8", expert_width=16,
         ffn_active=0.25, perplexity=20.0, perplexity_ratio=2.0,
     )  # fmt: skip
-    assert _shape(row) is None
-    assert _shape(replace(row, method="cmoe")) == ("S1A1E8", 16)
+    assert shape_of(row) is None
+    assert shape_of(replace(row, method="cmoe")) == ("S1A1E8", 16)
 
 
 @torch.no_grad()
@@ -145,7 +146,9 @@ def test_the_summary_has_means_and_deviations_over_seeds():
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "read-me"])
 def test_every_method_fits_tiny(name):
     for conversion in candidates("tiny", Point(name, 0.25, 1.0, 0).config(MEASUREMENT)):
-        assert conversion.plan.ffn_active(conversion.layerwise.config.intermediate_size) == pytest.approx(0.25, abs=0.01)
+        assert conversion.plan.ffn_active(conversion.layerwise.config.intermediate_size) == pytest.approx(
+            0.25, abs=0.01
+        )
 
 
 def test_all_leaves_out_what_does_not_fit(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from moesaic.conversion.prepare import prepare
 from moesaic.evaluation.cost import active_block_weights
 from moesaic.formats.loading import choose_experts
 
+
 def has_own_gate(name):
     return registry.build("router", name).gate_name == name
 
@@ -51,7 +52,10 @@ def test_tokens_count_relative_to_their_output():
     conversion.layerwise.load_embeddings_and_head()
     with conversion.layerwise.layer(0) as layer:
         sample = calibrate(
-            conversion.layerwise, 0, layer, conversion.layerwise.embed(conversion.tokens.calibration_NL),
+            conversion.layerwise,
+            0,
+            layer,
+            conversion.layerwise.embed(conversion.tokens.calibration_NL),
             conversion.tokens.domain_N,
         )
     norm = sample.output_TD.float().norm(dim=1)

@@ -5,8 +5,8 @@ from torch.nn.functional import linear
 
 from conftest import random_sample
 from moesaic import Plan, registry
-from moesaic.routing.mlp import MLPGate
 from moesaic.routing.base import unit_scores
+from moesaic.routing.mlp import MLPGate
 from moesaic.routing.representative import balance
 
 

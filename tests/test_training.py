@@ -19,9 +19,8 @@ from moesaic.formats.converted import Converted
 from moesaic.formats.loading import load_tokenizer
 from moesaic.moe.kernels import _by_transformers
 from moesaic.moe.modeling import moe_blocks
-from moesaic.training.load import balance_loss, load, move_bias, summary, watched
-from moesaic import FinetuneConfig
 from moesaic.training.data import make_samples
+from moesaic.training.load import balance_loss, count_load, move_bias, summary, watched
 from moesaic.training.losses import Objective, distance, layer_distance, next_token
 from moesaic.training.methods.factorllm import labels
 from moesaic.training.parameters import check_gradients, counts, same_dtype, trainable
@@ -138,10 +137,10 @@ def test_pairs_are_read_from_files(tmp_path):
 
 def test_load_leaves_out_what_stands_for_no_expert():
     index = torch.tensor([[0, 3], [2, 0], [3, 3]])
-    assert load(index, 3).tolist() == [2, 0, 1]
-    found = summary([load(index, 3)], tokens=3)
-    assert found == {"coefficient_of_variation": pytest.approx(0.8165, abs=1e-4), "dead_experts": 1,
-                     "experts_per_token": 1.0}  # fmt: skip
+    assert count_load(index, 3).tolist() == [2, 0, 1]
+    found = summary([count_load(index, 3)], tokens=3)
+    assert (found.coefficient_of_variation, found.dead_experts) == (pytest.approx(0.8165, abs=1e-4), 1)
+    assert found.experts_per_token == 1.0
 
 
 def test_balance_loss_is_one_when_even_and_more_otherwise():
@@ -160,11 +159,11 @@ def test_moving_the_bias_evens_out_the_load(converted):
         loads = [torch.zeros(block.gate.e_score_correction_bias.numel(), dtype=torch.int64) for block in blocks]
 
         def watch(layer, block, x, index, loads=loads):
-            loads[layer] += load(index, len(loads[layer]))
+            loads[layer] += count_load(index, len(loads[layer]))
 
         with torch.no_grad(), watched(blocks, watch):
             model(input_ids=tokens)
-        spread.append(summary(loads, 256)["coefficient_of_variation"])
+        spread.append(summary(loads, 256).coefficient_of_variation)
         move_bias(blocks, loads, 0.05)
     assert min(spread[-10:]) < 0.6 * spread[0]
     assert not any(block.gate._forward_hooks for block in blocks)

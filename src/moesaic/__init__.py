@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .comparison.frontier import Measurement, frontier
+    from .comparison.frontier import frontier
+    from .comparison.rows import Measurement
     from .config import ConvertConfig, FinetuneConfig
     from .conversion.convert import convert
     from .conversion.plans import plans
@@ -34,7 +35,7 @@ PUBLIC = {
     "ConvertConfig": "config",
     "FinetuneConfig": "config",
     "InputError": "errors",
-    "Measurement": "comparison.frontier",
+    "Measurement": "comparison.rows",
     "MoEBlock": "models.moe_block",
     "Plan": "plan",
     "Routing": "models.moe_block",

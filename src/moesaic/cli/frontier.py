@@ -33,8 +33,8 @@ def frontier(
     as_json: options.Json = False,
 ) -> None:
     """Methods x budgets x memory on one model: a table and a chart of quality against speed."""
-    from ..comparison.frontier import Measurement
     from ..comparison.frontier import frontier as run
+    from ..comparison.rows import Measurement
 
     measurement = Measurement(
         text=str(text) if text else None, max_tokens=max_tokens, tasks=str(tasks) if tasks else None,

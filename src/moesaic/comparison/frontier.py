@@ -2,81 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 from ..checkpoint.builtin import known_as
-from ..config import ConvertConfig
 from ..conversion.auto import candidates
 from ..conversion.convert import convert
 from ..errors import InputError
 from ..evaluation.evaluate import check_request, evaluate
 from ..formats.loading import load
 from ..machine import machine, versions
-from ..plan import check_share, nearest_plan, parse_plan
+from ..plan import check_share, parse_plan
 from ..report.frontier_page import write_frontier_page
 from ..report.frontier_plot import write_frontier
-from ..results import EvaluationResult, FrontierResult, FrontierRow, FrontierSummary, Json, ShapeSpeed
+from ..results import EvaluationResult, FrontierResult, FrontierRow, ShapeSpeed
 from .bounds import top_neurons
-from .recipes import ALL, METHODS, NEURONS, ORACLE, chosen, may_overlap
+from .recipes import ALL, NEURONS, chosen, may_overlap
+from .rows import Measurement, Point, Shape, path, read_frontier, shape_of, summarise
 from .speed import shape_speed
 
 RESULT = "frontier.json"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """How every row of a frontier is measured; rows of another measurement are not mixed with these."""
-
-    text: str | None = None
-    max_tokens: int | None = None
-    tasks: str | None = None
-    items: int | None = None
-    """Of each task, at most so many."""
-    calibration: tuple[str, ...] = ()
-    tokens: int = 16_384
-    speed: bool = True
-
-    def setting(self) -> Json:
-        """What decides the numbers, wherever the files lie: names and SHA-256 in place of paths."""
-        return {
-            "text": _named(self.text), "max_tokens": self.max_tokens, "tasks": _named(self.tasks), "items": self.items,
-            "calibration": [_named(source) for source in self.calibration], "tokens": self.tokens,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Point:
-    """One conversion of the frontier."""
-
-    method: str
-    active: float
-    memory_factor: float
-    seed: int
-
-    @classmethod
-    def of(cls, row: FrontierRow) -> Point:
-        """The point that a row was measured for."""
-        return cls(row.method, row.active, row.memory_factor, row.seed)
-
-    def config(self, measurement: Measurement) -> ConvertConfig:
-        """The conversion that it stands for."""
-        method = METHODS[self.method]
-        plan = str(nearest_plan(self.active, method.groups, method.groups)) if method.groups else None
-        return ConvertConfig(
-            active=None if plan else self.active, plan=plan, memory_factor=self.memory_factor, seed=self.seed,
-            partition=method.partition, recovery=method.recovery, router=method.router,
-            calibration=measurement.calibration, tokens=measurement.tokens, fine=method.fine,
-        )  # fmt: skip
 
 
 def frontier(
@@ -128,18 +79,6 @@ def frontier(
     return result
 
 
-def path(name: str | None) -> Path | None:
-    """A path, or None for none."""
-    return None if name is None else Path(name)
-
-
-def _named(source: str | None) -> str | None:
-    """A file's name and SHA-256; what is no file (a dataset) by its name alone."""
-    if source is None or not Path(source).is_file():
-        return source
-    return f"{Path(source).name} sha256:{hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]}"
-
-
 def _points(
     model: str,
     active: Sequence[float],
@@ -170,20 +109,6 @@ def _points(
     return points, unfit
 
 
-class Shape(NamedTuple):
-    """What decides a conversion's speed, whatever its method."""
-
-    plan: str
-    expert_width: int
-
-
-def _shape(row: FrontierRow) -> Shape | None:
-    """A row's shape; None for a bound."""
-    if row.plan is None or row.expert_width is None or METHODS[row.method].router == ORACLE:
-        return None
-    return Shape(row.plan, row.expert_width)
-
-
 def _resume(model: str, output: Path, measurement: Measurement) -> FrontierResult:
     """The rows found in `output` if they were measured in the same way, else a fresh result."""
     setting = {"model": model} | measurement.setting()
@@ -204,21 +129,6 @@ def _resume(model: str, output: Path, measurement: Measurement) -> FrontierResul
             f"'{file}' was measured with another {', '.join(changed)}; choose another --out, or delete it to start anew"
         )
     return found
-
-
-def read_frontier(file: Path) -> FrontierResult:
-    """Read a `frontier.json`.
-
-    Raises:
-        ValueError, TypeError, KeyError: it is none.
-    """
-    values = json.loads(file.read_text())
-    speeds = [
-        {name: s[name] for name in ("plan", "expert_width", "machine", "speedup")} for s in values.get("speeds", [])
-    ]
-    for short, whole in zip(speeds, values.get("speeds", []), strict=True):
-        short["details"] = {name: value for name, value in whole.items() if name not in short}
-    return FrontierResult.from_dict({"unfit": {}, "summary": []} | values | {"speeds": speeds}, str(file))
 
 
 def _save(result: FrontierResult, output: Path) -> FrontierResult:
@@ -269,7 +179,7 @@ def _measure(model: str, point: Point, measurement: Measurement, dense: float, o
 def _measure_speeds(model: str, result: FrontierResult, output: Path, report: Callable[[str], None]) -> FrontierResult:
     """Add the decode speed of every row's shape on this machine to `speeds`, where it is not there yet."""
     here = machine()
-    wanted = dict.fromkeys(shape for row in result.rows if (shape := _shape(row)))
+    wanted = dict.fromkeys(shape for row in result.rows if (shape := shape_of(row)))
     known = {Shape(s.plan, s.expert_width) for s in result.speeds if s.machine == here}
     missing = [shape for shape in wanted if shape not in known]
     if not missing:
@@ -287,29 +197,4 @@ def _take_speeds(rows: list[FrontierRow], speeds: list[ShapeSpeed], measurement:
     """Give every row its shape's decode speed: of this machine if it was to be measured, else of the last one."""
     where = machine() if measurement.speed or not speeds else speeds[-1].machine
     known = {Shape(s.plan, s.expert_width): s.speedup for s in speeds if s.machine == where}
-    return [replace(row, speedup=known.get(shape) if (shape := _shape(row)) else None) for row in rows]
-
-
-def summarise(rows: Sequence[FrontierRow]) -> list[FrontierSummary]:
-    """Sum up rows that differ by seed only.
-
-    `default` may take another cut with another seed, which makes another line.
-    """
-    groups: dict[tuple[object, ...], list[FrontierRow]] = {}
-    for row in rows:
-        groups.setdefault((row.method, row.active, row.memory_factor, row.partition, row.plan), []).append(row)
-    summary = []
-    for same in groups.values():
-        first, ratios = same[0], [row.perplexity_ratio for row in same]
-        mean = sum(ratios) / len(ratios)
-        tasks = [row.tasks_mean for row in same if row.tasks_mean is not None]
-        summary.append(
-            FrontierSummary(
-                method=first.method, active=first.active, ffn_active=first.ffn_active,
-                memory_factor=first.memory_factor, memory=first.memory, plan=first.plan, partition=first.partition,
-                speedup=first.speedup, perplexity_ratio=mean,
-                perplexity_ratio_deviation=math.sqrt(sum((r - mean) ** 2 for r in ratios) / max(1, len(ratios) - 1)),
-                seeds=len(same), tasks_mean=sum(tasks) / len(tasks) if tasks else None, tasks_stderr=first.tasks_stderr,
-            )
-        )  # fmt: skip
-    return summary
+    return [replace(row, speedup=known.get(shape) if (shape := shape_of(row)) else None) for row in rows]

@@ -49,7 +49,6 @@ class ConversionTokens:
     """Every `VALIDATION`-th calibration window: nothing is fitted to it but the temperature of the whole model."""
     held_out_NL: Tensor
     """Bundled text on which the converted model is compared with the dense one."""
-    domains: int
     text_sha256: str
     """Of the calibration text."""
 
@@ -156,12 +155,9 @@ def prepare(model: str | Path, config: ConvertConfig, layerwise: LayerwiseModel 
     model_config.dtype = dtype
     set_experts_implementation(model_config, DEFAULT_EXPERTS)
     format, format_reason = choose_format(config.format, model_config, router.has_bias and plan.num_experts > 0)
+    if partitioner.labelled:
+        check_domains(config, plan)
     tokens = tokenise(source, config, min(config.window, layerwise.config.max_position_embeddings))
-    if partitioner.labelled and tokens.domains < plan.num_experts:
-        raise InputError(
-            f"partition '{config.partition}' needs a domain of text for each expert: {plan.num_experts}, found "
-            f"{tokens.domains}; give each domain a file of its own with --calibration, or ask for fewer experts"
-        )
     # a folder is known by its name only, with a stroke to tell it from a built-in model's
     return Conversion(
         model=f"{source.name}/" if Path(model).is_dir() else str(model),
@@ -184,6 +180,17 @@ def check_methods(config: ConvertConfig, partitioner: Partitioner, router: Route
         raise InputError(
             f"router '{config.router}' needs clusters of tokens (specialists:alternations=0); with "
             f"'{config.partition}' use 'linear'"
+        )
+
+
+def check_domains(config: ConvertConfig, plan: Plan) -> None:
+    """Raises InputError unless the calibration text has a domain for each expert."""
+    domains = len({document.domain for document in read_documents(config.calibration)})
+    if domains < plan.num_experts:
+        raise InputError(
+            f"partition '{registry.text('partition', config.partition)}' needs a domain of text for each expert: "
+            f"{plan.num_experts}, found {domains}; give each domain a file of its own with --calibration, or ask for "
+            "fewer experts"
         )
 
 
@@ -218,7 +225,6 @@ def _tokenise(
         opening_M1=opening_tokens(tokens_NL[~spare], tokenizer, opening),
         validation_NL=tokens_NL[spare],
         held_out_NL=token_windows(bundled("heldout"), tokenizer, held_out, window),
-        domains=len({document.domain for document in documents}),
         text_sha256=text_hash(documents),
     )
 

@@ -88,7 +88,7 @@ def model_class(auto: Any, dense: type[PreTrainedConfig], config: type[PreTraine
             weight = next(layer.get_submodule(name).parameters())
             with torch.device(weight.device):
                 moe = MoE(config, act_fn).to(weight.dtype)
-            setattr(layer, name, moe.apply(self._init_weights))
+            setattr(layer, name, moe.apply(lambda module: _init_weights(self, module)))
         connect_gates(self)
 
     def _init_weights(self: PreTrainedModel, module: torch.nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich.columns import Columns
 from rich.console import Console
@@ -111,8 +112,20 @@ def _numbers(result: DemoResult) -> Table:
     return grid
 
 
-def number_rows(result: DemoResult) -> list[tuple[str, str, str, str, str]]:
-    """(what, dense, MoE, their ratio, a word for it): the table of the screen and of the page."""
+class Number(NamedTuple):
+    """A row of the table, as text."""
+
+    label: str
+    dense: str
+    moe: str
+    ratio: str
+    """MoE over dense."""
+    word: str
+    """What the ratio means: less, worse, faster, ..."""
+
+
+def number_rows(result: DemoResult) -> list[Number]:
+    """List what the table of the screen and of the page says."""
     made = result.conversion
     dense, total, active = made.dense_parameters, made.total_parameters, made.active_parameters
     rows = [
@@ -125,7 +138,7 @@ def number_rows(result: DemoResult) -> list[tuple[str, str, str, str, str]]:
         label = f"{'writes' if speed.kind == 'decode' else 'reads'} in {speed.engine}, tokens/s"
         rows.append((label, _speed(speed.dense), _speed(speed.moe), speed.ratio))
         words.append(speed.word)
-    return [(label, a, b, f"{ratio:.2f}x", word) for (label, a, b, ratio), word in zip(rows, words, strict=True)]
+    return [Number(label, a, b, f"{ratio:.2f}x", word) for (label, a, b, ratio), word in zip(rows, words, strict=True)]
 
 
 def _millions(count: int) -> str:

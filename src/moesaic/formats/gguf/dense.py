@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ...checkpoint.reader import Checkpoint
 from ...errors import InputError
-from ..converted import HEAD
+from ...models.families import ATTENTION, HEAD, LAYERS
 from ..loading import load_tokenizer
 from .config import write_rope
 from .vocabulary import write_vocabulary
@@ -21,7 +21,6 @@ ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral"
 """llama.cpp's name of a family."""
 FFN = {f"mlp.{n}_proj.weight": f"ffn_{n}.weight" for n in ("gate", "up", "down")}
 NAMES = RENAMED | FFN | {"post_attention_layernorm.weight": "ffn_norm.weight"}
-LAYERS = "model.layers."
 
 
 def write_dense_gguf(folder: Path, path: Path, outtype: str) -> None:
@@ -37,7 +36,7 @@ def write_dense_gguf(folder: Path, path: Path, outtype: str) -> None:
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
     _write_config(writer, config, outtype)
     write_vocabulary(writer, folder, load_tokenizer(folder), config.vocab_size)
-    turned = {f"self_attn.{n}_proj.weight": heads for n, heads in _heads(config).items()}
+    turned = {f"{ATTENTION}.{n}_proj.weight": heads for n, heads in _heads(config).items()}
     for name in checkpoint.names():
         if name == HEAD and config.tie_word_embeddings:
             continue
