@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from moesaic.checkpoint.builtin import known_as
-from moesaic.comparison.frontier import read_frontier
+from moesaic.comparison.rows import read_frontier
 from moesaic.report.frontier_page import write_frontier_page
 from moesaic.report.frontier_plot import write_frontier
 

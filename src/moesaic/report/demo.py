@@ -112,19 +112,20 @@ def _numbers(result: DemoResult) -> Table:
     return grid
 
 
-class NumberRow(NamedTuple):
-    """A row of the table on the screen and on the page."""
+class Number(NamedTuple):
+    """A row of the table, as text."""
 
     label: str
     dense: str
     moe: str
     ratio: str
+    """MoE over dense."""
     word: str
-    """Whether the ratio is good."""
+    """What the ratio means: less, worse, faster, ..."""
 
 
-def number_rows(result: DemoResult) -> list[NumberRow]:
-    """The rows of the table: parameters, perplexity, speeds."""
+def number_rows(result: DemoResult) -> list[Number]:
+    """List what the table of the screen and of the page says."""
     made = result.conversion
     dense, total, active = made.dense_parameters, made.total_parameters, made.active_parameters
     rows = [
@@ -137,9 +138,7 @@ def number_rows(result: DemoResult) -> list[NumberRow]:
         label = f"{'writes' if speed.kind == 'decode' else 'reads'} in {speed.engine}, tokens/s"
         rows.append((label, _speed(speed.dense), _speed(speed.moe), speed.ratio))
         words.append(speed.word)
-    return [
-        NumberRow(label, a, b, f"{ratio:.2f}x", word) for (label, a, b, ratio), word in zip(rows, words, strict=True)
-    ]
+    return [Number(label, a, b, f"{ratio:.2f}x", word) for (label, a, b, ratio), word in zip(rows, words, strict=True)]
 
 
 def _millions(count: int) -> str:

@@ -76,9 +76,9 @@ def lines_of(rows: Iterable[FrontierSummary]) -> list[Line]:
         lines.append(Line(method, factor, tuple(sorted(points, key=lambda point: -point.ffn_active))))
     order = list(RIVALS)
 
-    def rank(line: Line) -> tuple[float | bool, ...]:
+    def rank(line: Line) -> list[float]:
         known = order.index(line.method) if line.method in order else len(order)
-        return (2 if line.bound else not line.ours, 0 if line.ours else known, line.memory_factor, line.quality)
+        return [2 if line.bound else not line.ours, 0 if line.ours else known, line.memory_factor, line.quality]
 
     return sorted(lines, key=rank)
 

@@ -16,10 +16,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+
+class Style(NamedTuple):
+    """How a line is drawn."""
+
+    color: str
+    dashes: str
+    marker: str
+
+
 BLUES = ("#0b4f8a", "#2f80c4", "#6aa9e0")
 """Ours on the frontier's chart."""
-GREYS = (("#4a4a4a", "--", "s"), ("#7d7d7d", "-.", "^"), ("#a3a3a3", ":", "D"), ("#a3a3a3", "--", "v"))
-"""Other methods: colour, dashes, marker."""
+GREYS = (
+    Style("#4a4a4a", "--", "s"), Style("#7d7d7d", "-.", "^"), Style("#a3a3a3", ":", "D"), Style("#a3a3a3", "--", "v")
+)  # fmt: skip
+"""Other methods."""
 TOP = 25
 """Perplexity over dense at which the frontier's chart ends: a model beyond is of no use."""
 TICKS = (1, 1.2, 1.5, 2, 3, 5, 10, 20)
@@ -65,17 +76,9 @@ def draw_frontier(rows: Iterable[FrontierSummary], model: str) -> Figure:
     )
     if any(not line.ours for line in lines):
         figure.text(0.985, 0.945, "blue: moesaic", fontsize=10, color=BLUES[0], weight="bold", ha="right")
-        figure.text(0.985, 0.89, "grey: other methods", fontsize=10, color=GREYS[1][0], ha="right")
+        figure.text(0.985, 0.89, "grey: other methods", fontsize=10, color=GREYS[1].color, ha="right")
     _label_lines(panels[0], lines, styles, panels[0].get_position().height * figure.get_figheight() * 72)
     return figure
-
-
-class Style(NamedTuple):
-    """How a line is drawn."""
-
-    color: str
-    dashes: str
-    marker: str
 
 
 def _styles(lines: Sequence[Line]) -> dict[Line, Style]:
@@ -83,7 +86,7 @@ def _styles(lines: Sequence[Line]) -> dict[Line, Style]:
     ours = [line for line in lines if line.ours]
     rivals = [line for line in lines if not line.ours]
     found = {line: Style(BLUES[i % len(BLUES)], "-", "osD^vP"[i % 6]) for i, line in enumerate(ours)}
-    return found | {line: Style(*GREYS[i % len(GREYS)]) for i, line in enumerate(rivals)}
+    return found | {line: GREYS[i % len(GREYS)] for i, line in enumerate(rivals)}
 
 
 def _draw_line(panel: Axes, line: Line, style: Style, speed: bool) -> None:
@@ -118,9 +121,7 @@ def _dress(panel: Axes, speed: bool, top: float) -> None:
     panel.tick_params(length=3)
 
 
-def _label_lines(
-    panel: Axes, lines: Sequence[Line], styles: Mapping[Line, tuple[str, str, str]], height: float
-) -> None:
+def _label_lines(panel: Axes, lines: Sequence[Line], styles: Mapping[Line, Style], height: float) -> None:
     """Name each line to the right of its end, with the number there; names that would overlap move apart.
 
     Args:
@@ -133,7 +134,7 @@ def _label_lines(
     ends = [min(float(np.log(line.points[-1].perplexity_ratio)), high) for line in lines]
     places = spread(ends, 1.35 * LABEL * (high - low) / height)
     for line, end, place in zip(lines, ends, places, strict=True):
-        color = styles[line][0]
+        color = styles[line].color
         panel.annotate(
             f"{line.label}  {line.points[-1].perplexity_ratio:.2f}", (line.points[-1].ffn_active, np.exp(end)),
             xytext=(1.06, (place - low) / (high - low)), textcoords="axes fraction", fontsize=LABEL, va="center",
