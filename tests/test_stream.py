@@ -5,10 +5,23 @@ import json
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+    MixtralConfig,
+    SiglipVisionConfig,
+)
 
-from conftest import small_model
-from moesaic import InputError
+from conftest import QUICK, SMALL, small_model
+from moesaic import InputError, convert, plans
+from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.checkpoint.reader import INDEX, Checkpoint
 from moesaic.models.layerwise import LayerwiseModel
 
@@ -36,6 +49,37 @@ def test_streamed_losses_equal_transformers(folders, family, shards):
     expected = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(3, -1)
     losses = run_all(LayerwiseModel(folder, torch.float32, CPU), tokens)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
+
+
+TEXT = {name: SMALL[name] for name in SMALL if name != "initializer_range"} | {"head_dim": 16}
+VISION = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
+    "patch_size": 4,
+}  # fmt: skip
+WITH_IMAGES = {
+    "llava": lambda: LlavaConfig(text_config=LlamaConfig(**TEXT), vision_config=CLIPVisionConfig(**VISION)),
+    "gemma3": lambda: Gemma3Config(
+        text_config=Gemma3TextConfig(**TEXT, sliding_window=16), vision_config=SiglipVisionConfig(**VISION)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_IMAGES)
+def test_the_text_tower_of_a_vision_language_model_streams_too(name, tmp_path):
+    """Its tensors are on disk under older names; the model around the tower is transformers' own."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(WITH_IMAGES[name]()).eval()
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_folder()).save_pretrained(tmp_path)
+    tokens = torch.randint(2, 1000, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits[:, :-1]
+    expected = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(2, -1)
+    torch.testing.assert_close(run_all(LayerwiseModel(tmp_path, torch.float32, CPU), tokens), expected)
+    with pytest.raises(InputError, match="takes images too"):
+        convert(tmp_path, tmp_path / "out", QUICK)
+    with pytest.raises(InputError, match="takes images too"):
+        plans(str(tmp_path))
 
 
 def test_other_architectures_are_refused_with_what_was_found(tmp_path):

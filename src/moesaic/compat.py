@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -74,6 +74,20 @@ def class_for(auto: AutoClass, config_class: type[PreTrainedConfig]) -> type[Pre
 def has_class_for(auto: AutoClass, config_class: type[PreTrainedConfig]) -> bool:
     """Tell whether an auto class knows a configuration."""
     return config_class in auto._model_mapping  # pyrefly: ignore[missing-attribute]
+
+
+def names_in_model(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Name a checkpoint's tensors as the model does: vision-language models are saved under names of older versions.
+
+    Returns:
+        The checkpoint's names by the model's.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    return {rename_source_key(name, renamings, [])[0]: name for name in names}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ..evaluation.cost import active_weights, body_weights
 from ..formats.base import Format, MoesaicModelConfig
 from ..formats.converted import choose_format
 from ..formats.gguf_support import K_BLOCK, gguf_format
-from ..models.families import check_convertible, decoder_layers
+from ..models.families import check_convertible, check_text_only, decoder_layers
 from ..moe.modeling import moesaic_config
 from ..partition import Partitioner
 from ..plan import FEWEST, FINE, Plan, disjoint_plan, parse_plan, specialists_plan
@@ -41,9 +41,8 @@ def plans(model: str, active: float = 0.5, memory_factor: float = 1.0) -> Plans:
     """
     known = HUB_ID.fullmatch(model) and model not in NAMES
     try:
-        config = AutoConfig.from_pretrained(
-            model if known else resolve(model), trust_remote_code=False
-        ).get_text_config()
+        config = AutoConfig.from_pretrained(model if known else resolve(model), trust_remote_code=False)
+        check_text_only(config)
         dense = empty(config)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"'{model}' has no configuration that transformers knows: {error}") from error

@@ -19,6 +19,7 @@ from ..formats.base import Format, MoesaicModelConfig
 from ..formats.converted import choose_format
 from ..formats.loading import load_tokenizer
 from ..models.devices import choose_device, choose_dtype, compute_dtype
+from ..models.families import check_text_only
 from ..models.layerwise import LayerwiseModel
 from ..moe.modeling import DEFAULT_EXPERTS, moesaic_config
 from ..partition import Partitioner
@@ -119,6 +120,7 @@ def prepare(model: str | Path, config: ConvertConfig, layerwise: LayerwiseModel 
     source = resolve(str(model))
     device, dtype = choose_device(config.device), choose_dtype(config.dtype, source)
     layerwise = layerwise or LayerwiseModel(source, compute_dtype(dtype, device), device)
+    check_text_only(layerwise.model.config)
     plan = choose_plan(config, partitioner, layerwise.config.intermediate_size)
     model_config = moesaic_config(
         layerwise.config, plan, router.gate_name, registry.text("selection", selection),

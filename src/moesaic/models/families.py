@@ -140,6 +140,15 @@ def auto_class(config: PreTrainedConfig) -> AutoClass:
     return found[-1] if config.get_text_config() is not config else found[0]
 
 
+def check_text_only(config: PreTrainedConfig) -> None:
+    """Raises InputError for a model that takes more than text: it can be run layer by layer, but not converted."""
+    if config.get_text_config() is not config:
+        raise InputError(
+            f"the model is a {config.model_type}, which takes images too; text-only decoder models convert. Give the "
+            "text model that it is built on"
+        )
+
+
 def text_tower(model: PreTrainedModel) -> nn.Module:
     """Find the module that holds the decoder layers of the text model; in a vision-language model one of its towers.
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig
 
 from ..checkpoint.reader import Checkpoint
-from ..compat import parameters_on_meta, tied_weights
+from ..compat import names_in_model, parameters_on_meta, tied_weights
 from ..errors import InputError
 from .families import auto_class, check_convertible, decoder_layers, layers_prefix, text_tower
 
@@ -66,6 +66,10 @@ class LayerwiseModel:
         check_convertible(self.layers)
         self.stubs = [Stub() for _ in self.layers]
         self.prefix = layers_prefix(self.model)
+        names = self.checkpoint.names()
+        known = any(name.startswith(self.prefix) for name in names)
+        self.on_disk = dict(zip(names, names, strict=True)) if known else names_in_model(self.model, names)
+        """The checkpoint's names by the model's."""
         text_tower(self.model).layers = nn.ModuleList(self.stubs)
         self._check_names()
 
@@ -79,12 +83,13 @@ class LayerwiseModel:
             f"{self.prefix}{i}.{n}": p for i, layer in enumerate(self.layers) for n, p in layer.named_parameters()
         }
         wanted |= {name: p for name, p in self.model.named_parameters() if name not in tied_weights(self.model)}
-        missing = [name for name in wanted if name not in self.checkpoint]
+        missing = [name for name in wanted if name not in self.on_disk]
         shapes = self.checkpoint.shapes()
         for name, parameter in wanted.items():
-            if name in shapes and shapes[name] != list(parameter.shape):
+            shape = shapes[self.on_disk[name]] if name in self.on_disk else list(parameter.shape)
+            if shape != list(parameter.shape):
                 raise InputError(
-                    f"'{self.checkpoint.folder}': {name} is {shapes[name]}, config.json says {list(parameter.shape)}"
+                    f"'{self.checkpoint.folder}': {name} is {shape}, config.json says {list(parameter.shape)}"
                 )
         if missing:
             have = ", ".join(self.checkpoint.names()[:3])
@@ -95,8 +100,16 @@ class LayerwiseModel:
 
     def embeddings_and_head(self) -> Iterator[tuple[str, Tensor]]:
         """Embeddings, final norm and head by name, as on disk; tied ones once."""
-        names = [name for name in self.checkpoint.names() if not name.startswith(self.prefix)]
-        return self.checkpoint.items([name for name in names if name not in tied_weights(self.model)])
+        tied = tied_weights(self.model)
+        yield from self._tensors(
+            [name for name in self.on_disk if not name.startswith(self.prefix) and name not in tied]
+        )
+
+    def _tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors by the model's names, each file opened once."""
+        ours = {self.on_disk[name]: name for name in names}
+        for name, tensor in self.checkpoint.items(list(ours)):
+            yield ours[name], tensor
 
     def parameters(self) -> int:
         """Parameters of the dense model."""
@@ -120,7 +133,7 @@ class LayerwiseModel:
         layer, prefix = self.layers[index], f"{self.prefix}{index}."
         tensors = {
             name.removeprefix(prefix): tensor.to(self.device, self.dtype)
-            for name, tensor in self.checkpoint.items(self.checkpoint.names(prefix))
+            for name, tensor in self._tensors([name for name in self.on_disk if name.startswith(prefix)])
         }
         layer.load_state_dict(tensors, strict=False, assign=True)
         try:
