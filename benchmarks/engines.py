@@ -15,8 +15,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import gguf
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -26,51 +24,11 @@ import moesaic
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.sources import resolve
 from moesaic.evaluation.cost import active_weights, body_weights
-from moesaic.formats.architectures._decoder import head_dim
-from moesaic.formats.converted import HEAD, Converted
-from moesaic.formats.gguf.config import write_rope
-from moesaic.formats.gguf.vocabulary import write_vocabulary
-from moesaic.formats.gguf.writer import OUTER, OUTTYPES, RENAMED, kind_of
-from moesaic.formats.loading import load_tokenizer
+from moesaic.formats.converted import Converted
+from moesaic.formats.gguf.dense import write_dense_gguf
 from moesaic.machine import machine, versions
 
 ROOT = Path(__file__).parent.parent
-FFN = {"post_attention_layernorm.weight": "ffn_norm.weight"} | {
-    f"mlp.{n}_proj.weight": f"ffn_{n}.weight" for n in ("gate", "up", "down")
-}
-
-
-def dense_gguf(folder: Path, path: Path, outtype: str) -> None:
-    """A dense Qwen2 as llama.cpp has it, of the same types as our exports."""
-    config, checkpoint = AutoConfig.from_pretrained(folder), Checkpoint(folder)
-    assert config.model_type == "qwen2", "the baseline is written for Qwen2 only"
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope = {"partial_rotary_factor": 1.0} | config.rope_parameters
-    write_rope(writer, {"rope_parameters": rope}, head_dim(config))
-    write_vocabulary(writer, folder, load_tokenizer(folder), config.vocab_size)
-    for name in checkpoint.names():
-        if name.startswith("model.layers."):
-            _, _, index, inner = name.split(".", 3)
-            theirs = f"blk.{index}." + (RENAMED | FFN)[inner]
-        else:
-            theirs = OUTER[name]
-        tensor = checkpoint.read(name)
-        kind = kind_of(theirs, tensor.shape, OUTTYPES[outtype])
-        writer.add_tensor(
-            theirs, np.ascontiguousarray(gguf.quants.quantize(tensor.float().numpy(), kind)), raw_dtype=kind
-        )
-    assert HEAD in checkpoint or config.tie_word_embeddings
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def limits(dense: str, converted: Path) -> dict[str, float]:
@@ -140,7 +98,7 @@ def main() -> None:
                         continue
                     if folder == folders[0]:
                         partial = path.with_suffix(".partial")
-                        dense_gguf(folder, partial, kind)
+                        write_dense_gguf(folder, partial, kind)
                         partial.replace(path)
                     else:
                         moesaic.export(folder, path, "gguf", outtype=kind)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from .errors import InputError
 
 
 class AutoClass(Protocol):
@@ -24,6 +27,13 @@ class AutoClass(Protocol):
     def register(self, config_class: type, model_class: type) -> None:
         """Let the class make and load models of another configuration."""
         ...
+
+
+def require(what: str, extra: str, *modules: str) -> None:
+    """Raises InputError, with the command that mends it, if a module of an extra is not installed."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise InputError(f"{what} needs {', '.join(missing)}; install it with: pip install 'moesaic[{extra}]'")
 
 
 def experts_implementation(config: object) -> str:

@@ -13,7 +13,6 @@ import ast
 import difflib
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import os
 import pkgutil
@@ -22,6 +21,8 @@ import sys
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from functools import cache
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
@@ -60,9 +61,8 @@ def names(stage: str) -> list[str]:
 
 @cache
 def _built_in(stage: str) -> tuple[str, ...]:
-    found = importlib.util.find_spec(STAGES[stage].package)
-    assert found is not None
-    modules = pkgutil.iter_modules(found.submodule_search_locations)
+    folder = Path(__file__).parent.joinpath(*STAGES[stage].package.split(".")[1:])  # nothing is imported for a list
+    modules = pkgutil.iter_modules([str(folder)])
     listed = (m.name for m in modules if m.name != "base" and not m.name.startswith("_") and not m.ispkg)
     return tuple(name.replace("_", "-") for name in listed)
 
@@ -117,20 +117,32 @@ def base_class(stage: str) -> type:
 def _outside_class(stage: str, name: str, imported_only: bool) -> type:
     module_name, _, class_name = name.partition(":")
     if imported_only and module_name not in sys.modules:
-        raise InputError(f"this model's {stage} is '{name}', which is not part of moesaic; import {module_name} first")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # as `python -m` has it
-    try:
-        module = sys.modules.get(module_name) or importlib.import_module(module_name)
-    except ImportError as error:
         raise InputError(
-            f"{stage} '{name}': cannot import '{module_name}' ({error}); give the module's name as Python imports it "
-            "from this folder or from an installed package"
-        ) from error
+            f"this model's {stage} is '{name}', which is not part of moesaic; if you trust it, import {module_name} "
+            f"first (moesaic --import {module_name} ...)"
+        )
+    module = import_module(module_name)
     found = getattr(module, class_name, None)
     if found is None:
         raise InputError(f"{stage} '{name}': '{module_name}' has no '{class_name}'{nearest(class_name, dir(module))}")
     return _checked(stage, name, found)
+
+
+def import_module(name: str) -> ModuleType:
+    """Import a module of the user's, from the working folder too, as `python -m` does.
+
+    Raises:
+        InputError: there is none, or it fails.
+    """
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return sys.modules.get(name) or importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(
+            f"cannot import '{name}' ({error}); give a module's name as Python imports it, from this folder or from an "
+            "installed package"
+        ) from error
 
 
 def _checked(stage: str, name: str, found: object) -> type:

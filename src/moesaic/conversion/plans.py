@@ -10,14 +10,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ..checkpoint.builtin import NAMES
 from ..checkpoint.sources import HUB_ID, resolve
+from ..config import ConvertConfig
 from ..errors import InputError
 from ..evaluation.cost import active_weights, body_weights
 from ..formats.base import Format, MoesaicModelConfig
 from ..formats.converted import choose_format
-from ..formats.gguf.writer import K_BLOCK, gguf_format
+from ..formats.gguf_support import K_BLOCK, gguf_format
 from ..models.families import check_convertible, decoder_layers
 from ..moe.modeling import moesaic_config
-from ..plan import FEWEST, Plan, disjoint_plan, specialists_plan
+from ..partition import Partitioner
+from ..plan import FEWEST, FINE, Plan, disjoint_plan, parse_plan, specialists_plan
 from ..results import PlanChoice, Plans
 
 STEPS = (256, 128, 64, 32)
@@ -39,7 +41,9 @@ def plans(model: str, active: float = 0.5, memory_factor: float = 1.0) -> Plans:
     """
     known = HUB_ID.fullmatch(model) and model not in NAMES
     try:
-        config = AutoConfig.from_pretrained(model if known else resolve(model)).get_text_config()
+        config = AutoConfig.from_pretrained(
+            model if known else resolve(model), trust_remote_code=False
+        ).get_text_config()
         dense = empty(config)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"'{model}' has no configuration that transformers knows: {error}") from error
@@ -148,3 +152,45 @@ def empty(config: object) -> PreTrainedModel:
     """Make a model of a configuration without weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def choose_plan(config: ConvertConfig, partitioner: Partitioner, intermediate_size: int) -> Plan:
+    """Choose the shape that a configuration asks for.
+
+    Raises:
+        InputError: contradictory wishes or a shape that does not fit the FFN.
+    """
+    _check_wishes(config, partitioner)
+    if config.plan is not None:
+        plan = parse_plan(config.plan, intermediate_size, config.expert_width, partitioner.overlapping)
+        if partitioner.overlapping and plan.num_experts_per_tok != 1:
+            raise InputError(
+                f"specialists run one at a time: plan '{plan}' must say A1, e.g. S{plan.shared}A1E{plan.groups}"
+            )
+    else:
+        assert config.active is not None
+        if partitioner.overlapping:
+            plan = specialists_plan(config.active, config.memory_factor, intermediate_size)
+        else:
+            plan = disjoint_plan(config.active, intermediate_size, config.expert_width, config.fine)
+    return plan.as_static() if partitioner.static else plan
+
+
+def _check_wishes(config: ConvertConfig, partitioner: Partitioner) -> None:
+    """Raises InputError for options that contradict each other."""
+    if config.plan is not None and config.active is not None:
+        raise InputError("--plan fixes what --active would choose; give one of them")
+    if config.memory_factor != 1 and not partitioner.overlapping:
+        raise InputError(
+            f"--memory-factor {config.memory_factor} needs experts that overlap; use --partition specialists"
+        )
+    if config.memory_factor != 1 and config.plan is not None:
+        raise InputError("--plan fixes how many experts there are, so --memory-factor has no say; give one of them")
+    if partitioner.overlapping and config.expert_width is not None and config.plan is None:
+        raise InputError("a specialist's width follows from --active; drop --expert-width, or fix a --plan too")
+    if config.fine and (partitioner.overlapping or config.plan is not None or config.expert_width is not None):
+        other = next((name for name in ("plan", "expert_width") if getattr(config, name) is not None), "partition")
+        raise InputError(
+            f"--fine asks for about {FINE[1]} disjoint groups, --{other.replace('_', '-')} {getattr(config, other)} "
+            "for something else; give one of them"
+        )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..models.layerwise import LayerwiseModel
-from .prepare import ConversionTokens
+from .tokens import ConversionTokens
 
 
 @dataclass(frozen=True, kw_only=True)

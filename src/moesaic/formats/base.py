@@ -97,10 +97,13 @@ class Format(ABC):
     gguf_interleaved: ClassVar[bool] = False
     """Whether llama.cpp turns neighbouring channels of queries and keys, where transformers turns halves."""
 
+    model_type: ClassVar[str] = ""
+    """In transformers; nothing where it is the file's name."""
+
     @property
     def name(self) -> str:
-        """The `model_type` in transformers, which is also the file's name."""
-        return type(self).__module__.rpartition(".")[2]
+        """The `model_type` in transformers."""
+        return self.model_type or type(self).__module__.rpartition(".")[2]
 
     def gguf_layer(self, native: Tensors, config: MoesaicModelConfig) -> Tensors:
         """Name what is left of a layer's tensors, without attention and its norms, as llama.cpp does."""

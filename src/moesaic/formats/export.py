@@ -21,7 +21,7 @@ from ..report.card import CardFacts, write_card
 from ..results import Check, ConversionResult, ExportResult, Json
 from .base import Format, MoesaicModelConfig
 from .converted import CONFIG_KEY, Converted, choose_format
-from .gguf.writer import gguf_format, write_gguf
+from .gguf_support import gguf_format
 from .loading import load_tokenizer
 from .verify import check
 
@@ -65,6 +65,8 @@ def export(
     output, folder = Path(output).expanduser(), resolve(str(model))
     source = Converted(folder)
     if format == "gguf" or (format == "auto" and output.suffix == ".gguf"):
+        from .gguf.writer import write_gguf  # needs moesaic[export]
+
         return write_gguf(source, output, outtype or "f16", overwrite=overwrite, progress=progress)
     if outtype is not None:
         raise InputError(

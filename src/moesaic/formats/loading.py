@@ -60,7 +60,9 @@ def load(
         if is_stock(checkpoint):
             loaded = Converted(folder).load(dtype)
         else:
-            loaded = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype)
+            loaded = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False)).from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"transformers cannot load '{folder}': {str(error).splitlines()[0]}") from error
     choose_experts(loaded, experts)
@@ -97,7 +99,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         InputError: there is none, or transformers cannot read it.
     """
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)  # pyrefly: ignore[bad-assignment]
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # pyrefly: ignore[bad-assignment]
         return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

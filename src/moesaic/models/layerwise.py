@@ -55,7 +55,7 @@ class LayerwiseModel:
         self.checkpoint = Checkpoint(folder)
         self.dtype, self.device = dtype, device
         try:
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             with parameters_on_meta():
                 self.model: Any = auto_class(config).from_config(config, dtype=dtype)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -89,18 +89,32 @@ class MoEBlock:
 
     @torch.no_grad()
     def norm_topk_prob(self) -> bool:
-        """Tell whether a token's weights are renormalised: whether they have the same sum in all tokens.
+        """Tell whether weights are renormalised: whether an expert's weight depends on how many others are chosen.
 
-        Equals `router.norm_topk_prob` where the router has it; else some random tokens are routed.
+        Equals `router.norm_topk_prob` where the router has it; else random tokens are routed to another number too.
         """
         said = getattr(self.router, "norm_topk_prob", None)
         if isinstance(said, bool):
             return said
-        weight = next(self.router.parameters())
-        generator = torch.Generator().manual_seed(0)
-        x_TD = torch.randn(PROBE_TOKENS, self.hidden_size, generator=generator).to(weight.device, weight.dtype)
-        sums_T = self.route(x_TD).top_k_weights.float().sum(-1)
-        return bool((sums_T - sums_T.mean()).abs().max() <= 0.01 * sums_T.mean().abs())
+        weight, chosen = next(self.router.parameters()), self.num_experts_per_tok
+        x_TD = torch.randn(PROBE_TOKENS, self.hidden_size, generator=torch.Generator().manual_seed(0))
+        x_TD = x_TD.to(weight.device, weight.dtype)
+        few_TE = self._weights(x_TD)
+        name = "top_k" if hasattr(self.router, "top_k") else "num_experts_per_tok"
+        setattr(self.router, name, chosen - 1 if chosen > 1 else 2)
+        try:
+            many_TE = self._weights(x_TD)
+        except AssertionError:  # Phi-MoE's router knows two experts only, and weighs each for itself
+            return False
+        finally:
+            setattr(self.router, name, chosen)
+        both_TE = (few_TE > 0) & (many_TE > 0)
+        return not torch.allclose(few_TE[both_TE], many_TE[both_TE], rtol=0.01)
+
+    def _weights(self, hidden_TD: Tensor) -> Tensor:
+        """The weights of all experts, 0 where they do not run, [T, E]."""
+        index, weights = self.route(hidden_TD)
+        return weights.new_zeros(len(hidden_TD), self.num_experts).scatter(1, index, weights).float()
 
     def route(self, hidden_TD: Tensor) -> Routing:
         """Ask the router alone, for the tokens [T, D] that enter the block."""

@@ -68,6 +68,8 @@ def config_class(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     cls = type(f"Moesaic{dense.__name__}", (dense,), namespace)
     setattr(sys.modules[__name__], cls.__name__, cls)  # so that pickle finds it
     for auto in (AutoModelForCausalLM, AutoModel):
+        if not compat.has_class_for(auto, dense):  # pyrefly: ignore[bad-argument-type]
+            continue
         auto.register(cls, model_class(auto, dense, cls))
     return cls
 

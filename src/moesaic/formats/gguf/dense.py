@@ -29,7 +29,7 @@ def write_dense_gguf(folder: Path, path: Path, outtype: str) -> None:
     Raises:
         InputError: a family that this writer does not know.
     """
-    config, checkpoint = AutoConfig.from_pretrained(folder), Checkpoint(folder)
+    config, checkpoint = AutoConfig.from_pretrained(folder, trust_remote_code=False), Checkpoint(folder)
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise InputError(f"the dense model is {config.model_type}; only {known} are written as dense GGUF")

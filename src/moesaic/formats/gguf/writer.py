@@ -26,6 +26,7 @@ from ...results import ExportResult
 from ..architectures._decoder import head_dim
 from ..base import Format, MoesaicModelConfig
 from ..converted import Converted
+from ..gguf_support import K_BLOCK, gguf_format
 from ..loading import load_tokenizer
 from .config import write_config
 from .vocabulary import write_vocabulary
@@ -36,7 +37,6 @@ OUTTYPES = {
 }  # fmt: skip
 K_QUANTS = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
 """Made by llama.cpp's own `llama-quantize`."""
-K_BLOCK = 256
 RENAMED = {
     "input_layernorm.weight": "attn_norm.weight",
     f"{ATTENTION}.o_proj.weight": "attn_output.weight",
@@ -49,12 +49,6 @@ OUTER = {
     FINAL_NORM: "output_norm.weight",
     HEAD: "output.weight",
 }
-ROPES = ("default", "llama3", "linear", "yarn")
-KEYS = {
-    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor",
-    "low_freq_factor", "high_freq_factor",
-}  # fmt: skip
-"""Of a rope's parameters those that are written; llama.cpp has the others' defaults."""
 Tensors = dict[str, Tensor]
 Progress = Callable[[int, int, str], None]
 
@@ -90,29 +84,6 @@ def write_gguf(
         output=str(output), target="gguf", outtype=outtype, bytes=output.stat().st_size, fallbacks=fallbacks,
         architecture=format.gguf_architecture, max_abs_logit_error=None,
     )  # fmt: skip
-
-
-def gguf_format(config: MoesaicModelConfig, has_bias: bool) -> Format:
-    """Choose the stock architecture that llama.cpp runs as transformers does.
-
-    Raises:
-        InputError: there is none.
-    """
-    rope = config.rope_parameters.get("rope_type")
-    formats: list[Format] = [registry.build("format", name) for name in registry.names("format")]
-    # llama.cpp reads Llama 3's rope factors for those that turn neighbours only, and others silently wrong
-    able = [f for f in formats if f.gguf_architecture and (f.gguf_interleaved or rope != "llama3")]
-    reasons = []
-    for format in sorted(able, key=lambda f: f.preference or 0):
-        if reason := format.reason(config, has_bias):
-            reasons.append(f"As {format.name}: {reason}")
-            continue
-        if rope not in ROPES:
-            raise InputError(f"rope type '{rope}' is not written to GGUF; {', '.join(ROPES)} are")
-        if others := [key for key, value in config.rope_parameters.items() if value is not None and key not in KEYS]:
-            raise InputError(f"llama.cpp has no place for what {', '.join(others)} do to the model's rope")
-        return format
-    raise InputError("this model cannot be written as GGUF. " + "; ".join(reasons))
 
 
 def check_k_quant(source: Converted, format: Format, outtype: str) -> str:

@@ -1,0 +1,65 @@
+"""What a conversion would do, before it does it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .. import registry
+from ..results import Result
+from .prepare import Conversion
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun(Result):
+    """What a conversion would do: shape, methods, data, sizes."""
+
+    model: str
+    architecture: str
+    layers: int | str
+    plan: str
+    expert_width: int | str
+    ffn_active: float | str
+    memory_factor: float | str
+    partition: str
+    router: str
+    recovery: str
+    format: str
+    calibration_tokens: int | str
+    dense_parameters: int | str
+    dtype: str
+    compute_dtype: str
+    device: str
+    disk_bytes: int | str
+
+
+def describe(conversions: list[Conversion]) -> DryRun:
+    """Say what a conversion would do; `a or b` where a trial between candidates decides."""
+    rows = [_describe(conversion) for conversion in conversions]
+    changes = {}
+    for name, value in rows[0].to_dict().items():
+        others = dict.fromkeys(str(row.to_dict()[name]) for row in rows)
+        changes[name] = value if len(others) == 1 else " or ".join(others)
+    return replace(rows[0], **changes)
+
+
+def _describe(conversion: Conversion) -> DryRun:
+    layerwise, plan, width = conversion.layerwise, conversion.plan, conversion.layerwise.config.intermediate_size
+    return DryRun(
+        model=conversion.model,
+        architecture=type(layerwise.model).__name__,
+        layers=len(layerwise.layers),
+        plan=str(plan),
+        expert_width=plan.width,
+        ffn_active=plan.ffn_active(width),
+        memory_factor=plan.memory_factor(width),
+        partition=registry.text("partition", conversion.config.partition),
+        router=registry.text("router", conversion.config.router),
+        recovery=registry.text("recovery", conversion.config.recovery),
+        format=conversion.format.name,
+        calibration_tokens=conversion.tokens.calibration_NL.numel() + conversion.tokens.validation_NL.numel(),
+        dense_parameters=layerwise.parameters(),
+        dtype=str(conversion.dtype).removeprefix("torch."),
+        compute_dtype=str(layerwise.dtype).removeprefix("torch."),
+        device=str(layerwise.device),
+        disk_bytes=conversion.bytes_needed(),
+    )

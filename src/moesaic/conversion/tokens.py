@@ -1,0 +1,92 @@
+"""The text of a conversion, as tokens.
+
+Shapes: N sequences, L tokens in one, M opening tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import registry
+from ..calibration.sinks import opening_tokens
+from ..calibration.text import bundled, labelled_windows, read_documents, text_hash, token_windows
+from ..config import ConvertConfig
+from ..errors import InputError
+from ..formats.loading import load_tokenizer
+from ..plan import Plan
+
+VALIDATION = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionTokens:
+    """The text of a conversion, as tokens; int64."""
+
+    calibration_NL: Tensor
+    """What layers are fitted to."""
+    domain_N: Tensor
+    """The number of each calibration window's domain."""
+    opening_M1: Tensor
+    """Tokens that open a text, which become attention sinks: a window has one, too few to learn from."""
+    validation_NL: Tensor
+    """Every `VALIDATION`-th calibration window: nothing is fitted to it but the temperature of the whole model."""
+    held_out_NL: Tensor
+    """Bundled text on which the converted model is compared with the dense one."""
+    text_sha256: str
+    """Of the calibration text."""
+
+    def count(self) -> int:
+        """Tokens whose hidden states are kept, on both paths where there are two."""
+        once = self.calibration_NL.numel() + self.validation_NL.numel()
+        return once + 2 * self.held_out_NL.numel() + 2 * self.opening_M1.numel()
+
+
+def check_domains(config: ConvertConfig, plan: Plan) -> None:
+    """Raises InputError unless the calibration text has a domain for each expert."""
+    domains = len({document.domain for document in read_documents(config.calibration)})
+    if domains < plan.num_experts:
+        raise InputError(
+            f"partition '{registry.text('partition', config.partition)}' needs a domain of text for each expert: "
+            f"{plan.num_experts}, found {domains}; give each domain a file of its own with --calibration, or ask for "
+            "fewer experts"
+        )
+
+
+def tokenise(source: Path, config: ConvertConfig, window: int) -> ConversionTokens:
+    """Cut calibration and held-out text into windows of tokens; the same text is not tokenised twice in a process.
+
+    Raises:
+        InputError: a file that is missing or not text, or less text than is asked for.
+    """
+    paths = [Path(name).expanduser() for name in config.calibration]
+    stamps = tuple(path.stat().st_mtime_ns if path.is_file() else 0 for path in paths)
+    opening = config.first_tokens if registry.text("recovery", config.recovery) != "none" else 0
+    return _tokenise(source, config.calibration, stamps, config.tokens, window, opening, config.held_out_tokens)
+
+
+@lru_cache(maxsize=4)
+def _tokenise(
+    source: Path,
+    calibration: tuple[str, ...],
+    stamps: tuple[int, ...],
+    tokens: int,
+    window: int,
+    opening: int | None,
+    held_out: int,
+) -> ConversionTokens:
+    tokenizer, documents = load_tokenizer(source), read_documents(calibration)
+    tokens_NL, domain_N = labelled_windows(documents, tokenizer, tokens, window)
+    spare = torch.arange(len(tokens_NL)) % VALIDATION == VALIDATION - 1
+    return ConversionTokens(
+        calibration_NL=tokens_NL[~spare],
+        domain_N=domain_N[~spare],
+        opening_M1=opening_tokens(tokens_NL[~spare], tokenizer, opening),
+        validation_NL=tokens_NL[spare],
+        held_out_NL=token_windows(bundled("heldout"), tokenizer, held_out, window),
+        text_sha256=text_hash(documents),
+    )
