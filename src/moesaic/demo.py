@@ -25,7 +25,7 @@ PROMPTS = {
     'def fibonacci(n: int) -> list[int]:\n    """The first n Fibonacci numbers."""\n': 96,
     "Water is a molecule made of two hydrogen atoms and": 40,
 }
-"""Code, which the demo's model was trained for, and plain text, which it is calibrated on; at most so many new tokens."""
+"""Code, which the demo's model was trained for, and plain text; at most so many new tokens each."""
 PROMPT = 512
 """Tokens read for a speed of prefill."""
 INSTALL = "Not measured in llama.cpp. To add it: pip install xllamacpp"

@@ -63,7 +63,7 @@ def verdicts(result: DemoResult) -> list[tuple[bool, str]]:
     else:
         much = "somewhat" if result.ratio < 1.25 else "clearly"
         found.append(
-            (False, f"The text is {much} worse (see for yourself): perplexity {result.ratio:.2f}x the dense model's.")
+            (False, f"The text is {much} worse, as you see: perplexity {result.ratio:.2f}x the dense model's.")
         )
     return found
 
