@@ -21,11 +21,11 @@ from .report.plots import write_speed
 from .results import DemoResult, Typed
 from .serving.generate import complete
 
-PROMPTS = (
-    'def fibonacci(n: int) -> list[int]:\n    """The first n Fibonacci numbers."""\n',
-    "Water is a molecule made of two hydrogen atoms and",
-)
-"""Code, which the demo's model was trained for, and plain text, which it is calibrated on."""
+PROMPTS = {
+    'def fibonacci(n: int) -> list[int]:\n    """The first n Fibonacci numbers."""\n': 96,
+    "Water is a molecule made of two hydrogen atoms and": 40,
+}
+"""Code, which the demo's model was trained for, and plain text; at most so many new tokens each."""
 PROMPT = 512
 """Tokens read for a speed of prefill."""
 INSTALL = "Not measured in llama.cpp. To add it: pip install xllamacpp"
@@ -65,9 +65,9 @@ def demo(
         progress=lambda done, count: steps.report("speed", done / count, "speed in transformers"),
     )  # fmt: skip
     typed = []
-    for i, prompt in enumerate(PROMPTS):
+    for i, (prompt, new) in enumerate(PROMPTS.items()):
         steps.report("typed", i / len(PROMPTS), "both type")
-        texts = [_continue(m, tokenizer, prompt) for m in (dense, converted)]
+        texts = [_continue(m, tokenizer, prompt, new) for m in (dense, converted)]
         typed.append(Typed(prompt=prompt, dense=texts[0], converted=texts[1]))
     del dense, converted  # llama.cpp needs the room
     found, missing = None, INSTALL
@@ -116,9 +116,9 @@ class Steps:
             self.report("convert", self.tried + (1 - self.tried) * done / count, f"layer {done} of {count}")
 
 
-def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new: int) -> str:
     """What a model writes next, to the end of the function or of the last whole sentence."""
-    text = complete(model, tokenizer, prompt, max_new_tokens=64)
+    text = complete(model, tokenizer, prompt, max_new_tokens=new)
     if prompt.endswith("\n"):
         lines = text.splitlines()
         end = next((i for i, line in enumerate(lines) if line.strip() and not line[:1].isspace()), len(lines))

@@ -62,7 +62,9 @@ def verdicts(result: DemoResult) -> list[tuple[bool, str]]:
         found.append((True, f"The text is nearly as good: perplexity {result.ratio:.2f}x the dense model's."))
     else:
         much = "somewhat" if result.ratio < 1.25 else "clearly"
-        found.append((False, f"The text is {much} worse: perplexity {result.ratio:.2f}x the dense model's."))
+        found.append(
+            (False, f"The text is {much} worse, as you see: perplexity {result.ratio:.2f}x the dense model's.")
+        )
     return found
 
 

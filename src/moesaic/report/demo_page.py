@@ -41,7 +41,8 @@ def write_demo_page(result: DemoResult, path: Path) -> None:
         *([f"<p>{escape(result.llama_cpp_missing)}</p>"] if result.llama_cpp_missing else []),
         "<h2>Numbers</h2>",
         numbers,
-        f'<p class="note">{escape(result.speed.protocol)}; {result.speed.threads} threads.</p>',
+        f'<p class="note">transformers: {escape(result.speed.protocol)}; threads: {result.speed.threads}, '
+        f"{result.speed.dtype}.{_llama_cpp(result)}</p>",
         "<h2>Text, typed by both</h2>",
         *map(_typed, result.typed),
         "<h2>Layers</h2>",
@@ -54,6 +55,14 @@ def write_demo_page(result: DemoResult, path: Path) -> None:
         "Every number is in metrics.json beside this page.</p>",
     ]
     path.write_text(page(f"{result.name} as a Mixture-of-Experts", body), encoding="utf-8")
+
+
+def _llama_cpp(result: DemoResult) -> str:
+    found = result.llama_cpp
+    if not found:
+        return ""
+    how = f"{found.rounds} alternating rounds after a warm-up, medians; prompt {found.prompt}, {found.new} new tokens"
+    return escape(f" llama.cpp ({found.version}): {how}; threads: {found.threads}, {found.type}.")
 
 
 def _meaning(label: str) -> str:
