@@ -14,8 +14,10 @@ convert = {
 benchmark = {"decode", "prefill", "block", "machine", "threads", "dtype"}
 missing = (convert | benchmark) - metrics.keys()
 assert not missing, f"metrics.json lacks {missing}"
-files = {"config.json", "README.md", "moesaic.yaml", "layer_error.png", "expert_load.png", "speed.png"}
+files = {"config.json", "README.md", "moesaic.yaml", "layer_error.png", "expert_load.png", "speed.png", "report.html"}
 assert not files - {p.name for p in out.iterdir()}, "files are missing"
+assert all(text["dense"].strip() and text["converted"].strip() for text in metrics["typed"]), "somebody typed nothing"
+assert metrics["llama_cpp"] or metrics["llama_cpp_missing"], "llama.cpp is neither measured nor is said why not"
 ratio = metrics["perplexity"] / metrics["perplexity_dense"]
 assert 1 < ratio < 2.5, f"perplexity ratio {ratio}"
 assert metrics["peak_rss_bytes"] < 6e9, f"peak memory {metrics['peak_rss_bytes'] / 1e9:.2f} GB"

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import FAMILIES, QUICK, SMALL, small_model
 from moesaic import convert, export, load
 from moesaic.checkpoint.builtin import tiny_folder
+from moesaic.formats.gguf.dense import write_dense_gguf
 
 ROOT = Path(__file__).parent.parent
 NATIVE_FAMILIES = ["llama", "llama3-rope", "mistral", "qwen2", "qwen3"]
@@ -88,6 +89,19 @@ def written_for(engine, native, out, outtype="f32"):
         return native
     export(native, out / "model.gguf", "gguf", outtype=outtype)
     return out / "model.gguf"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [*NATIVE_FAMILIES, "tied"])
+def test_the_dense_model_that_llama_cpp_is_timed_on_is_the_dense_model(family, tmp_path):
+    save_dense(family, tmp_path / "dense")
+    write_dense_gguf(tmp_path / "dense", tmp_path / "dense.gguf", "f32")
+    tokens = [torch.randint(2, 1_024, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 7, 40)]
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
+    expected = torch.stack([dense(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in tokens])
+    request = {"tokens": tokens, "vocab_size": 1_024}
+    given = torch.tensor(ask("llama.cpp", tmp_path / "dense.gguf", request, tmp_path)["logprobs"])
+    assert (given - expected).abs().max() < 1e-4
 
 
 @torch.no_grad()

@@ -231,7 +231,7 @@ def test_a_card_names_the_engines_that_run_this_model(converted, tmp_path):
         cards[out.name] = (out / "README.md").read_text()
     mlx = {name for name, card in cards.items() if "mlx_lm" in card}
     assert mlx == {"llama-specialists", "llama-top-1"}
-    assert {name for name, card in cards.items() if "--to gguf" in card} == {*mlx, "mistral-top-1"}
+    assert {name for name, card in cards.items() if "--format gguf" in card} == {*mlx, "mistral-top-1"}
     assert "--disable-shared-experts-fusion" in cards["llama-specialists"]  # four shared ones
 
 

@@ -64,7 +64,7 @@ When it was written, stock transformers gave the log-probabilities of moesaic's 
 {{ m.check.tokens }} random tokens and {{ m.check.layers }} layers, a median difference of
 {{ "%.1e" | format(m.check.median_difference) }} nats and the same most likely token in
 {{ "%.1f" | format(100 * m.check.agreement) }} %. The other commands were not run.
-{%- if gguf %} For llama.cpp: `moesaic export {{ folder }} {{ folder }}.gguf --to gguf`.
+{%- if gguf %} For llama.cpp: `moesaic export {{ folder }} {{ folder }}.gguf --format gguf`.
 {%- else %} llama.cpp has nothing for it.
 {%- endif %}
 {% else %}

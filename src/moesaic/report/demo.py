@@ -75,7 +75,7 @@ def next_commands(result: DemoResult) -> list[tuple[str, str]]:
         (f"moesaic finetune {out} {out}-tuned --minutes 15", "win quality back by a short training"),
         (f"moesaic convert {result.model} three-quarters --active 0.75", "lose less: three quarters of each FFN run"),
         (f"moesaic generate {out} 'def quicksort(arr):'", "type with it"),
-        (f"moesaic export {out} {out}.gguf --to gguf", "take it to llama.cpp"),
+        (f"moesaic export {out} {out}.gguf --format gguf", "take it to llama.cpp"),
     ]
 
 
