@@ -22,6 +22,7 @@ from transformers import (
 
 from conftest import small_model
 from moesaic import InputError, Plan, Routing, find_blocks, routed_by
+from moesaic.evaluation.cost import active_block_weights
 from moesaic.models.families import decoder_layers
 from moesaic.moe.modeling import moesaic_config
 
@@ -167,3 +168,12 @@ def test_a_decision_for_other_tokens_is_refused():
     three = Routing(torch.zeros(3, 1).long(), torch.ones(3, 1))
     with find_blocks(model)[0].routed_by(three), pytest.raises(InputError, match="for 3 tokens, the block got 24"):
         model(TOKENS)
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "deepseek-v3", "granite-moe-shared"])
+def test_what_a_token_reads_is_counted_in_models_of_other_makers(name):
+    block = find_blocks(stock(name))[-1]
+    each = sum(p.numel() for p in block.experts.parameters()) / EXPERTS
+    total = sum(p.numel() for p in block.module.parameters())
+    assert active_block_weights(block) == pytest.approx(total - (EXPERTS - CHOSEN) * each)
+    assert active_block_weights(block, EXPERTS) == total

@@ -1,13 +1,18 @@
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import ClassVar
 
+import pytest
 import torch
 from torch.nn.functional import linear
 
 from conftest import random_sample
-from moesaic import Plan, registry
-from moesaic.routing.base import unit_scores
+from moesaic import ConvertConfig, InputError, Plan, convert, registry
+from moesaic.routing.base import make_gate, unit_scores
+from moesaic.routing.linear import Linear
 from moesaic.routing.mlp import MLPGate
 from moesaic.routing.representative import balance
+from moesaic.routing.selection import Selection
 
 
 def test_balancing_evens_out_the_load():
@@ -63,3 +68,64 @@ def test_unit_scores_keep_the_choices():
     torch.testing.assert_close(after.mean(1), torch.zeros(300), atol=1e-5, rtol=0)
     ratio = (before - before.mean(1, keepdim=True)) / after
     assert ratio.median().log2().frac().abs() < 1e-4
+
+
+CONFIG = SimpleNamespace(
+    hidden_size=8, num_experts=4, num_experts_per_tok=2, router="linear", router_hidden_size=8, selection="top-k"
+)
+
+
+def gate_with(selection, **fields):
+    gate = make_gate(SimpleNamespace(**vars(CONFIG) | {"selection": selection} | fields))
+    gate.weight.data.copy_(torch.eye(4, 8))
+    return gate.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("selection", "index"),
+    [
+        ("top-k", [[0, 2], [1, 3]]),
+        ("threshold:threshold=0.9", [[0, 4, 2, 4], [4, 1, 4, 4]]),
+        ("relative:threshold=0.5", [[0, 4, 2, 4], [4, 1, 4, 3]]),
+    ],
+)
+def test_selections_say_which_and_how_many(selection, index):
+    x = torch.zeros(2, 8)
+    x[0, :4], x[1, :4] = torch.tensor([3.0, 0.1, 2.0, 0.3]), torch.tensor([0.1, 1.0, 0.2, 0.6])
+    routing = gate_with(selection)(x, None)
+    assert routing.top_k_index.tolist() == index
+    assert torch.equal(routing.top_k_weights, (routing.top_k_index < 4).float())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsManyAsItLearns(Selection):
+    """Tokens say how many experts run: the arg-max of a bias-free linear map."""
+
+    dynamic_top_k: ClassVar[bool] = True
+
+    def parameters(self, config):
+        return {"allocator": torch.zeros(config.num_experts, config.hidden_size)}
+
+    def select(self, scores_TE, hidden_TD, gate):
+        count_T = 1 + (hidden_TD @ gate.selection_parameters["allocator"].T).argmax(-1)
+        order_TE = scores_TE.argsort(-1, descending=True)
+        return order_TE.masked_fill(torch.arange(4) >= count_T[:, None], 4)
+
+
+def test_a_selection_may_learn_and_is_saved_with_the_gate():
+    gate = gate_with(f"{__name__}:AsManyAsItLearns")
+    assert "selection_parameters.allocator" in gate.state_dict()
+    gate.selection_parameters["allocator"][2, 0] = 1.0  # two experts more where the first channel is large
+    x = torch.zeros(2, 8)
+    x[0, 0], x[1, 0] = 5.0, -5.0
+    assert ((gate(x, None).top_k_index < 4).sum(-1) == torch.tensor([3, 1])).all()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ahead(Linear):
+    scope: ClassVar[str] = "model"
+
+
+def test_a_router_ahead_of_the_model_is_not_fitted_layer_by_layer():
+    with pytest.raises(InputError, match="decides ahead of the whole model"):
+        convert("tiny", "nowhere", ConvertConfig(partition="coactivation", router=Ahead()))

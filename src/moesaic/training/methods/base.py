@@ -55,7 +55,8 @@ def learn_routers(model: PreTrainedModel) -> None:
     """Let every gate learn what its kind may."""
     for block in moe_blocks(model):
         if block.gate is not None:
-            learn(p for name, p in block.gate.named_parameters() if name.startswith(block.gate.trainable_names))
+            names = (*block.gate.trainable_names, "selection_parameters.")
+            learn(p for name, p in block.gate.named_parameters() if name.startswith(names))
 
 
 def replace_gates(model: PreTrainedModel, router: str, **fields: object) -> None:
