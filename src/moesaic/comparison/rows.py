@@ -96,6 +96,8 @@ def read_frontier(file: Path) -> FrontierResult:
         ValueError, TypeError, KeyError: it is none.
     """
     values = json.loads(file.read_text())
+    if not isinstance(values, dict):
+        raise TypeError("it is no JSON object")
     speeds = [
         {name: s[name] for name in ("plan", "expert_width", "machine", "speedup")} for s in values.get("speeds", [])
     ]

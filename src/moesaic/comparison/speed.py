@@ -41,7 +41,8 @@ def shape_speed(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan
     """Time decoding as any conversion of the dense model to that shape does it."""
     tokens_1L = prompt_tokens(tokenizer, SPEED["prompt"])
     found = decode_speed(shaped(dense, plan), dense, tokens_1L, new=SPEED["new"], rounds=SPEED["rounds"])
-    details = found.to_dict() | {"threads": torch.get_num_threads(), "dtype": str(dense.dtype).removeprefix("torch.")}
+    details = {name: value for name, value in found.to_dict().items() if name != "speedup"}
+    details |= {"threads": torch.get_num_threads(), "dtype": str(dense.dtype).removeprefix("torch.")}
     return ShapeSpeed(
         plan=str(plan), expert_width=plan.width, machine=machine(), speedup=found.speedup,
         details=details | SPEED | {"versions": versions()},
