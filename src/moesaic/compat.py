@@ -30,7 +30,16 @@ class AutoClass(Protocol):
 
 
 def require(what: str, extra: str, *modules: str) -> None:
-    """Raises InputError, with the command that mends it, if a module of an extra is not installed."""
+    """Check that the modules of an extra are installed.
+
+    Args:
+        what: what needs them, for the message.
+        extra: the extra of moesaic that brings them, e.g. `train`.
+        modules: names as Python imports them.
+
+    Raises:
+        InputError: one is missing; the message has the command that installs it.
+    """
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise InputError(f"{what} needs {', '.join(missing)}; install it with: pip install 'moesaic[{extra}]'")
@@ -67,7 +76,11 @@ def tied_weights(model: PreTrainedModel) -> set[str]:
 
 
 def class_for(auto: AutoClass, config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    """The model class that an auto class makes of a configuration; KeyError if it has none."""
+    """Find the model class that an auto class makes of a configuration.
+
+    Raises:
+        KeyError: the auto class does not know the configuration.
+    """
     return auto._model_mapping[config_class]  # pyrefly: ignore[missing-attribute]
 
 

@@ -23,7 +23,7 @@ def _written(stage: str, given: object) -> str | None:
 
 
 def _field(stage: str) -> tuple[BeforeValidator, PlainSerializer]:
-    """What a field is that holds a method: its text, or the object itself, which is written as its text."""
+    """Say how a field that holds a method is read and written: its text, or the object, written as its text."""
     return BeforeValidator(partial(_checked, stage)), PlainSerializer(partial(_written, stage))
 
 
@@ -61,7 +61,7 @@ class Settings(BaseModel):
 
     @classmethod
     def combine(cls, recipe: Json, given: Json) -> Json:
-        """Settings of a recipe, overridden."""
+        """Override the settings of a recipe by those that are given."""
         return recipe | given
 
     @classmethod
@@ -128,7 +128,7 @@ class ConvertConfig(Settings):
 
     @classmethod
     def combine(cls, recipe: Json, given: Json) -> Json:
-        """Settings of a recipe, overridden; a share takes the place of a plan, and a plan of a share."""
+        """Override the settings of a recipe; a given share takes the place of a plan, and a given plan of a share."""
         for name, other in (("plan", "active"), ("active", "plan")):
             if name in given:
                 recipe.pop(other, None)
@@ -187,7 +187,7 @@ class FinetuneConfig(Settings):
 
     @classmethod
     def combine(cls, recipe: Json, given: Json) -> Json:
-        """Settings of a recipe, overridden; `rank` and `alpha` are short for options of the method."""
+        """Override the settings of a recipe; `rank` and `alpha` are short for options of the method."""
         content = recipe | given
         adapters = [f"{name}={content.pop(name)}" for name in ("rank", "alpha") if name in content]
         if adapters:

@@ -117,7 +117,7 @@ class Steps:
 
 
 def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new: int) -> str:
-    """What a model writes next, to the end of the function or of the last whole sentence."""
+    """Continue a prompt, to the end of the function or of the last whole sentence."""
     text = complete(model, tokenizer, prompt, max_new_tokens=new)
     if prompt.endswith("\n"):
         lines = text.splitlines()

@@ -17,7 +17,7 @@ from . import __version__
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+    """Read the versions of what decides the numbers: moesaic, Python, torch and transformers."""
     return {
         "moesaic": __version__,
         "python": platform.python_version(),
@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> str:
-    """Processor, cores and GPU, e.g. `AMD EPYC, 2 cores, bf16 instructions`."""
+    """Name processor, cores and GPU, e.g. `AMD EPYC, 2 cores, bf16 instructions`."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
     parts = [names[0] if names else platform.processor() or platform.machine(), f"{os.cpu_count()} cores"]
@@ -39,12 +39,12 @@ def machine() -> str:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system, which glibc keeps for a next time: chunks of tokens add up over layers."""
+    """Return freed memory to the system: glibc keeps it for a next time, and chunks of tokens add up over layers."""
     with suppress(OSError, AttributeError, TypeError):  # other systems have no such call
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident set of this process so far, bytes."""
+    """Read the largest resident set of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -37,26 +37,32 @@ class Plan:
         return self.shared * self.width
 
     def ffn_active(self, intermediate_size: int) -> float:
-        """Share of the dense FFN's neurons that one token runs."""
+        """Count the ffn share: the neurons that one token runs over those of the dense FFN."""
         return (self.shared + self.num_experts_per_tok) * self.width / intermediate_size
 
     def memory_factor(self, intermediate_size: int) -> float:
-        """Neurons kept in memory, relative to the dense FFN's."""
+        """Count the neurons kept in memory over those of the dense FFN."""
         return (self.shared + self.num_experts) * self.width / intermediate_size
 
     def __str__(self) -> str:
         return f"S{self.shared}A{self.num_experts_per_tok}E{self.groups}"
 
     def as_static(self) -> Plan:
-        """The plan of equal cost without routing."""
+        """Make the plan of the same ffn share without routing: all groups that run are shared."""
         return Plan(self.shared + self.num_experts_per_tok, 0, self.groups, self.width)
 
 
 def parse_plan(text: str, intermediate_size: int, expert_width: int | None = None, overlapping: bool = False) -> Plan:
-    """A plan like `S3A3E8` for an FFN of that width; overlapping experts may be of any width and number.
+    """Read a plan like `S3A3E8` for an FFN of `intermediate_size` neurons.
+
+    Args:
+        text: the plan.
+        intermediate_size: neurons of the dense FFN.
+        expert_width: neurons in a group; None divides the FFN among the groups.
+        overlapping: whether experts may share neurons, so that they may be of any width and number.
 
     Raises:
-        InputError: not of that form, more groups in use than there are, or groups that do not divide the width.
+        InputError: not written like `S3A3E8`, more groups in use than there are, or groups that do not divide the FFN.
     """
     match = PLAN.fullmatch(text.upper())
     if not match:
@@ -89,17 +95,17 @@ def parse_plan(text: str, intermediate_size: int, expert_width: int | None = Non
 
 
 def check_share(active: float) -> None:
-    """Refuse what is no share of an FFN.
+    """Check that `active` is a share of an FFN.
 
     Raises:
-        InputError: not above 0 and at most 1.
+        InputError: it is not above 0 and at most 1.
     """
     if not 0 < active <= 1:
         raise InputError(f"--active is {active}; it is a share of the FFN, above 0 and at most 1, e.g. 0.5")
 
 
 def disjoint_plan(active: float, intermediate_size: int, expert_width: int | None = None, fine: bool = False) -> Plan:
-    """The disjoint plan nearest to running `active` of the FFN, half of it shared.
+    """Choose the disjoint plan whose ffn share is nearest to `active`, half of it shared.
 
     About sixteen groups, of a width that K-quants (256), q8_0 (32) or at least grouped kernels (8) take, where the
     FFN's width allows; `fine`: about 64, which follow the tokens better and are slow on CPUs.
@@ -135,14 +141,14 @@ def disjoint_plan(active: float, intermediate_size: int, expert_width: int | Non
 
 
 def nearest_plan(active: float, intermediate_size: int, groups: int) -> Plan:
-    """The plan of so many groups that is nearest to running `active` of the FFN, half of it shared."""
+    """Choose the plan of `groups` groups whose ffn share is nearest to `active`, half of it shared."""
     running = min(groups, max(1, round(active * groups)))
     shared = running // 2
     return Plan(shared, running - shared, groups, intermediate_size // groups)
 
 
 def specialists_plan(active: float, memory_factor: float, intermediate_size: int) -> Plan:
-    """Top-1 specialists beside a shared expert of the same width, as many as the memory budget holds.
+    """Choose top-1 specialists beside a shared expert of the same width, as many as the memory budget holds.
 
     Where it holds fewer than `FEWEST`, groups are narrower and more of them shared.
 

@@ -72,7 +72,7 @@ def _entry_points(stage: str) -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the most similar choice, or nothing."""
+    """Suggest the most similar choice, ` Did you mean 'x'?`; an empty text where none is similar."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
 
@@ -109,7 +109,7 @@ def method_class(stage: str, name: str, *, imported_only: bool = False) -> type:
 
 
 def base_class(stage: str) -> type:
-    """The class that all methods of a stage derive from."""
+    """Find the class that all methods of a stage derive from."""
     module, _, name = STAGES[stage].base.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -184,7 +184,7 @@ def build(stage: str, given: object, *, imported_only: bool = False) -> Any:
 
 
 def split(stage: str, text: str) -> tuple[str, str]:
-    """(name, options) of a method's text: `cmoe:top_k=20` or `module:Class:width=3`."""
+    """Split a method's text into name and options: `cmoe:top_k=20` or `module:Class:width=3`."""
     name, _, arguments = text.partition(":")
     if OUTSIDE.fullmatch(text) and name.replace("_", "-") not in names(stage):
         class_name, _, arguments = arguments.partition(":")

@@ -48,23 +48,23 @@ class LayerActivations:
         return self.input_TD.shape[0]
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(slice of tokens, activations [C, F]) over all tokens; activations are computed anew and never all kept."""
+        """Compute (slice of tokens, activations [C, F]) chunk by chunk; they are computed anew and never all kept."""
         for first in range(0, self.tokens, CHUNK_TOKENS):
             part = slice(first, first + CHUNK_TOKENS)
             yield part, self.ffn.hidden(self.input_TD[part])
 
     def subsample(self, tokens: int, generator: torch.Generator) -> LayerActivations:
-        """At most `tokens` of the tokens, drawn without replacement."""
+        """Take at most `tokens` of the tokens, drawn without replacement."""
         if tokens >= self.tokens:
             return self
         return self.take(torch.randperm(self.tokens, generator=generator)[:tokens].sort().values)
 
     def every(self, step: int) -> LayerActivations:
-        """Every `step`-th token."""
+        """Take every `step`-th token."""
         return self if step == 1 else self.take(slice(None, None, step))
 
     def take(self, pick: Tensor | slice) -> LayerActivations:
-        """Those of the tokens."""
+        """Take those of the tokens, by index or slice."""
         names = ("input_TD", "output_TD", "weight_T", "domain_T")
         return replace(self, **{name: getattr(self, name)[pick] for name in names})
 
@@ -81,7 +81,11 @@ class LayerActivations:
         return Moments(total / self.tokens, square / self.tokens, saliency / self.tokens)
 
     def activation_rates(self) -> list[float]:
-        """Per-cent points (0, 1, ... 100) over neurons of how often one is among the tenth that contribute most."""
+        """Measure how often each neuron is among a token's tenth that contribute most, over all tokens.
+
+        Returns:
+            The per-cent points 0, 1, ... 100 over neurons of these rates.
+        """
         h_TF = torch.cat([h_CF.float() for _, h_CF in self.chunks()]).abs() * self.ffn.down_DF.float().norm(dim=0)
         threshold_T1 = h_TF.kthvalue(max(1, int(0.9 * h_TF.shape[1])), dim=1, keepdim=True).values
         rate_F = (h_TF > threshold_T1).float().mean(0)

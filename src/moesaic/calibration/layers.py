@@ -142,7 +142,7 @@ def tapped(
 
 
 def relative_error(sample: LayerActivations, output_TD: Tensor) -> float:
-    """`sqrt(sum w² ‖y - output‖² / sum w² ‖y‖²)` over the sample's tokens."""
+    """Measure `sqrt(sum w² ‖y - output‖² / sum w² ‖y‖²)` over the sample's tokens."""
     wrong = right = 0.0
     for first in range(0, sample.tokens, CHUNK_TOKENS):
         part = slice(first, first + CHUNK_TOKENS)

@@ -30,7 +30,7 @@ class WeightedRidge:
         self.factor = torch.linalg.lu_factor(gram_DD)
 
     def fit(self, target_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """(W [D, E], b [E]) in float32 for targets [T, E]."""
+        """Fit targets [T, E]: (W [D, E], b [E]) in float32."""
         mean_E = self._mean(target_TE)
         right_DE = mean_E.new_zeros(len(self.mean_D), len(mean_E))
         for part, scaled_CD in self._scaled():
@@ -40,12 +40,12 @@ class WeightedRidge:
         return weight_DE.float(), (mean_E - self.mean_D @ weight_DE).float()
 
     def _mean(self, value_TX: Tensor) -> Tensor:
-        """Weighted mean of each column in float64, or zeros without an intercept."""
+        """Compute the weighted mean of each column in float64, or zeros without an intercept."""
         parts = zip(value_TX.split(CHUNK_TOKENS), self.square_T.split(CHUNK_TOKENS), strict=True)
         return torch.stack([square_C * self.share @ value_CX.double() for value_CX, square_C in parts]).sum(0)
 
     def _scaled(self) -> Iterator[tuple[slice, Tensor]]:
-        """(slice of tokens, w (x - mean)) of each chunk, float32."""
+        """Compute (slice of tokens, w (x - mean)) of each chunk, float32."""
         for first in range(0, len(self.x_TD), CHUNK_TOKENS):
             part = slice(first, first + CHUNK_TOKENS)
             yield part, (self.x_TD[part].float() - self.mean_D.float()) * self.weight_T[part, None]

@@ -26,7 +26,7 @@ NOISE = 0.01
 
 
 def opening_tokens(tokens_NL: Tensor, tokenizer: Any, count: int | None) -> Tensor:
-    """Tokens that may open a text, [count, 1] int64: evenly spaced ones, and every eighth that of the chat template.
+    """List tokens that may open a text, int64 [M, 1]: evenly spaced ones, and every eighth that of the chat template.
 
     Without `count` an eighth of the tokens. None at all where the tokenizer puts a BOS first, which every window shows.
     """
@@ -41,7 +41,7 @@ def opening_tokens(tokens_NL: Tensor, tokenizer: Any, count: int | None) -> Tens
 
 
 def chat_opening(tokenizer: Any) -> list[int]:
-    """The token that opens a chat, alone; nothing without a template, or with one that takes no lone question."""
+    """Find the token that opens a chat; empty without a template, or with one that does not take a question alone."""
     if not tokenizer.chat_template:
         return []
     try:
@@ -79,7 +79,7 @@ class Constant(nn.Module):
 
 
 def ffn_factor(stream: LayerwiseModel, index: int, layer: nn.Module, like_11D: Tensor) -> float:
-    """`c` where a layer adds `c` times its FFN's output to the residual stream; 0 where a norm takes its size away."""
+    """Measure `c` where a layer adds `c` times its FFN's output to the residual stream; 0 where a norm rescales it."""
     after = []
     for value in (1.0, 2.0):
         with replaced_ffn(layer, Constant(value)):

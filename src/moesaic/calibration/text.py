@@ -40,13 +40,13 @@ Window = tuple[list[int], list[bool]]
 
 
 def bundled(name: str) -> list[Document]:
-    """The bundled `calibration` (1 MB) or `heldout` (0.16 MB) text of six domains; no document is in both."""
+    """Read the bundled `calibration` (1 MB) or `heldout` (0.16 MB) text of six domains; no document is in both."""
     lines = (files("moesaic") / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [Document(**json.loads(line)) for line in lines]
 
 
 def read_documents(sources: Sequence[str]) -> list[Document]:
-    """Documents of files or `datasets` names, each source one domain; of the bundled text when there are none.
+    """Read the documents of files or `datasets` names, each source one domain; the bundled text when there are none.
 
     Raises:
         InputError: a missing, empty or malformed file, or a dataset that cannot be had.
@@ -63,7 +63,7 @@ def read_documents(sources: Sequence[str]) -> list[Document]:
 
 
 def _read(source: str) -> list[Document]:
-    """A source's documents, of the domain that its name says."""
+    """Read a source's documents, of the domain that its name says."""
     path = Path(source).expanduser()
     if path.is_file():
         plain = path.suffix not in (".jsonl", ".json")
@@ -91,7 +91,7 @@ def _jsonl(path: Path) -> Iterator[Document]:
 
 
 def _document(row: dict[str, Any], domain: str) -> Document:
-    """The document of a row with one of `TEXT_KEYS`, or with both of `PAIR_KEYS`; else StopIteration."""
+    """Make a document of a row with one of `TEXT_KEYS`, or with both of `PAIR_KEYS`; else StopIteration."""
     if all(isinstance(row.get(key), str) for key in PAIR_KEYS):
         return Document(row["prompt"] + row["response"], domain, len(row["prompt"]))
     return Document(next(row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)), domain)
@@ -116,7 +116,7 @@ def _dataset(name: str, domain: str) -> list[Document]:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file's text.
+    """Read a UTF-8 file's text.
 
     Raises:
         InputError: it is not UTF-8.
@@ -128,7 +128,7 @@ def read_text(path: Path) -> str:
 
 
 def text_hash(documents: Sequence[Document]) -> str:
-    """SHA-256 of all texts in order."""
+    """Hash all texts in order: SHA-256."""
     digest = hashlib.sha256()
     for document in documents:
         digest.update(document.text.encode() + b"\0")
@@ -136,13 +136,13 @@ def text_hash(documents: Sequence[Document]) -> str:
 
 
 def bos(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer puts before any text: its BOS where the model expects one, else nothing."""
+    """List the tokens that the tokenizer puts before any text: its BOS where the model expects one, else nothing."""
     ids = tokenizer("a")["input_ids"]
     return [ids[0]] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else []
 
 
 def by_domain(documents: Sequence[Document]) -> list[list[Document]]:
-    """Each domain's documents, domains in the order in which they first appear."""
+    """Group documents by domain, domains in the order in which they first appear."""
     domains: dict[str, list[Document]] = {}
     for document in documents:
         domains.setdefault(document.domain, []).append(document)
@@ -150,20 +150,29 @@ def by_domain(documents: Sequence[Document]) -> list[list[Document]]:
 
 
 def token_windows(documents: Sequence[Document], tokenizer: Any, tokens: int | None, window: int) -> Tensor:
-    """`labelled_windows` without their domains."""
+    """Cut documents into windows as `labelled_windows` does, without their domains: int64 [N, window]."""
     return labelled_windows(documents, tokenizer, tokens, window)[0]
 
 
 def labelled_windows(
     documents: Sequence[Document], tokenizer: Any, tokens: int | None, window: int
 ) -> tuple[Tensor, Tensor]:
-    """`tokens // window` windows of packed text, [N, window] int64, and the number of each one's domain, [N] int64.
+    """Cut documents into windows of packed text, and tell the domain of each.
 
     Every domain gives the same number of windows, in turn; domains are numbered as they first appear.
 
     A domain's windows are spread evenly over its text: many documents say more about a model than long ones. Every
     window opens with the tokenizer's BOS where the model expects one, so that attention sinks are where they will be
-    in use. Without `tokens`, as many windows as every domain has.
+    in use.
+
+    Args:
+        documents: the text.
+        tokenizer: the model's.
+        tokens: how many in all, `tokens // window` windows; None: as many windows as every domain has.
+        window: tokens in a window.
+
+    Returns:
+        Windows, int64 [N, window], and the number of each one's domain, int64 [N].
 
     Raises:
         InputError: fewer tokens are asked for than one window holds, or than the text has.
@@ -201,7 +210,7 @@ def shares(available: list[int], wanted: int) -> list[int]:
 def packed_windows(
     documents: Sequence[Document], tokenizer: Any, start: list[int], body: int, wanted: int
 ) -> list[Window]:
-    """Windows of `start` + `body` tokens from documents one after the other.
+    """Cut documents, one after the other, into windows of `start` + `body` tokens.
 
     A response ends with the end-of-text token, which counts too; other documents end with a blank line. Of much text
     only evenly spaced documents are tokenised, one for each window at least and several times what is wanted.

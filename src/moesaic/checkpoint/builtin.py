@@ -36,11 +36,11 @@ def known_as(model: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where fetched models are kept: `$MOESAIC_CACHE`, else `$XDG_CACHE_HOME/moesaic`, else `~/.cache/moesaic`."""
+    """Find where fetched models are kept: `$MOESAIC_CACHE`, else `$XDG_CACHE_HOME/moesaic`, else `~/.cache/moesaic`."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("MOESAIC_CACHE") or Path(base) / "moesaic")
 
 
 def tiny_folder() -> Path:
-    """The folder of the bundled `tiny` model."""
+    """Find the folder of the bundled `tiny` model."""
     return Path(str(files("moesaic"))) / "data" / "tiny"

@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: lazy reading, tensor by tensor, and writing in shards."""
+"""Checkpoint folders on disk, read tensor by tensor when a tensor is used."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Checkpoint:
         return content
 
     def shapes(self) -> dict[str, list[int]]:
-        """The shape of every tensor, from the files' headers."""
+        """Read the shape of every tensor by name, from the files' headers."""
         found = {}
         for path in set(self.files.values()):
             with safe_open(path, framework="pt") as file:
@@ -82,16 +82,16 @@ class Checkpoint:
         return name in self.files
 
     def names(self, prefix: str = "") -> list[str]:
-        """Names of all tensors that begin with `prefix`."""
+        """List the names of all tensors that begin with `prefix`."""
         return [name for name in self.files if name.startswith(prefix)]
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in the dtype on disk."""
+        """Read one tensor, in the dtype on disk."""
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
     def items(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) pairs, each file opened once."""
+        """Read (name, tensor) pairs, each file opened once."""
         for path in dict.fromkeys(self.files[name] for name in names):
             with safe_open(path, framework="pt") as file:
                 for name in names:
@@ -99,17 +99,17 @@ class Checkpoint:
                         yield name, file.get_tensor(name)
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights, as the config says or else as the first tensor has."""
+        """Read the dtype of the weights, as the config says or else as the first tensor has."""
         name = self.config.get("dtype") or self.config.get("torch_dtype")
         found = getattr(torch, str(name).removeprefix("torch."), None) if name else None
         return found if isinstance(found, torch.dtype) else self.read(next(iter(self.files))).dtype
 
     def size(self) -> int:
-        """Bytes of all weight files."""
+        """Count the bytes of all weight files."""
         return sum(path.stat().st_size for path in set(self.files.values()))
 
     def fingerprint(self) -> str:
-        """SHA-256 over the config, each file's size and a mebibyte from each end of it."""
+        """Hash the config, each file's size and a mebibyte from each end of it: SHA-256."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for path in sorted(set(self.files.values())):
             digest.update(f"{path.name}:{path.stat().st_size}".encode())

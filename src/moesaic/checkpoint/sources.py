@@ -26,7 +26,13 @@ HUB_PATIENCE_SECONDS = 5
 
 
 def resolve(model: str, console: Console | None = None) -> Path:
-    """The folder with the model's safetensors, config and tokenizer; fetched or unpacked into the cache if need be.
+    """Find the folder with the model's safetensors, config and tokenizer.
+
+    It is fetched or unpacked into the cache if need be.
+
+    Args:
+        model: folder, .gguf file, hub id or built-in name.
+        console: where downloads show their progress; None is standard error.
 
     Raises:
         InputError: nothing is known under that name; the message has the nearest built-in one.
@@ -61,7 +67,7 @@ def resolve(model: str, console: Console | None = None) -> Path:
 
 
 def _from_hub(hub_id: str, complain: bool = False) -> Path | None:
-    """The local snapshot of a hub repository, downloaded when the hub answers; None when there is none to be had."""
+    """Fetch the local snapshot of a hub repository, downloaded when the hub answers; None when there is none."""
     from huggingface_hub import HfApi, snapshot_download
 
     try:
@@ -87,7 +93,7 @@ def _from_hub(hub_id: str, complain: bool = False) -> Path | None:
 
 
 def _from_gguf(gguf: Path, console: Console) -> Path:
-    """A safetensors folder with the dequantised weights of a GGUF file, made once and kept in the cache."""
+    """Unpack a GGUF file's dequantised weights to a safetensors folder, made once and kept in the cache."""
     stat = gguf.stat()
     key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = cache_folder() / "dequantised" / f"{gguf.stem}-{key}"

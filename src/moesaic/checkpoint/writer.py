@@ -26,7 +26,11 @@ HEADROOM_BYTES = 64 << 20
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Raises InputError if OUT exists (and may not be replaced) or its parent cannot be written."""
+    """Check that OUT can be written, before any work.
+
+    Raises:
+        InputError: OUT exists and may not be replaced, or its parent folder cannot be written.
+    """
     if output.exists() and not overwrite:
         raise InputError(f"'{output}' exists; choose another folder or pass --overwrite")
     if output.exists() and not (output / CONFIG_FILE).is_file():
@@ -42,7 +46,11 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def check_space(output: Path, needed: int) -> None:
-    """Raises InputError if the disk of OUT has less than `needed` bytes free."""
+    """Check that the disk of OUT has `needed` bytes free.
+
+    Raises:
+        InputError: it has fewer.
+    """
     parent = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed + HEADROOM_BYTES:
@@ -53,7 +61,7 @@ def check_space(output: Path, needed: int) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file that then takes its name: it is whole or absent.
+    """Let `write` make a file under another name, then give it its own: the file is whole or absent.
 
     Raises:
         StorageError: it cannot be written, as when the disk is full; what was there before stays.
@@ -72,14 +80,18 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_facts(folder: Path) -> None:
-    """Raises InputError if a converted model's folder lacks what `convert` wrote beside the weights."""
+    """Check that a converted model's folder holds what `convert` wrote beside the weights.
+
+    Raises:
+        InputError: a file is missing.
+    """
     for name in FACTS:
         if not (folder / name).is_file():
             raise InputError(f"'{folder}' has no {name}; copy it from the folder that 'moesaic convert' made")
 
 
 def partial_folder(output: Path) -> Path:
-    """Where OUT is built."""
+    """Name the folder in which OUT is built, `OUT.partial`."""
     return output.absolute().with_name(output.absolute().name + ".partial")
 
 
@@ -115,7 +127,7 @@ class ResumableOutput:
         self._drop(keep=self._hidden_name())
 
     def shard(self, index: int) -> str:
-        """The file of one layer's tensors."""
+        """Name the file of one layer's tensors."""
         return f"model-layer-{index:05d}.safetensors"
 
     def _drop(self, keep: str = "") -> None:
@@ -125,7 +137,7 @@ class ResumableOutput:
                 path.unlink(missing_ok=True)  # a hidden file half-written matches both
 
     def hidden(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor] | None:
-        """The hidden states that enter the next layer; None before `start`.
+        """Read the hidden states that enter the next layer, by name; None before `start`.
 
         Raises:
             WorkError: they were deleted though layers are finished.
@@ -146,7 +158,7 @@ class ResumableOutput:
         return f"hidden-{len(self.layers):05d}.safetensors"
 
     def add_trial(self, name: str, loss: float) -> None:
-        """Store a finished trial."""
+        """Store a finished trial's held-out loss, nats a token."""
         self.trials[name] = loss
         self._commit()
 
@@ -159,7 +171,11 @@ class ResumableOutput:
         self._drop(keep=self._hidden_name())
 
     def write(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Write a safetensors file, in place only when whole."""
+        """Write a safetensors file, which takes its name only when whole.
+
+        Raises:
+            StorageError: the disk is full.
+        """
         whole = {k: v.cpu().contiguous() for k, v in tensors.items()}
         write_whole(self.folder / name, lambda path: save_file(whole, path, metadata={"format": "pt"}))
 

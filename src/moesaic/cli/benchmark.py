@@ -26,7 +26,7 @@ def benchmark(
     plot: options.Plot = None,
     as_json: options.Json = False,
 ) -> None:
-    """Decode and prefill speed against the dense model, alternating in one process."""
+    """Measure decode and prefill speed against the dense model, alternating in one process."""
     from ..evaluation.benchmark import benchmark as run
     from ..evaluation.inspect import prompt_tokens
     from ..formats.converted import dense_origin

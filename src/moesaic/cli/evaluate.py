@@ -28,7 +28,7 @@ def evaluate(
     experts: options.Experts = None,
     as_json: options.Json = False,
 ) -> None:
-    """Perplexity under a named protocol, and zero-shot accuracy."""
+    """Measure perplexity under a named protocol, and zero-shot accuracy."""
     from ..evaluation.evaluate import check_request
     from ..evaluation.evaluate import evaluate as run
 

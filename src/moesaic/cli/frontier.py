@@ -32,7 +32,7 @@ def frontier(
     html: Annotated[bool, typer.Option("--html", help="write frontier.html too: all methods, interactive")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Methods x budgets x memory on one model: a table and a chart of quality against speed."""
+    """Compare methods x budgets x memory on one model: a table and a chart of quality against speed."""
     from ..comparison.frontier import frontier as run
     from ..comparison.rows import Measurement
 

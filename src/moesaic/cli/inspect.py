@@ -16,7 +16,7 @@ def inspect(
     out: Annotated[Path, typer.Argument(help="a converted model's folder", metavar="OUT")],
     as_json: options.Json = False,
 ) -> None:
-    """Plan, method, per-layer errors and expert loads of a converted model."""
+    """Show plan, method, per-layer errors and expert loads of a converted model."""
     from ..evaluation.inspect import inspect as run
 
     facts = run(out)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".svg", ".pdf")
 Number = TypeVar("Number", int, float)
 stderr = Console(stderr=True)
-"""Standard error: everything that is for stderr."""
+"""Standard error: everything that people read; standard output has the result alone."""
 
 ModelArgument = Annotated[
     str,
@@ -83,7 +83,7 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cor
 
 
 def numbers(text: str, option: str, kind: type[Number] = int, least: float = 1, most: float = math.inf) -> list[Number]:
-    """A comma-separated list of numbers.
+    """Read a comma-separated list of numbers.
 
     Raises:
         InputError: something else, or a number below `least` or above `most`.
@@ -99,7 +99,11 @@ def numbers(text: str, option: str, kind: type[Number] = int, least: float = 1, 
 
 
 def check_plot(path: Path | None) -> None:
-    """Raises InputError if no picture can be drawn there."""
+    """Check that a picture can be drawn at that path.
+
+    Raises:
+        InputError: no picture's ending, or no such folder.
+    """
     if path:
         from ..report.plots import check_matplotlib
 
@@ -129,7 +133,7 @@ def load_model(
 
 
 def print_result(result: Result, as_json: bool, show: Callable[[], None]) -> None:
-    """Print a result: one JSON object, or what `show` prints for stderr."""
+    """Print a result: one JSON object on standard output, or what `show` prints on standard error."""
     if as_json:
         print(json.dumps(result.to_dict()))
     else:

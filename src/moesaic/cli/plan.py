@@ -17,7 +17,7 @@ def plan(
     memory_factor: Annotated[float, typer.Option(help="size of all experts relative to the dense FFN")] = 1.0,
     as_json: options.Json = False,
 ) -> None:
-    """Shapes near a budget: memory, possible speed, and which engines run each."""
+    """List shapes near a budget: memory, possible speed, and which engines run each."""
     from ..conversion.plans import plans
 
     with stderr.status("counting"):

@@ -35,7 +35,10 @@ class TopNeurons(nn.Module):
 
 @contextmanager
 def top_neurons(model: PreTrainedModel, active: float) -> Iterator[PreTrainedModel]:
-    """The dense model with only the best share `active` of each FFN's neurons in each token; dense again on leaving."""
+    """Let each token run only the best share `active` of each FFN's neurons, with the dense weights.
+
+    The model is dense again on leaving.
+    """
     width: int = model.config.get_text_config().intermediate_size
     dense = [(layer, ffn_name(layer)) for layer in decoder_layers(model)]
     modules = [layer.get_submodule(name) for layer, name in dense]

@@ -49,6 +49,17 @@ def frontier(
     measured. Decode speed is measured last, once for each shape of all rows on this machine. `frontier.png` and `.svg`
     beside the file show the main lines, and with `html` the interactive `frontier.html` shows all.
 
+    Args:
+        model: hub id, folder, .gguf file or built-in name.
+        output: the folder for rows and charts.
+        active: ffn shares, above 0 and at most 1.
+        memory_factors: sizes of all experts relative to the dense FFN.
+        methods: names of `comparison/recipes.py`, or `all` that fit.
+        seeds: each makes a row of its own.
+        measurement: how rows are measured; None is as the fields of `Measurement` say.
+        html: whether `frontier.html` is written too.
+        progress: called with (finished, all, what comes next).
+
     Raises:
         InputError: an unknown method, a shape that does not fit (with `methods=["all"]`: no shape that does; `unfit`
             says why), or bad files; before anything is converted.
@@ -87,7 +98,7 @@ def _points(
     seeds: Sequence[int],
     measurement: Measurement,
 ) -> tuple[list[Point], dict[str, str]]:
-    """The conversions to make, checked, and why methods of `all` do not fit."""
+    """List the conversions to make, checked, and why methods of `all` do not fit."""
     for share in active:
         check_share(share)
     points: list[Point] = []
@@ -110,7 +121,7 @@ def _points(
 
 
 def _resume(model: str, output: Path, measurement: Measurement) -> FrontierResult:
-    """The rows found in `output` if they were measured in the same way, else a fresh result."""
+    """Read the rows found in `output` if they were measured in the same way, else make a fresh result."""
     setting = {"model": model} | measurement.setting()
     file = output / RESULT
     if output.exists() and not output.is_dir():
@@ -140,7 +151,7 @@ def _save(result: FrontierResult, output: Path) -> FrontierResult:
 
 
 def _evaluate(model: str | Path, measurement: Measurement, keep: float | None = None) -> EvaluationResult:
-    """Perplexity and tasks of a model, or of the bound that keeps a share of its neurons."""
+    """Measure perplexity and tasks of a model, or of the bound that keeps a share of its neurons."""
     loaded, tokenizer = load(model, for_scoring=True)
     with nullcontext() if keep is None else top_neurons(loaded, keep):
         return evaluate(

@@ -21,7 +21,7 @@ WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 
 
 def find_llama_cpp(python: Path | None = None) -> Path | None:
-    """The Python that can import `xllamacpp`: the one that is given, else this one; None where it is not installed.
+    """Find the Python that can import `xllamacpp`: the given one, else this one; None where it is not installed.
 
     Raises:
         InputError: the Python that is given cannot.

@@ -11,7 +11,7 @@ ask, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
 
 
 def serve(path: str) -> xllamacpp.Server:
-    """A server of one model for one sequence."""
+    """Start a server of one model for one sequence."""
     params = xllamacpp.CommonParams()
     params.model.path = path
     params.n_ctx, params.n_parallel, params.verbosity = len(ask["tokens"]) + ask["new"] + 8, 1, -1
@@ -20,7 +20,7 @@ def serve(path: str) -> xllamacpp.Server:
 
 
 def once(server: xllamacpp.Server) -> dict[str, float]:
-    """Tokens a second of the prompt and of what follows."""
+    """Measure tokens a second of the prompt and of what follows."""
     body = {"prompt": ask["tokens"], "max_tokens": ask["new"], "temperature": 0}
     timings = server.handle_completions(body | {"cache_prompt": False, "ignore_eos": True})["timings"]
     return {"prefill": timings["prompt_per_second"], "decode": timings["predicted_per_second"]}

@@ -54,7 +54,7 @@ METHODS = {
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """The methods of these names, `all` expanded.
+    """List the methods of these names, `all` expanded.
 
     Raises:
         InputError: an unknown name; the message has the nearest.
@@ -69,7 +69,7 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 
 def may_overlap(name: str) -> bool:
-    """Whether memory beyond the dense model's is of use to the method."""
+    """Tell whether memory beyond the dense model's is of use to the method."""
     if name == NEURONS:
         return False
     partition = METHODS[name].partition

@@ -30,7 +30,7 @@ class Measurement:
     speed: bool = True
 
     def setting(self) -> Json:
-        """What decides the numbers, wherever the files lie: names and SHA-256 in place of paths."""
+        """Say what decides the numbers, wherever the files lie: names and SHA-256 in place of paths."""
         return {
             "text": hashed_name(self.text), "max_tokens": self.max_tokens, "tasks": hashed_name(self.tasks),
             "items": self.items,
@@ -49,11 +49,11 @@ class Point:
 
     @classmethod
     def of(cls, row: FrontierRow) -> Point:
-        """The point that a row was measured for."""
+        """Find the point that a row was measured for."""
         return cls(row.method, row.active, row.memory_factor, row.seed)
 
     def config(self, measurement: Measurement) -> ConvertConfig:
-        """The conversion that it stands for."""
+        """Make the configuration of the conversion that it stands for."""
         method = METHODS[self.method]
         plan = str(nearest_plan(self.active, method.groups, method.groups)) if method.groups else None
         return ConvertConfig(
@@ -64,12 +64,12 @@ class Point:
 
 
 def path(name: str | None) -> Path | None:
-    """A path, or None for none."""
+    """Make a path of a name, or None of none."""
     return None if name is None else Path(name)
 
 
 def hashed_name(source: str | None) -> str | None:
-    """A file's name and SHA-256; what is no file (a dataset) by its name alone."""
+    """Name a file and its SHA-256; what is no file (a dataset) by its name alone."""
     if source is None or not Path(source).is_file():
         return source
     return f"{Path(source).name} sha256:{hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]}"
@@ -83,7 +83,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(row: FrontierRow) -> Shape | None:
-    """A row's shape; None for a bound."""
+    """Find a row's shape; None for a bound."""
     if row.plan is None or row.expert_width is None or METHODS[row.method].router == ORACLE:
         return None
     return Shape(row.plan, row.expert_width)

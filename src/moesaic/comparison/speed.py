@@ -20,7 +20,7 @@ SPEED = {"prompt": 64, "new": 16, "rounds": 3}
 
 @torch.no_grad()
 def shaped(dense: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """The dense model with random FFNs of that shape behind linear gates; everything else is shared with it.
+    """Make the dense model with random FFNs of that shape behind linear gates; everything else is shared with it.
 
     Random gates choose experts evenly, which is what a decoding step's bytes depend on.
     """

@@ -97,13 +97,13 @@ def choose(
 
 
 def trial_windows(tokens: int, window: int) -> int:
-    """Windows of a trial, fitted and held out, for so many calibration tokens."""
+    """Count the windows of a trial, fitted and held out, for so many calibration tokens."""
     return max(PART, min(max(tokens // 2, FEWEST_TOKENS), MOST_TOKENS) // window)
 
 
 @torch.no_grad()
 def trial(conversion: Conversion, progress: Progress | None = None) -> float:
-    """Mean next-token loss in nats on held-out calibration tokens with every `EVERY`-th layer converted.
+    """Measure the mean next-token loss in nats on held-out calibration tokens with every `EVERY`-th layer converted.
 
     Half of them are bundled text if the calibration text is the user's.
     """

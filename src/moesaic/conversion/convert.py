@@ -197,13 +197,17 @@ def measure(
 
 
 def perplexity(conversion: Conversion, hidden_NLD: Tensor) -> float:
-    """`exp(mean loss)` of held-out text; NaN and what overflows become e^700, which JSON holds and is a collapse."""
+    """Compute `exp(mean loss)` of held-out text; NaN and overflow become e^700, which JSON holds and is a collapse."""
     loss = conversion.layerwise.token_losses(conversion.tokens.held_out_NL, hidden_NLD).mean().double()
     return loss.nan_to_num(700).clamp(max=700).exp().item()
 
 
 def check_collapse(result: ConversionResult, config: ConvertConfig, partial: ResumableOutput, force: bool) -> None:
-    """Raises WorkError if the converted model has lost its language and `force` does not accept that."""
+    """Check that the converted model still has its language.
+
+    Raises:
+        WorkError: it has lost it, and `force` does not accept that.
+    """
     ratio = result.perplexity / result.perplexity_dense
     if result.collapsed and not force:
         raise WorkError(

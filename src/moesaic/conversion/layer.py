@@ -169,7 +169,7 @@ def self_test(moe: MoE, sample: LayerActivations, partition: Partition, index: i
 
 @torch.no_grad()
 def expert_load(moe: MoE, sample: LayerActivations) -> Tensor:
-    """How many of the sample's tokens run each routed expert, int64 [E]."""
+    """Count the sample's tokens that run each routed expert, int64 [E]."""
     if moe.gate is None or moe.experts is None:
         return torch.zeros(0, dtype=torch.int64)
     count = moe.experts.num_experts

@@ -34,7 +34,12 @@ K_TYPES = ("q4_k",)
 
 
 def plans(model: str, active: float = 0.5, memory_factor: float = 1.0) -> Plans:
-    """Shapes for a dense model, specialists first; only its configuration is read.
+    """List shapes for a dense model near a budget, specialists first; only its configuration is read.
+
+    Args:
+        model: hub id, folder, .gguf file or built-in name.
+        active: the ffn share wanted, above 0 and at most 1.
+        memory_factor: size of all experts relative to the dense FFN.
 
     Raises:
         InputError: no such model, or a budget that no shape fits.
@@ -54,7 +59,7 @@ def plans(model: str, active: float = 0.5, memory_factor: float = 1.0) -> Plans:
 
 
 def specialist_shapes(active: float, memory_factor: float, size: int) -> Iterator[tuple[str, Plan]]:
-    """What `--active` gives, and the best shape of each step of width."""
+    """List what `--active` gives, and the best shape of each step of width."""
     yield "specialists", specialists_plan(active, memory_factor, size)
     for step in STEPS:
         shapes = []
@@ -71,7 +76,7 @@ def specialist_shapes(active: float, memory_factor: float, size: int) -> Iterato
 
 
 def disjoint_shapes(active: float, size: int) -> Iterator[tuple[str, Plan]]:
-    """What `--active` gives, and groups of each width that divides the FFN."""
+    """List what `--active` gives, and groups of each width that divides the FFN."""
     yield "coactivation", disjoint_plan(active, size)
     for step in STEPS:
         if size % step == 0 and 4 <= size // step <= MOST:
@@ -176,7 +181,11 @@ def choose_plan(config: ConvertConfig, partitioner: Partitioner, intermediate_si
 
 
 def _check_wishes(config: ConvertConfig, partitioner: Partitioner) -> None:
-    """Raises InputError for options that contradict each other."""
+    """Check that options do not contradict each other.
+
+    Raises:
+        InputError: they do.
+    """
     if config.plan is not None and config.active is not None:
         raise InputError("--plan fixes what --active would choose; give one of them")
     if config.memory_factor != 1 and not partitioner.overlapping:

@@ -72,7 +72,7 @@ class Conversion:
         }
 
     def bytes_needed(self) -> int:
-        """Disk that the conversion takes: the output's weights, its last shard twice, and the hidden states."""
+        """Count the bytes of disk that it takes: the output's weights, its last shard twice, and the hidden states."""
         checkpoint, config = self.layerwise.checkpoint, self.layerwise.config
         weights = checkpoint.size() * max(1.0, self.plan.memory_factor(config.intermediate_size))
         weights *= self.dtype.itemsize / checkpoint.dtype().itemsize
@@ -81,14 +81,18 @@ class Conversion:
         return round(1.1 * weights) + 2 * hidden
 
     def check_space(self, output: Path) -> None:
-        """Raises InputError unless OUT's disk has room for what is not yet in `OUT.partial`."""
+        """Check that OUT's disk has room for what is not yet in `OUT.partial`.
+
+        Raises:
+            InputError: it has less.
+        """
         partial = partial_folder(output)
         done = sum(path.stat().st_size for path in partial.iterdir()) if partial.is_dir() else 0
         check_space(output, max(0, self.bytes_needed() - done))
 
 
 def fingerprint(conversions: list[Conversion]) -> dict[str, str]:
-    """What an unfinished output must agree in to be gone on with: all that the candidates may do."""
+    """Say what an unfinished output must agree in to be gone on with: all that the candidates may do."""
     prints = [conversion.fingerprint for conversion in conversions]
     return {key: " or ".join(dict.fromkeys(found[key] for found in prints)) for key in prints[0]}
 
@@ -142,7 +146,11 @@ def prepare(model: str | Path, config: ConvertConfig, layerwise: LayerwiseModel 
 
 
 def check_methods(config: ConvertConfig, partitioner: Partitioner, router: Router, selection: Selection) -> None:
-    """Raises InputError for methods that do not go together, whatever the model is."""
+    """Check that methods go together, whatever the model is.
+
+    Raises:
+        InputError: they do not.
+    """
     if router.scope == "model":
         raise InputError(
             f"router '{config.router}' decides ahead of the whole model; a conversion fits a router in each layer. "

@@ -32,7 +32,7 @@ class HiddenStates:
     """The same on the path of dense layers."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those that there are, by name."""
+        """List those that there are, by name."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 

@@ -41,13 +41,17 @@ class ConversionTokens:
     """Of the calibration text."""
 
     def count(self) -> int:
-        """Tokens whose hidden states are kept, on both paths where there are two."""
+        """Count the tokens whose hidden states are kept, on both paths where there are two."""
         once = self.calibration_NL.numel() + self.validation_NL.numel()
         return once + 2 * self.held_out_NL.numel() + 2 * self.opening_M1.numel()
 
 
 def check_domains(config: ConvertConfig, plan: Plan) -> None:
-    """Raises InputError unless the calibration text has a domain for each expert."""
+    """Check that the calibration text has a domain for each expert.
+
+    Raises:
+        InputError: the partition needs more domains.
+    """
     domains = len({document.domain for document in read_documents(config.calibration)})
     if domains < plan.num_experts:
         raise InputError(

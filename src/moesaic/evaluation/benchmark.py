@@ -60,6 +60,9 @@ def benchmark(
         batches: sequences decoded at once.
         rounds: timed runs of each.
         progress: called with (finished, all) measurements.
+
+    Raises:
+        InputError: the models have different dtypes.
     """
     if model.dtype != dense.dtype:
         raise InputError(f"the models have different dtypes, {model.dtype} and {dense.dtype}; choose one with --dtype")
@@ -173,7 +176,7 @@ CASES = {"decode": _decode, "prefill": _prefill, "block": _block}
 
 
 def _decode_timer(model: PreTrainedModel, tokens_BL: Tensor, new: int) -> Timer:
-    """Seconds for `new` greedy steps after the prompt, which is run once and not timed."""
+    """Make a timer of `new` greedy steps, seconds, after the prompt, which is run once and not timed."""
     prompt = DynamicCache(config=model.config)
     with torch.inference_mode():
         logits = model(input_ids=tokens_BL.to(model.device), past_key_values=prompt, logits_to_keep=1).logits
@@ -200,7 +203,7 @@ def _prefill_timer(model: PreTrainedModel, tokens_L: Tensor) -> Timer:
 
 
 def _block_timer(blocks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Timer:
-    """Seconds for one layer's FFN, all layers run one after the other, so that no cache holds their weights."""
+    """Make a timer of one layer's FFN, seconds; all layers take turns, so that no cache holds their weights."""
 
     @torch.inference_mode()
     def run() -> float:
@@ -231,7 +234,10 @@ def experts_touched(model: PreTrainedModel, run: Timer) -> list[float | None]:
 
 @torch.inference_mode()
 def roof(device: torch.device, dtype: torch.dtype) -> Roof:
-    """`bytes_per_s` that a product with one token reads of a matrix beyond caches, `flops_per_s` of one with many."""
+    """Measure the `bytes_per_s` that a product with one token reads and the `flops_per_s` of one with many.
+
+    The matrix is larger than caches.
+    """
     one, other = (torch.zeros(8_192, 8_192, dtype=dtype, device=device) for _ in range(2))
 
     def best(x_TD: Tensor) -> float:
@@ -256,7 +262,7 @@ def _now(model: PreTrainedModel | Tensor) -> float:
 
 @torch.inference_mode()
 def ffn_inputs(model: PreTrainedModel, tokens_L: Tensor) -> list[Tensor]:
-    """What enters each layer's FFN for that prompt, [L, D] each."""
+    """Record what enters each layer's FFN for that prompt [L], [L, D] each."""
     seen: list[Tensor] = []
     blocks = [ffn_of(layer) for layer in decoder_layers(model)]
     hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1))) for block in blocks]

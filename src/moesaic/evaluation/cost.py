@@ -33,7 +33,7 @@ def active_block_weights(block: MoEBlock | nn.Module, experts: float | None = No
 
 
 def head_weights(model: PreTrainedModel) -> Tensor:
-    """The weights that give the logits."""
+    """Find the weights that give the logits."""
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
     return head.weight

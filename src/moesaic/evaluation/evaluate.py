@@ -31,7 +31,17 @@ def evaluate(
 ) -> EvaluationResult:
     """Measure perplexity (see `perplexity`), accuracies of a task file (see `evaluate_tasks`), lm-eval tasks by name.
 
-    `items` limits the task file to that many of each task.
+    Args:
+        model: a dense or converted model.
+        tokenizer: the model's.
+        text: a raw text file; None is the bundled held-out text.
+        protocol: `gptq`, `llama.cpp` or `lm-eval`.
+        window: tokens in a window.
+        max_tokens: tokens after which the perplexity stops; None: all.
+        tasks: a file of multiple-choice items.
+        items: of each task in that file, at most so many.
+        harness: names of lm-eval's tasks, separated by commas.
+        progress: called with (finished, all) measurements.
 
     Raises:
         InputError: bad text, window, protocol or task file, or the harness is not installed; before any costly work.
@@ -55,7 +65,11 @@ def evaluate(
 def check_request(
     text: Path | None, protocol: str, window: int, max_tokens: int | None, tasks: Path | None, harness: str | None
 ) -> None:
-    """Raises InputError for what is wrong with a request whatever the model, before one is loaded."""
+    """Check a request, whatever the model is, before one is loaded.
+
+    Raises:
+        InputError: bad text, window, protocol or task file, or the harness is not installed.
+    """
     check_protocol(text, protocol, window, max_tokens)
     if tasks:
         read_tasks(tasks)
@@ -64,7 +78,7 @@ def check_request(
 
 
 def _harness() -> Harness:
-    """EleutherAI's lm-evaluation-harness as a function of (model, tokenizer, task names)."""
+    """Import EleutherAI's lm-evaluation-harness as a function of (model, tokenizer, task names)."""
     try:
         from lm_eval import simple_evaluate  # pyrefly: ignore[missing-import]
         from lm_eval.models.huggingface import HFLM  # pyrefly: ignore[missing-import]

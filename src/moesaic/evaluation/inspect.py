@@ -1,4 +1,4 @@
-"""What a converted model says of itself: the facts stored beside its weights."""
+"""What a converted model says of itself: the results stored beside its weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def inspect(folder: str | Path) -> Inspection:
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, length: int, batch: int = 1) -> Tensor:
-    """`batch` different prompts from the bundled held-out text, int64 [batch, length].
+    """Cut `batch` different prompts from the bundled held-out text, int64 [batch, length].
 
     Raises:
         InputError: the text has fewer tokens.

@@ -89,7 +89,11 @@ def perplexity(
 
 
 def check_protocol(text: Path | None, protocol: str, window: int, max_tokens: int | None) -> None:
-    """Raises InputError for an unknown protocol, a missing file, or a limit below one window."""
+    """Check a protocol and its text, before any work.
+
+    Raises:
+        InputError: an unknown protocol, a missing file, or a limit below one window.
+    """
     if protocol not in PROTOCOLS:
         raise InputError(f"unknown protocol '{protocol}'; choose from: {', '.join(PROTOCOLS)}")
     if max_tokens is not None and max_tokens < window:
@@ -102,7 +106,7 @@ def check_protocol(text: Path | None, protocol: str, window: int, max_tokens: in
 
 @torch.inference_mode()
 def window_losses(model: PreTrainedModel, tokens_L: Tensor) -> Tensor:
-    """Next-token losses in nats of one window, float32 [L - 1]."""
+    """Compute the next-token losses of one window in nats, float32 [L - 1]."""
     tokens_L = tokens_L.to(model.device)
     logits_LV = model(input_ids=tokens_L[None, :-1], use_cache=False).logits[0]
     # in slices, so that the float32 copy of the logits stays small
@@ -113,7 +117,7 @@ def window_losses(model: PreTrainedModel, tokens_L: Tensor) -> Tensor:
 def _cut(
     raw: str, tokenizer: PreTrainedTokenizerBase, protocol: str, window: int, max_tokens: int | None
 ) -> tuple[Sequence[Tensor], int]:
-    """(windows, words of the text that they score)."""
+    """Cut text into (windows, words of the text that they score)."""
     if protocol == "gptq":
         # the rows of the published data set keep their line end; its empty rows are empty strings
         rows = raw.split("\n")[: -1 if raw.endswith("\n") else None]

@@ -34,10 +34,10 @@ class Item:
 
 
 def read_tasks(path: Path, per_task: int | None = None) -> list[Item]:
-    """The items of a task file; of each task the first `per_task` only, if that is given.
+    """Read the items of a task file; of each task the first `per_task` only, if that is given.
 
     Raises:
-        InputError: missing file, or a line that is not in one of the forms.
+        InputError: a missing file, or a line that is not written in one of the three ways above.
     """
     if not path.is_file():
         raise InputError(f"no task file '{path}'")
@@ -72,7 +72,10 @@ def evaluate_tasks(
     items: list[Item],
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, TaskScore]:
-    """Per task `acc`, `acc_norm` (likelihood over the choice's characters), `stderr` of acc and `n`; and the mean."""
+    """Score each task, and the mean over tasks.
+
+    A score has `acc`, `acc_norm` (likelihood over the choice's characters), `stderr` of acc, and `n`.
+    """
     right: dict[str, list[tuple[float, float]]] = {}
     # a task's continuations are about equally long, and items of about one length need little padding
     ordered = sorted(items, key=lambda item: (item.task, max(map(len, map("".join, item.pairs)))))
@@ -94,7 +97,7 @@ def evaluate_tasks(
 
 
 def _hits(item: Item, scores: Sequence[tuple[float, bool]]) -> tuple[float, float]:
-    """(acc, acc_norm) of one item, 0 or 1 each."""
+    """Score one item: (acc, acc_norm), 0 or 1 each."""
     if item.gold is None:
         return float(scores[0][1]), float(scores[0][1])
     likelihood = [score for score, _ in scores]
@@ -113,7 +116,11 @@ def _summary(hits: list[tuple[float, float]]) -> TaskScore:
 def score_pairs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
 ) -> list[tuple[float, bool]]:
-    """(log-likelihood of the continuation in nats, whether it is the greedy text) of each (context, continuation)."""
+    """Score (context, continuation) pairs.
+
+    Returns:
+        Of each, the continuation's log-likelihood in nats, and whether it is the greedy text.
+    """
     encoded = [_encode(tokenizer, *pair, model.config.max_position_embeddings) for pair in pairs]
     size = max(1, BATCH_TOKENS // max(len(ids) for ids, _ in encoded))
     return [score for i in range(0, len(encoded), size) for score in _score_batch(model, encoded[i : i + size])]
@@ -139,7 +146,7 @@ def _score_batch(model: PreTrainedModel, encoded: list[tuple[list[int], int]]) -
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, longest: int) -> tuple[list[int], int]:
-    """(tokens, where the continuation starts); the text is tokenised as a whole, long contexts lose their beginning."""
+    """Encode the text as a whole: (tokens, where the continuation starts); long contexts lose their beginning."""
     whole = tokenizer(context + continuation, verbose=False)["input_ids"]
     start = len(tokenizer(context, verbose=False)["input_ids"])
     start = max(1, min(start, len(whole) - 1))

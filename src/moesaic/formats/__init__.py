@@ -1,1 +1,1 @@
-"""How a converted model is written and read: stock architectures, the working form, GGUF."""
+"""How a converted model is written and read: moesaic's own format, stock architectures, GGUF."""

@@ -57,7 +57,7 @@ class MoesaicModelConfig(Protocol):
     dtype: torch.dtype
 
     def to_dict(self) -> Json:
-        """All fields."""
+        """Write all fields."""
         ...
 
     def save_pretrained(self, folder: Path) -> None:
@@ -87,7 +87,7 @@ class Format(ABC):
     loaded_by: ClassVar[tuple[str, ...]] = ()
     """Engines that have it: of `transformers`, `vllm`, `sglang`, `mlx`."""
     copies_shared: ClassVar[bool] = False
-    """Whether each routed expert holds a copy of the shared one, for which the form has no place."""
+    """Whether each routed expert holds a copy of the shared one, for which the format has no place."""
 
     preference: ClassVar[int | None] = None
     """When `auto` tries the format, the least first; None: only when it is asked for."""
@@ -114,7 +114,7 @@ class Format(ABC):
         return
 
     def engines(self, config: MoesaicModelConfig) -> list[str]:
-        """Those of `loaded_by` that run this model rightly. MLX does not scale rope for any of these architectures."""
+        """List those of `loaded_by` that run this model rightly; MLX scales rope for none of these architectures."""
         return [e for e in self.loaded_by if e != "mlx" or config.rope_parameters["rope_type"] == "default"]
 
     def copied_parameters(self, config: MoesaicModelConfig) -> CopiedParameters:
@@ -139,7 +139,11 @@ class Format(ABC):
         return against
 
     def check(self, config: MoesaicModelConfig, has_bias: bool) -> None:
-        """Raises InputError if the format cannot hold the model."""
+        """Check that the format can hold the model.
+
+        Raises:
+            InputError: it cannot; the message says why.
+        """
         if reason := self.reason(config, has_bias):
             raise InputError(
                 f"this model cannot be written as {self.name}: {reason}. With --format moesaic it runs everywhere that "
@@ -171,4 +175,4 @@ class Format(ABC):
 
     @abstractmethod
     def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
-        """The inverse of `layer`."""
+        """Turn a decoder layer of this format back into moesaic's own: the inverse of `layer`."""

@@ -100,19 +100,19 @@ class Converted:
         self.config: MoesaicModelConfig = MoesaicConfig.from_dict(self.fields)
 
     def _tied(self) -> bool:
-        """Whether the head is still the embeddings: a stock architecture holds both, and one may have been trained."""
+        """Tell whether the head is still the embeddings: a stock format holds both, and one may have been trained."""
         if HEAD not in self.checkpoint:
             return True
         head, embeddings = (tensor for _, tensor in self.checkpoint.items([HEAD, EMBEDDINGS]))
         return torch.equal(head, embeddings)
 
     def has_bias(self) -> bool:
-        """Whether routers add a constant to each expert's score."""
+        """Tell whether routers add a constant to each expert's score."""
         names = [name for name in self.checkpoint.names() if name.endswith(GATE_BIAS)]
         return any(bool(bias_E.any()) for _, bias_E in self.checkpoint.items(names))
 
     def layer(self, index: int) -> dict[str, Tensor]:
-        """A decoder layer's tensors, by their name in the layer.
+        """Read a decoder layer's tensors, by their name in the layer.
 
         Raises:
             InputError: a stock architecture was changed, as by training, in what moesaic's own format has no place for.
@@ -132,25 +132,29 @@ class Converted:
         return layer
 
     def prefix(self, index: int) -> str:
-        """How the names of a layer's tensors begin."""
+        """Name the beginning of the names of a layer's tensors."""
         return f"{LAYERS}{index}."
 
     def embeddings_and_head(self) -> dict[str, Tensor]:
-        """Embeddings, final norm, and the head if it is not the embeddings."""
+        """Read embeddings, final norm, and the head if it is not the embeddings."""
         names = [name for name in self.checkpoint.names() if not name.startswith(LAYERS)]
         if self.config.tie_word_embeddings:
             names = [name for name in names if name != HEAD]
         return dict(self.checkpoint.items(names))
 
     def tensors(self, layers: int | None = None) -> Iterator[tuple[str, Tensor]]:
-        """All of them, or those of the first `layers` layers and what is outside the layers."""
+        """Read all tensors, or those of the first `layers` layers and what is outside the layers."""
         yield from self.embeddings_and_head().items()
         for index in range(layers or self.config.num_hidden_layers):
             for name, tensor in self.layer(index).items():
                 yield self.prefix(index) + name, tensor
 
     def load(self, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-        """Load moesaic's own format into memory, or its first `layers` layers and the head."""
+        """Load moesaic's own format into memory, or its first `layers` layers and the head.
+
+        Raises:
+            InputError: tensors are missing.
+        """
         config, folder = shortened(self.config, layers), self.checkpoint.folder
         with parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -166,7 +170,7 @@ class Converted:
 
 
 def shortened(config: Config, layers: int | None) -> Config:
-    """The configuration of a model's first `layers` layers."""
+    """Shorten a configuration to the model's first `layers` layers."""
     short: Any = copy.deepcopy(config)
     if layers is not None:
         short.num_hidden_layers = layers
@@ -188,7 +192,11 @@ def saved_settings(folder: Path) -> Json:
 
 
 def dense_origin(model: str, option: str = "--against") -> str:
-    """Name the dense model that a converted one came from; `option` is how a user would name it.
+    """Name the dense model that a converted one came from.
+
+    Args:
+        model: the folder of a converted model.
+        option: how a user would name the dense one, for the message.
 
     Raises:
         InputError: unknown, or a folder that only its maker knows.

@@ -52,7 +52,7 @@ def export(
         output: the folder to make; it appears only when the check has passed.
         format: a format or its name, `gguf` for llama.cpp, or `auto`: GGUF if `output` is so called, else the first
             stock architecture that holds the model.
-        outtype: how GGUF holds matrices: `f32`, `f16` (the default), `bf16`, `q8_0`, ... (`export/gguf.py`).
+        outtype: how GGUF holds matrices: `f32`, `f16` (the default), `bf16`, `q8_0`, ... (`formats/gguf/writer.py`).
         resume: go on with an unfinished export of the same model.
         overwrite: replace `output` if it exists.
         progress: called with (finished layers, all layers, what is being done).

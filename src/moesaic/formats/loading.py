@@ -70,7 +70,11 @@ def load(
 
 
 def check_experts(name: str | None) -> None:
-    """Raises InputError unless there is an experts implementation of that name."""
+    """Check that there is an experts implementation of that name.
+
+    Raises:
+        InputError: there is none.
+    """
     known = ["eager", *sorted(ExpertsInterface().keys())]
     if name is not None and name not in known:
         raise InputError(f"--experts {name} is not one of {', '.join(known)}")
@@ -93,7 +97,7 @@ def choose_experts(model: PreTrainedModel, name: str | None) -> None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder.
+    """Load the tokenizer in a model's folder.
 
     Raises:
         InputError: there is none, or transformers cannot read it.

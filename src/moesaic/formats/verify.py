@@ -30,7 +30,7 @@ TOLERANCE = 0.05
 
 @torch.no_grad()
 def check(source: Converted, made: Path) -> Check:
-    """How far the written model is from the one it was written from, in float32 as stock transformers runs it.
+    """Measure how far the written model is from the one it was written from, in float32 as stock transformers runs it.
 
     Random tokens, half of the sequences with positions spread over all that the model reaches, for what scales rotary
     positions shows only far out. A token whose experts were nearly tied may choose others and differ, hence the median.
@@ -77,7 +77,7 @@ def check(source: Converted, made: Path) -> Check:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Only errors from transformers."""
+    """Let transformers print only errors."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -87,7 +87,7 @@ def silence() -> Iterator[None]:
 
 
 def layers_that_fit(source: Converted) -> int:
-    """At most `LAYERS`, of which half of the free memory holds float32 weights; two at least."""
+    """Count the layers, at most `LAYERS`, whose float32 weights fit in half of the free memory; two at least."""
     count, shapes = source.config.num_hidden_layers, source.checkpoint.shapes()
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
     layer = sum(size for name, size in sizes.items() if name.startswith(source.prefix(0)))
@@ -96,7 +96,7 @@ def layers_that_fit(source: Converted) -> int:
 
 
 def logits(model: PreTrainedModel, tokens_NL: Tensor) -> Tensor:
-    """Logits of every next token, [N, L, V] float32, a sequence at a time; of the second half at far positions."""
+    """Compute the logits of every next token, float32 [N, L, V], a sequence at a time; of the second half far out."""
     model.eval()
     count, length = tokens_NL.shape
     near = torch.arange(length)[None]

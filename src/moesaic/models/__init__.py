@@ -1,1 +1,1 @@
-"""Models: families, the MoE block, reading and writing checkpoints, the built-in models."""
+"""Models: how families name their parts, the MoE block of any model, running layer by layer, devices."""

@@ -17,7 +17,7 @@ FASTER = 1.25
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the GPU when there is one.
+    """Choose the device of that name; `auto` is the GPU when there is one.
 
     Raises:
         InputError: no such device here.
@@ -32,7 +32,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, source: Path) -> torch.dtype:
-    """The dtype of the weights; `auto` is the checkpoint's.
+    """Choose the dtype of the weights; `auto` is the checkpoint's.
 
     Raises:
         InputError: not a floating-point dtype's name.
@@ -46,7 +46,7 @@ def choose_dtype(name: str, source: Path) -> torch.dtype:
 
 @cache
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to multiply weights of `dtype` in: float32 on a CPU that does so faster than in half precision.
+    """Choose the dtype to multiply weights of `dtype` in: float32 on a CPU that does so faster than in half precision.
 
     CPUs without bfloat16 units take many times as long for it, some with them twice as long; measured in some 100 ms.
     """

@@ -59,15 +59,15 @@ class GatedFFN:
         return self.gate_FD.shape[0]
 
     def take(self, neurons_I: Tensor) -> GatedFFN:
-        """The FFN of some of the neurons."""
+        """Take some of the neurons, as an FFN of their own."""
         return GatedFFN(self.gate_FD[neurons_I], self.up_FD[neurons_I], self.down_DF[:, neurons_I], self.act_fn)
 
     def hidden(self, x_TD: Tensor) -> Tensor:
-        """Activations of all neurons, `act(x gate.T) * (x up.T)`, shape [T, F]."""
+        """Compute the activations of all neurons, `act(x gate.T) * (x up.T)`, [T, F]."""
         return self.act_fn(linear(x_TD, self.gate_FD)) * linear(x_TD, self.up_FD)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        """Output of the dense FFN, shape [T, D]."""
+        """Compute the output of the dense FFN, [T, D]."""
         return linear(self.hidden(x_TD), self.down_DF)
 
 
@@ -78,10 +78,10 @@ def ffn_layout(module: nn.Module) -> FFNLayout | None:
 
 
 def ffn_name(layer: nn.Module) -> str:
-    """The name of the decoder layer's gated FFN, e.g. `mlp`.
+    """Find the name of the decoder layer's gated FFN, e.g. `mlp`.
 
     Raises:
-        InputError: the layer has none; the message lists what was found and what is missing.
+        InputError: the layer has none (the message lists what was found and what is missing), or its FFN has a bias.
     """
     for name, child in layer.named_children():
         if ffn_layout(child) is not None:
@@ -102,7 +102,7 @@ def ffn_name(layer: nn.Module) -> str:
 
 
 def gated_ffn(mlp: nn.Module) -> GatedFFN:
-    """The weights of a dense FFN module, fused or not, as views."""
+    """Read the weights of a dense FFN module, fused or not, as views."""
     layout = ffn_layout(mlp)
     assert layout is not None, f"{type(mlp).__name__} is no gated FFN"
     weights = {name.removesuffix(".weight"): weight.data for name, weight in mlp.named_parameters()}
@@ -114,7 +114,7 @@ def gated_ffn(mlp: nn.Module) -> GatedFFN:
 
 
 def activation(mlp: nn.Module) -> nn.Module:
-    """The FFN's activation module: the one child that is no linear layer.
+    """Find the FFN's activation module: the one child that is no linear layer.
 
     Raises:
         InputError: there are other parts, so the FFN is not just `down(act(gate(x)) * up(x))`.
@@ -141,7 +141,11 @@ def auto_class(config: PreTrainedConfig) -> AutoClass:
 
 
 def check_text_only(config: PreTrainedConfig) -> None:
-    """Raises InputError for a model that takes more than text: it can be run layer by layer, but not converted."""
+    """Check that a model takes text alone: others can be run layer by layer, but not converted.
+
+    Raises:
+        InputError: it takes more than text.
+    """
     if config.get_text_config() is not config:
         raise InputError(
             f"the model is a {config.model_type}, which takes images too; text-only decoder models convert. Give the "
@@ -168,7 +172,7 @@ def text_tower(model: PreTrainedModel) -> nn.Module:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The text model's decoder layers, which may be assigned to `text_tower(model).layers`.
+    """List the text model's decoder layers, which may be assigned to `text_tower(model).layers`.
 
     Raises:
         InputError: the model is not one stack of decoder layers (e.g. it has an encoder).
@@ -179,31 +183,35 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def layers_prefix(model: PreTrainedModel) -> str:
-    """How the names of all decoder layers' parameters begin, e.g. `model.layers.`."""
+    """Find how the names of all decoder layers' parameters begin, e.g. `model.layers.`."""
     tower = text_tower(model)
     return next(name for name, module in model.named_modules() if module is tower) + ".layers."
 
 
 def attention(layer: nn.Module) -> nn.Module | None:
-    """A decoder layer's attention; None where tokens are mixed by something of another name."""
+    """Find a decoder layer's attention; None where tokens are mixed by something of another name."""
     return dict(layer.named_children()).get(ATTENTION)
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The norm between the last layer and the head."""
+    """Find the norm between the last layer and the head."""
     norm = text_tower(model).norm
     assert isinstance(norm, nn.Module)
     return norm
 
 
 def check_convertible(layers: Iterable[nn.Module]) -> None:
-    """Raises InputError unless every layer has a convertible FFN."""
+    """Check that every layer has a convertible FFN.
+
+    Raises:
+        InputError: one has none.
+    """
     for layer in layers:
         activation(layer.get_submodule(ffn_name(layer)))
 
 
 def scale_logits(model: PreTrainedModel, factor: float) -> str:
-    """Multiply the logits by a factor through the final norm's weight; the name of that parameter.
+    """Multiply the logits by a factor through the final norm's weight, and return the name of that parameter.
 
     Norms are told apart by what they do: `weight * x / rms(x)`, or Gemma's `(1 + weight) * x / rms(x)`.
     """

@@ -40,7 +40,7 @@ class Stub(nn.Module):
 
 
 def batches(sequences_NL: Tensor) -> tuple[Tensor, ...]:
-    """Whole sequences, [B, L, ...] each, of at most `BATCH_TOKENS` tokens if one has no more."""
+    """Cut whole sequences into batches, [B, L, ...] each, of at most `BATCH_TOKENS` tokens if one has no more."""
     return sequences_NL.split(max(1, BATCH_TOKENS // sequences_NL.shape[1]))
 
 
@@ -78,7 +78,7 @@ class LayerwiseModel:
         return self.model.config.get_text_config()
 
     def _check_names(self) -> None:
-        """Every parameter has its tensor on disk, in its shape, before any work."""
+        """Check that every parameter has its tensor on disk, in its shape, before any work."""
         wanted = {
             f"{self.prefix}{i}.{n}": p for i, layer in enumerate(self.layers) for n, p in layer.named_parameters()
         }
@@ -99,20 +99,20 @@ class LayerwiseModel:
             )
 
     def embeddings_and_head(self) -> Iterator[tuple[str, Tensor]]:
-        """Embeddings, final norm and head by name, as on disk; tied ones once."""
+        """Read embeddings, final norm and head by name, as on disk; tied ones once."""
         tied = tied_weights(self.model)
         yield from self._tensors(
             [name for name in self.on_disk if not name.startswith(self.prefix) and name not in tied]
         )
 
     def _tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors by the model's names, each file opened once."""
+        """Read tensors by the model's names, each file opened once."""
         ours = {self.on_disk[name]: name for name in names}
         for name, tensor in self.checkpoint.items(list(ours)):
             yield ours[name], tensor
 
     def parameters(self) -> int:
-        """Parameters of the dense model."""
+        """Count the parameters of the dense model."""
         modules = [self.model, *self.layers]
         return sum(p.numel() for module in modules for p in module.parameters())
 
@@ -129,7 +129,7 @@ class LayerwiseModel:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """A decoder layer with its dense weights; on leaving, its memory is released."""
+        """Load a decoder layer with its dense weights; on leaving, its memory is released."""
         layer, prefix = self.layers[index], f"{self.prefix}{index}."
         tensors = {
             name.removeprefix(prefix): tensor.to(self.device, self.dtype)
@@ -143,7 +143,7 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def embed(self, tokens_NL: Tensor) -> Tensor:
-        """What enters the first layer, shape [N, L, D]; from then on `run` knows how to call layers on length L."""
+        """Compute what enters the first layer, [N, L, D]; from then on `run` knows how to call layers on length L."""
         parts = []
         for tokens_BL in (*batches(tokens_NL), tokens_NL[:1]):  # one alone is last: its arguments fit any batch
             self.model.base_model(input_ids=tokens_BL.to(self.device), use_cache=False)
@@ -154,13 +154,13 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def run(self, index: int, layer: nn.Module, hidden_NLD: Tensor) -> Tensor:
-        """A decoder layer's output for sequences of a length that was embedded before, shape [N, L, D]."""
+        """Run a decoder layer on sequences of a length that was embedded before; returns what leaves it, [N, L, D]."""
         arguments = self.stubs[index].arguments[hidden_NLD.shape[1]]
         return torch.cat([layer(hidden_BLD, **arguments) for hidden_BLD in batches(hidden_NLD)])
 
     @torch.no_grad()
     def token_losses(self, tokens_NL: Tensor, hidden_NLD: Tensor) -> Tensor:
-        """Next-token loss in nats from the last layer's output, shape [N, L - 1], float32."""
+        """Compute the next-token losses in nats from the last layer's output [N, L, D]: float32 [N, L - 1]."""
         losses = []
         for tokens_1L, hidden_1LD in zip(tokens_NL.split(1), hidden_NLD.split(1), strict=True):
             self.stubs[-1].replacement = hidden_1LD

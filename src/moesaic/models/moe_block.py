@@ -112,12 +112,12 @@ class MoEBlock:
         return not torch.allclose(few_TE[both_TE], many_TE[both_TE], rtol=0.01)
 
     def _weights(self, hidden_TD: Tensor) -> Tensor:
-        """The weights of all experts, 0 where they do not run, [T, E]."""
+        """Compute the weights of all experts, 0 where they do not run, [T, E]."""
         index, weights = self.route(hidden_TD)
         return weights.new_zeros(len(hidden_TD), self.num_experts).scatter(1, index, weights).float()
 
     def route(self, hidden_TD: Tensor) -> Routing:
-        """Ask the router alone, for the tokens [T, D] that enter the block."""
+        """Ask the router alone which experts the tokens [T, D] that enter the block would run."""
         arguments = (hidden_TD, self.experts)[: len(inspect.signature(self.router.forward).parameters)]
         return read_routing(self.router(*arguments))  # moesaic's own may look at the experts
 
@@ -135,6 +135,9 @@ class MoEBlock:
 
         Args:
             decide: the decision, or what makes it of the tokens [T, D] that enter the block.
+
+        Raises:
+            InputError: on a call of the block whose tokens are not as many as the decision's.
         """
 
         def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -167,7 +170,7 @@ def read_routing(output: tuple[Tensor, ...]) -> Routing:
 
 
 def write_routing(routing: Routing, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Write a decision in the form of a router's output; the inverse of `read_routing`."""
+    """Write a decision as the router's own output has it; the inverse of `read_routing`."""
     index, weights = routing
     if isinstance(output, Routing):
         return routing
@@ -210,14 +213,26 @@ def _scores(module: nn.Module, num_experts: int) -> bool:
 
 
 def find_blocks(model: PreTrainedModel) -> list[MoEBlock]:
-    """Find the Mixture-of-Experts of each decoder layer that has one, in order."""
+    """Find the Mixture-of-Experts of each decoder layer that has one, in order.
+
+    Raises:
+        InputError: the model is not one stack of decoder layers.
+    """
     found = (find_block(layer, number) for number, layer in enumerate(decoder_layers(model)))
     return [block for block in found if block is not None]
 
 
 @contextmanager
 def routed_by(blocks: Sequence[MoEBlock], decisions: Sequence[Decide | Routing]) -> Iterator[None]:
-    """Let decisions from outside, one a block, take the place of the routers'."""
+    """Let decisions from outside, one a block, take the place of the routers'.
+
+    Args:
+        blocks: as `find_blocks` gives them.
+        decisions: of each block a `Routing`, or what makes one of the tokens [T, D] that enter the block.
+
+    Raises:
+        InputError: on a call of a block whose tokens are not as many as its decision's.
+    """
     with ExitStack() as stack:
         for block, decide in zip(blocks, decisions, strict=True):
             stack.enter_context(block.routed_by(decide))

@@ -67,7 +67,15 @@ class MoE(nn.Module):
     def load_dense(
         self, ffn: GatedFFN, shared: Tensor, experts_EI: Tensor, gate: dict[str, Tensor], bias_D: Tensor | None = None
     ) -> None:
-        """Copy the dense FFN's neurons into the experts that own them, and the router's parameters into the gate."""
+        """Copy the dense FFN's neurons into the experts that own them, and the router's parameters into the gate.
+
+        Args:
+            ffn: the dense FFN.
+            shared: neurons of the shared expert, int64.
+            experts_EI: neurons of each routed expert, int64.
+            gate: the router's parameters by name.
+            bias_D: what the dropped neurons add on average; None: nothing.
+        """
         for expert in self.parts(shared, experts_EI):
             expert.gate_ID.copy_(ffn.gate_FD[expert.neurons])
             expert.up_ID.copy_(ffn.up_FD[expert.neurons])
@@ -90,7 +98,7 @@ class MoE(nn.Module):
                 yield ExpertWeights(f"expert {number}", neurons_I, gate_ID, up_ID, down_DI)
 
     def forward_all_experts(self, x_TD: Tensor) -> Tensor:
-        """The sum of all experts with weight 1: the dense FFN's output if the partition was a permutation."""
+        """Add up all experts with weight 1, [T, D]: the dense FFN's output if the partition was a permutation."""
         parts = [self.shared_experts(x_TD)] if self.shared_experts is not None else []
         if self.experts is not None:
             index_TE = torch.arange(self.experts.num_experts, device=x_TD.device).expand(len(x_TD), -1)

@@ -36,12 +36,12 @@ class Experts(nn.Module):
         self.act_fn = act_fn
 
     def hidden(self, x_TD: Tensor, expert: int) -> Tensor:
-        """Activations of one expert's neurons, shape [T, I]."""
+        """Compute the activations of one expert's neurons, [T, I]."""
         gate_TI, up_TI = linear(x_TD, self.gate_up_proj[expert]).chunk(2, dim=-1)
         return self.act_fn(gate_TI) * up_TI
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """`y_t = sum_k weight_tk * expert_{index_tk}(x_t)`, shape [T, D]; indices from E on stand for no expert."""
+        """Compute `y_t = sum_k weight_tk * expert_{index_tk}(x_t)`, [T, D]; indices from E on stand for no expert."""
         output_TD = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
@@ -50,6 +50,6 @@ class Experts(nn.Module):
         return output_TD
 
     def output_norms(self, x_TD: Tensor) -> Tensor:
-        """`‖h_e Wd_e‖` of every expert, shape [T, E], float32."""
+        """Compute `‖h_e Wd_e‖` of every expert, float32 [T, E]."""
         outputs = (linear(self.hidden(x_TD, e), self.down_proj[e]) for e in range(self.num_experts))
         return torch.stack([out.float().norm(dim=-1) for out in outputs], dim=-1)

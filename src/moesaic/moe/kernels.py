@@ -30,7 +30,7 @@ FLAGS = ("is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parall
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """`y_t = sum_k weight_tk * expert_{index_tk}(x_t)`, [T, D]; equals the naive loop of `models.moe.Experts.forward`.
+    """Compute `y_t = sum_k weight_tk * expert_{index_tk}(x_t)`, [T, D]; equals the naive loop of `Experts.forward`.
 
     Indices from E on stand for no expert and cost nothing on CPUs.
     """
@@ -57,7 +57,7 @@ def _by_transformers(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
 
 
 def _plain(self: Any) -> bool:
-    """Whether the experts are laid out as ours are: `[gate; up]` rows, no biases, not split over devices."""
+    """Tell whether the experts are laid out as ours are: `[gate; up]` rows, no biases, not split over devices."""
     ours = self.has_gate and self.is_concatenated
     return ours and not any(getattr(self, flag, False) for flag in FLAGS)
 
@@ -67,7 +67,7 @@ def _expert(self: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 def _one_token(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Decoding: the chosen experts one after the other, nothing sorted."""
+    """Run the chosen experts one after the other, nothing sorted: decoding."""
     outputs = [
         _expert(self, hidden_states, self.gate_up_proj[expert], self.down_proj[expert]) * top_k_weights[:, slot, None]
         for slot, expert in enumerate(top_k_index[0].tolist())
@@ -77,7 +77,7 @@ def _one_token(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
 
 
 def _by_expert(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Pairs sorted by expert, one product per expert that has any, each added to its token's output."""
+    """Sort pairs by expert, run one product per expert that has any, and add each to its token's output."""
     slots = top_k_index.shape[1]
     expert_P, order_P = top_k_index.flatten().sort(stable=True)
     counts = torch.bincount(expert_P, minlength=self.num_experts)[: self.num_experts].tolist()
@@ -95,7 +95,7 @@ def _by_expert(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
 
 
 def few_by_triton(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Our Triton kernels for a few tokens without gradients, else `experts_forward`."""
+    """Run our Triton kernels for a few tokens without gradients, else `experts_forward`."""
     from .triton import supports, triton_experts_forward
 
     few = top_k_index.numel() <= FEW_PAIRS and not torch.is_grad_enabled()
@@ -105,7 +105,7 @@ def few_by_triton(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
 
 
 def register() -> None:
-    """Make the implementations known to transformers by their names."""
+    """Make the implementations known to transformers by their names, `moesaic` and `moesaic_triton`."""
     ExpertsInterface.register(NAME, experts_forward)
     if find_spec("triton"):
         ExpertsInterface.register(TRITON, few_by_triton)

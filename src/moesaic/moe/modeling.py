@@ -1,4 +1,4 @@
-"""The working form (`model_type: moesaic`): a family's own transformers classes with MoE blocks for FFNs.
+"""moesaic's own format (`model_type: moesaic`): a family's own transformers classes with MoE blocks for FFNs.
 
 For every dense configuration class there is one derived configuration and one derived model class, made on demand:
 `LlamaConfig` gives `MoesaicLlamaConfig` and `MoesaicLlamaForCausalLM`. Attention, caches, generation, logits and
@@ -48,7 +48,7 @@ class MoesaicConfig(PreTrainedConfig):
 
 @cache
 def config_class(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """The working form's configuration class for a dense family's: its fields and the MoE's."""
+    """Make the configuration class of moesaic's own format for a dense family's: its fields and the MoE's."""
     moe_fields = {
         "dense_model_type": (str, dense.model_type),
         "num_experts": (int, 0),
@@ -75,7 +75,7 @@ def config_class(dense: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 
 def model_class(auto: Any, dense: type[PreTrainedConfig], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    """The working form's model class for a family: that of `auto` for it, its FFNs replaced after `__init__`."""
+    """Make the model class of moesaic's own format for a family: `auto`'s own, FFNs replaced after `__init__`."""
     base = compat.class_for(auto, dense)
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -108,7 +108,7 @@ def model_class(auto: Any, dense: type[PreTrainedConfig], config: type[PreTraine
 
 
 def moe_blocks(model: PreTrainedModel) -> list[MoE]:
-    """The Mixture-of-Experts block of each layer of a model in the working form."""
+    """List the Mixture-of-Experts block of each layer of a model in moesaic's own format."""
     return [block for layer in decoder_layers(model) for block in layer.children() if isinstance(block, MoE)]
 
 
@@ -129,7 +129,16 @@ def moesaic_config(
     router_hidden_size: int = 128,
     shared_expert_bias: bool = False,
 ) -> Any:
-    """Make the configuration of a dense model that is cut by a plan."""
+    """Make the configuration of a dense model that is cut by a plan.
+
+    Args:
+        dense: the dense model's configuration.
+        plan: the shape of each FFN.
+        router: the router whose gate the blocks have.
+        selection: the rule that says which experts run.
+        router_hidden_size: width of what the gate has between the tokens and its scores, if it has a layer there.
+        shared_expert_bias: whether the shared expert adds a constant.
+    """
     fields = dense.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "_name_or_path"):
         fields.pop(key, None)

@@ -3,7 +3,7 @@
 Two kernels: `h = act(x gate) * (x up)` of each pair of token and slot, then the down-projections of a token's slots,
 weighted and summed in float32 in the order of the slots. Shapes are static and nothing waits for the device, so CUDA
 graphs can hold it; indices from E on cost nothing. Every pair reads its expert's weights, so it is for few tokens: with
-many, `grouped_mm` reads them once for all. Its naive twin is `models.moe.Experts.forward`.
+many, `grouped_mm` reads them once for all. Its naive twin is `moe.experts.Experts.forward`.
 
 Shapes: T tokens, D hidden size, E experts, I neurons of one, K active experts, P = T K pairs.
 """
@@ -35,7 +35,7 @@ def _hidden(
     K: tl.constexpr, E: tl.constexpr, D: tl.constexpr, I: tl.constexpr, ACT: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """h[p, i] = act(x_t . gate_i) * (x_t . up_i) for a block of neurons i of one pair p; nothing for no expert."""
+    """Compute h[p, i] = act(x_t . gate_i) * (x_t . up_i) for a block of neurons i of one pair p; 0 for no expert."""
     pair = tl.program_id(0)
     expert = tl.load(index_ptr + pair)
     if expert < E:
@@ -63,7 +63,7 @@ def _down(
     K: tl.constexpr, E: tl.constexpr, D: tl.constexpr, I: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """y[t, d] = sum_k weight_tk (h_tk . down_d) for a block of outputs d of one token t."""
+    """Compute y[t, d] = sum_k weight_tk (h_tk . down_d) for a block of outputs d of one token t."""
     token = tl.program_id(0)
     d = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     y = tl.zeros([ROWS], tl.float32)
@@ -83,13 +83,13 @@ def _down(
 
 
 def supports(self: Any) -> bool:
-    """Whether the kernels know the experts' activation and their weights lie as they expect."""
+    """Tell whether the kernels know the experts' activation and their weights lie as the kernels expect."""
     weights = (self.gate_up_proj, self.down_proj)
     return type(self.act_fn).__name__ in ACTIVATIONS and all(weight.is_contiguous() for weight in weights)
 
 
 def triton_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """`y_t = sum_k weight_tk * expert_{index_tk}(x_t)`, [T, D]; for inference."""
+    """Compute `y_t = sum_k weight_tk * expert_{index_tk}(x_t)`, [T, D]; for inference."""
     (tokens, hidden), (_, slots) = hidden_states.shape, top_k_index.shape
     experts, _, width = self.down_proj.shape
     x_TD, index_TK = hidden_states.contiguous(), top_k_index.contiguous()

@@ -21,11 +21,21 @@ Reassign = Callable[[Tensor], Tensor]
 
 
 def alternate(sample: LayerActivations, member_FE: Tensor, active: int, rounds: int, reassign: Reassign) -> Tensor:
-    """Members of experts, 0 or 1 [F, E], that catch more importance than those given, by at most so many rounds.
+    """Move neurons between experts, by at most so many rounds, so that experts catch more importance.
 
     With `v_ti = (h_ti ‖Wd_i‖)²` a router is fitted by ridge regression to each expert's `sqrt(sum_{i in e} v_ti)`, its
     `active` greatest scores are each token's experts, and in expert e a neuron would catch `sum_{t sent to e} w_t²
     v_ti`, in the shared one that of all tokens; `reassign` decides by these. All v are kept, in the activations' dtype.
+
+    Args:
+        sample: one layer's FFN and its calibration tokens.
+        member_FE: the members of the experts at first, 0 or 1.
+        active: routed experts that run for one token.
+        rounds: the most that are made; they end when no neuron moves.
+        reassign: puts neurons into experts by what they would catch.
+
+    Returns:
+        The members of the experts then, 0 or 1 [F, E].
     """
     value_TF, ridge = importance(sample), WeightedRidge(sample.input_TD, sample.weight_T, RIDGE)
     weight_T1 = sample.weight_T.square()[:, None]
@@ -43,7 +53,7 @@ def alternate(sample: LayerActivations, member_FE: Tensor, active: int, rounds: 
 
 
 def importance(sample: LayerActivations) -> Tensor:
-    """`(h_ti ‖Wd_i‖)²` of all tokens and neurons, [T, F]."""
+    """Compute `(h_ti ‖Wd_i‖)²` of all tokens and neurons, [T, F]."""
     value_TF = sample.input_TD.new_empty(sample.tokens, sample.ffn.intermediate_size)
     norm_F = sample.ffn.down_DF.float().norm(dim=0).to(value_TF.dtype)
     for part, h_CF in sample.chunks():
@@ -52,17 +62,17 @@ def importance(sample: LayerActivations) -> Tensor:
 
 
 def router_scores(ridge: WeightedRidge, target_TE: Tensor) -> Tensor:
-    """What the regression says of the targets, which are centred per token, [T, E]."""
+    """Predict the targets, centred per token, by the regression, [T, E]."""
     weight_DE, bias_E = ridge.fit(target_TE - target_TE.mean(1, keepdim=True))
     return torch.addmm(bias_E, ridge.x_TD.float(), weight_DE)
 
 
 def memberships(experts_EI: Tensor, neurons: int) -> Tensor:
-    """The index sets as columns of 0 and 1, [F, E]."""
+    """Write index sets [E, I] as columns of 0 and 1, [F, E]."""
     member_FE = torch.zeros(neurons, len(experts_EI), device=experts_EI.device)
     return member_FE.scatter_(0, experts_EI.T, 1.0)
 
 
 def index_sets(member_FE: Tensor, width: int) -> Tensor:
-    """The members of each column in ascending order, int64 [E, width]."""
+    """List the members of each column in ascending order, int64 [E, width]."""
     return member_FE.T.nonzero()[:, 1].view(-1, width)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def balanced_assignment(cost_RE: Tensor, size_E: Sequence[int] | None = None) -> Tensor:
-    """The expert of each neuron, int64 [R], with R / E neurons each, or `size_E`, at the least total cost.
+    """Assign each neuron to an expert, R / E neurons each, or `size_E`, at the least total cost: int64 [R].
 
     Equals `scipy.optimize.linear_sum_assignment` on the square cost that repeats each expert's column R / E times,
     as CMoE solves it; the transport problem has E columns in place of R and an integral optimal vertex.
@@ -28,5 +28,5 @@ def balanced_assignment(cost_RE: Tensor, size_E: Sequence[int] | None = None) ->
 
 
 def groups(expert_R: Tensor, neuron_R: Tensor, experts: int) -> Tensor:
-    """The neurons of each expert in ascending order, int64 [E, R / E]."""
+    """List the neurons of each expert in ascending order, int64 [E, R / E]."""
     return torch.stack([neuron_R[expert_R == e].sort().values for e in range(experts)])

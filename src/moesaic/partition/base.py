@@ -35,15 +35,15 @@ class Partition:
     """Directions of the FFN's input that belong to each expert (specialists)."""
 
     def is_disjoint(self, intermediate_size: int) -> bool:
-        """Whether shared and routed neurons together are a permutation of all neurons."""
+        """Tell whether shared and routed neurons together are a permutation of all neurons."""
         return torch.equal(self.all_neurons().sort().values, torch.arange(intermediate_size))
 
     def all_neurons(self) -> Tensor:
-        """Shared neurons, then each expert's, on the CPU."""
+        """List the shared neurons, then each routed expert's, on the CPU."""
         return torch.cat([self.shared.cpu(), self.experts.flatten().cpu()])
 
     def to(self, device: torch.device) -> Partition:
-        """The same partition with all its tensors on one device."""
+        """Move all tensors to one device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
@@ -68,11 +68,17 @@ class Partitioner(ABC):
 
     @abstractmethod
     def split(self, sample: LayerActivations, plan: Plan, generator: torch.Generator) -> Partition:
-        """The neurons of the shared expert (`plan.shared_width`) and of `plan.num_experts` routed experts."""
+        """Choose the neurons of the shared expert (`plan.shared_width`) and of `plan.num_experts` routed experts.
+
+        Args:
+            sample: one layer's FFN and its calibration tokens.
+            plan: how many groups there are, and how many neurons each has.
+            generator: the source of everything random.
+        """
 
 
 def disjoint(order_F: Tensor, plan: Plan) -> Partition:
-    """The partition that cuts an ordering of all neurons: the first groups shared, the rest an expert each."""
+    """Cut an ordering of all neurons [F] into a partition: the first groups shared, the rest an expert each."""
     shared, routed = order_F.split([plan.shared_width, len(order_F) - plan.shared_width])
     experts = routed.view(plan.num_experts, plan.width) if plan.num_experts else routed[:0].view(0, 0)
     return Partition(shared=shared, experts=experts)

@@ -61,7 +61,7 @@ class CMoE(Partitioner):
 
 
 def active_neurons(sample: LayerActivations, top_k: int) -> Tensor:
-    """Which neurons are among a token's `top_k` largest |h| of normalised input and weights, bool [F, T]."""
+    """Tell which neurons are among a token's `top_k` largest |h| of normalised input and weights, bool [F, T]."""
     ffn = sample.ffn
     unit = replace(ffn, gate_FD=normalize(ffn.gate_FD.float()), up_FD=normalize(ffn.up_FD.float()))
     active_FT = torch.zeros(ffn.intermediate_size, sample.tokens, dtype=torch.bool, device=sample.input_TD.device)
@@ -73,7 +73,7 @@ def active_neurons(sample: LayerActivations, top_k: int) -> Tensor:
 
 
 def l1_distance(column_RT: Tensor, center_ET: Tensor) -> Tensor:
-    """`sum_t |a_rt - c_et|` of binary columns a (any dtype) and centers c in [0, 1], float32 [R, E].
+    """Compute `sum_t |a_rt - c_et|` of binary columns a (any dtype) and centers c in [0, 1], float32 [R, E].
 
     Equals `torch.cdist(column_RT, center_ET, p=1)`: where a is 0 the term is c, where a is 1 it is 1 - c.
     """

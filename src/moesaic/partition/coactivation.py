@@ -56,10 +56,13 @@ class Coactivation(Partitioner):
 
 
 def predicted_importance(sample: LayerActivations, ridge: float) -> tuple[Tensor, Tensor]:
-    """The saliency `mean v` of each neuron, v = (w h ‖Wd‖)², and what a ridge regression on x knows of it, [F, D].
+    """Measure each neuron's saliency `mean v`, v = (w h ‖Wd‖)², and what a ridge regression on x knows of v.
 
     With `C = cov(x) + ridge mean(diag cov(x)) I = L L.T` a neuron's point is `L⁻¹ cov(x, v)`: the product of two points
     is that of their predictions `x C⁻¹ cov(x, v)`, summed over all tokens, as far as the ridge is small.
+
+    Returns:
+        Saliencies [F] and points [F, D].
     """
     hidden_size, width = sample.input_TD.shape[1], sample.ffn.intermediate_size
     device, dtype = sample.input_TD.device, sample.input_TD.dtype
@@ -81,7 +84,7 @@ def predicted_importance(sample: LayerActivations, ridge: float) -> tuple[Tensor
 def cluster_neurons(
     score_F: Tensor, points_FX: Tensor, plan: Plan, iterations: int, generator: torch.Generator
 ) -> Partition:
-    """Shared are the neurons of greatest score; the others are grouped by balanced k-means on their unit vectors."""
+    """Share the neurons of greatest score; group the others by balanced k-means on their unit vectors."""
     order_F = score_F.argsort(descending=True, stable=True)
     shared, routed = order_F.split([plan.shared_width, len(order_F) - plan.shared_width])
     shared = shared.sort().values
@@ -92,7 +95,7 @@ def cluster_neurons(
 
 
 def balanced_kmeans(points_RX: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:
-    """The cluster of each unit vector, int64 [R], all clusters of equal size (spherical k-means, exact assignment)."""
+    """Cluster unit vectors into clusters of equal size, int64 [R] (spherical k-means, exact assignment)."""
     centers_EX = kmeans_plus_plus(points_RX, clusters, generator)
     expert_R = torch.full((len(points_RX),), -1)
     for _ in range(iterations):
@@ -106,7 +109,7 @@ def balanced_kmeans(points_RX: Tensor, clusters: int, iterations: int, generator
 
 
 def kmeans_plus_plus(points_RX: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
-    """Seeds drawn one after another with probability proportional to the distance from those before."""
+    """Draw seeds one after another with probability proportional to the distance from those before."""
     chosen = [int(torch.randint(len(points_RX), (), generator=generator))]
     distance_R = 1 - points_RX @ points_RX[chosen[0]]
     while len(chosen) < clusters:

@@ -41,7 +41,7 @@ class Domains(Partitioner):
 
 
 def class_means(x_TD: Tensor, class_T: Tensor, classes: int) -> Tensor:
-    """The unit mean of the unit vectors of each class, less the mean of all, float32 [classes, D]."""
+    """Compute the unit mean of the unit vectors of each class, less the mean of all, float32 [classes, D]."""
     unit_TD = normalize(x_TD.float(), dim=1)
     sums_ED = torch.zeros(classes, x_TD.shape[1], device=x_TD.device).index_add_(0, class_T, unit_TD)
     means_ED = sums_ED / torch.bincount(class_T, minlength=classes).clamp(min=1)[:, None]

@@ -39,5 +39,5 @@ class ExpertWeaver(Partitioner):
 
 
 def gate_activations(sample: LayerActivations) -> Tensor:
-    """`|act(x gate.T)|`, float32 [T, F]."""
+    """Compute `|act(x gate.T)|`, float32 [T, F]."""
     return sample.ffn.act_fn(linear(sample.input_TD, sample.ffn.gate_FD)).float().abs()

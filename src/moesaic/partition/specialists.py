@@ -21,7 +21,7 @@ from .base import Partition, Partitioner
 class Specialists(Partitioner):
     """Spherical k-means on the FFN's input; a specialist has the most salient neurons of its cluster, overlap allowed.
 
-    From there neurons and a linear router without constants, which every native form can say, alternate
+    From there neurons and a linear router without constants, which every stock architecture can hold, alternate
     (`_alternation.py`). Shared neurons are the most salient over all tokens and are in no specialist.
     """
 
@@ -64,7 +64,10 @@ class Specialists(Partitioner):
 
 
 def spherical_kmeans(unit_TD: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:
-    """Unit centroids [clusters, D] of unit vectors; a cluster that runs empty restarts at the worst-served token."""
+    """Find unit centroids [clusters, D] of unit vectors [T, D].
+
+    A cluster that runs empty restarts at the worst-served token.
+    """
     first = torch.randperm(len(unit_TD), generator=generator)[:clusters]
     centroids_ED = unit_TD[first]
     for _ in range(iterations):
@@ -77,7 +80,7 @@ def spherical_kmeans(unit_TD: Tensor, clusters: int, iterations: int, generator:
 
 
 def cluster_saliency(sample: LayerActivations, cluster_T: Tensor, clusters: int) -> Tensor:
-    """`sum_{t in e} (w_t h_ti)² ‖Wd_i‖²` of each neuron in each cluster, float32 [clusters, F]."""
+    """Compute `sum_{t in e} (w_t h_ti)² ‖Wd_i‖²` of each neuron in each cluster, float32 [clusters, F]."""
     saliency_EF = torch.zeros(clusters, sample.ffn.intermediate_size, device=sample.input_TD.device)
     for part, h_CF in sample.chunks():
         value_CF = (h_CF.float() * sample.weight_T[part, None]).square()

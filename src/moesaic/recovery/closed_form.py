@@ -1,4 +1,4 @@
-"""Closed-form recovery: down-projections solved again for what the router selects (design §4.5).
+"""Closed-form recovery: down-projections solved again for what the router selects.
 
 Shapes: T tokens, C tokens of one chunk, D hidden size, F dense neurons, W neurons of all blocks, E experts, K active.
 A *block* is the shared expert or one routed expert; its features are its neurons' activations on its tokens.
@@ -72,7 +72,7 @@ class ClosedForm(Recovery):
             expert.down_DI.copy_(sample.ffn.down_DF[:, expert.neurons].float() + change_ID.T)
 
     def _features(self, moe: MoE, sample: LayerActivations, blocks: list[Tensor]) -> Features:
-        """Of top-1 experts the parts of an arrow, with nothing between two experts; else all blocks at once."""
+        """Compute features: of top-1 experts as an arrow, with nothing between two experts, else all blocks at once."""
         if not top_one(moe):
             yield from joint_features(moe, sample, blocks)
             return
@@ -90,7 +90,7 @@ class ClosedForm(Recovery):
 
 
 def top_one(moe: MoE) -> bool:
-    """Whether each token runs exactly one routed expert."""
+    """Tell whether each token runs exactly one routed expert."""
     gate = moe.gate
     return gate is not None and gate.num_experts_per_tok == 1 and not gate.selection.dynamic_top_k
 
@@ -109,7 +109,7 @@ def add(systems: Systems, number: int, z_CX: Tensor, rest_CD: Tensor) -> None:
 
 
 def best_ridge(systems: Systems, shared: int, held_out: Features) -> float:
-    """The ridge of `RIDGES` with the least error on held-out tokens, which are added to the systems on the way.
+    """Choose the ridge of `RIDGES` with the least error on held-out tokens, which are added to the systems on the way.
 
     Solutions are linear in R, so a sketch of R's columns is solved for and judged, at a fraction of the whole's cost.
     """
@@ -131,7 +131,7 @@ def best_ridge(systems: Systems, shared: int, held_out: Features) -> float:
 
 
 def solve_arrows(systems: Systems, shared: int, ridge: float) -> list[Tensor]:
-    """[change of the shared block, of each expert]: block elimination of the experts, then the shared block.
+    """Solve for [change of the shared block, of each expert]: the experts are eliminated first, then the shared block.
 
     Each expert's system is (Z.T Z, Z.T R) of the shared neurons and its own, [S + I, S + I] and [S + I, D]. Equals
     `ridge_change` of the whole system, whose blocks between different experts are 0.
@@ -152,7 +152,7 @@ def solve_arrows(systems: Systems, shared: int, ridge: float) -> list[Tensor]:
 
 
 def weighted(h_CF: Tensor, y_CD: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
-    """(w h, w y) in bfloat16 if the activations are, where its products are the fastest; else in float32.
+    """Compute (w h, w y) in bfloat16 if the activations are, where its products are the fastest; else in float32.
 
     Sums over chunks are kept in float32. Float16 is not used: the products would overflow.
     """
@@ -161,14 +161,14 @@ def weighted(h_CF: Tensor, y_CD: Tensor, weight_C: Tensor) -> tuple[Tensor, Tens
 
 
 def chosen(moe: MoE, x_CD: Tensor) -> Routing:
-    """What the block's gate decides for these tokens."""
+    """Ask the block's gate which experts these tokens run."""
     assert moe.gate is not None
     assert moe.experts is not None
     return moe.gate(x_CD, moe.experts)
 
 
 def joint_features(moe: MoE, sample: LayerActivations, blocks: list[Tensor]) -> Features:
-    """Chunks (0, Z [C, W], R [C, D]) of all blocks together.
+    """Compute chunks (0, Z [C, W], R [C, D]) of all blocks together.
 
     Z holds the weighted activations times the gate's weights, zero where an expert does not run. Regressing the rest,
     not the output, keeps bf16 products accurate.
@@ -183,7 +183,7 @@ def joint_features(moe: MoE, sample: LayerActivations, blocks: list[Tensor]) -> 
 
 
 def gains(moe: MoE, x_CD: Tensor, blocks: list[Tensor]) -> Tensor:
-    """The factor on each neuron in each token, [C, W]: 1 for shared ones, the gate's weight or 0 for routed ones."""
+    """Compute the factor on each neuron in each token, [C, W]: 1 for shared ones, the gate's weight or 0 for routed."""
     widths = torch.tensor([len(block) for block in blocks], device=x_CD.device)
     gain_CB = torch.ones(len(x_CD), len(blocks), dtype=x_CD.dtype, device=x_CD.device)
     if moe.experts is not None:
@@ -193,9 +193,10 @@ def gains(moe: MoE, x_CD: Tensor, blocks: list[Tensor]) -> Tensor:
 
 
 def ridge_change(gram_WW: Tensor, rest_WD: Tensor, ridge: float) -> Tensor:
-    """`argmin_C tr(C.T G C) - 2 tr(C.T B) + sum_i λ_i ‖C_i‖²`, λ_i = ridge × G_ii, [W, D]: the change from the prior.
+    """Solve for the change from the prior, [W, D].
 
-    Only G's lower triangle is read, and it is left as it was. Without any token the change is 0.
+    `argmin_C tr(C.T G C) - 2 tr(C.T B) + sum_i λ_i ‖C_i‖²` with λ_i = ridge × G_ii. Only G's lower triangle is read,
+    and it is left as it was. Without any token the change is 0.
     """
     diagonal = gram_WW.diagonal()
     kept = diagonal.clone()
@@ -206,14 +207,14 @@ def ridge_change(gram_WW: Tensor, rest_WD: Tensor, ridge: float) -> Tensor:
 
 
 def damping(gram_WW: Tensor, ridge: float) -> Tensor:
-    """λ [W]: ridge × G_ii, at least `RIDGE_FLOOR` × the mean: a silent neuron stays as it is. 1 if all are silent."""
+    """Compute λ [W] = ridge × G_ii, at least `RIDGE_FLOOR` × the mean: a silent neuron stays. 1 if all are silent."""
     diagonal = gram_WW.diagonal()
     floor = RIDGE_FLOOR * diagonal.mean() if len(diagonal) else 0
     return ridge * diagonal.clamp(min=floor) if floor > 0 else torch.ones_like(diagonal)
 
 
 def solve_spd(gram_WW: Tensor, rest_WD: Tensor) -> Tensor:
-    """`G⁻¹ R` from G's lower triangle.
+    """Solve for `G⁻¹ R` from G's lower triangle.
 
     Cholesky in float32, in float64 when that fails or its condition estimate is poor, eigenvalues when even that fails.
     """

@@ -69,7 +69,7 @@ def verdicts(result: DemoResult) -> list[tuple[bool, str]]:
 
 
 def next_commands(result: DemoResult) -> list[tuple[str, str]]:
-    """What to do now: (command, why)."""
+    """List what to do now: (command, why)."""
     out = result.conversion.output
     return [
         (f"moesaic finetune {out} {out}-tuned --minutes 15", "win quality back by a short training"),

@@ -84,7 +84,7 @@ def lines_of(rows: Iterable[FrontierSummary]) -> list[Line]:
 
 
 def chosen_lines(lines: Sequence[Line], most: int = MOST_LINES) -> list[Line]:
-    """The lines of the printed chart, at most `most`, of those with the most budgets.
+    """Choose the lines of the printed chart, at most `most`, of those with the most budgets.
 
     Three of ours: the best with the dense model's memory; the best such one that decodes no slower than the dense
     model at any budget, or else the second best; the best with more memory. Then other methods in the order of

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 def page(title: str, body: Iterable[str]) -> str:
-    """A whole HTML page with the style and the script in it."""
+    """Write a whole HTML page with the style and the script in it."""
     css, js = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return "\n".join([
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -25,7 +25,7 @@ def page(title: str, body: Iterable[str]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], prose: bool = False) -> str:
-    """A table of cells that are HTML already; a row of one cell is a heading over the rows below it.
+    """Write a table of cells that are HTML already; a row of one cell is a heading over the rows below it.
 
     Args:
         head: names of the columns.

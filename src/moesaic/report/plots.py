@@ -31,7 +31,11 @@ def _say_missing() -> None:
 
 
 def check_matplotlib() -> None:
-    """Raises InputError if no picture can be drawn, for those that a user asked for by name."""
+    """Check that pictures can be drawn, where a user asked for one by name.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
     if find_spec("matplotlib") is None:
         raise InputError(f"pictures need matplotlib, and {MISSING}")
 

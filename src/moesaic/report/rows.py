@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 
 def number(row: Mapping[str, object], name: str) -> float:
-    """The number of that name.
+    """Read the number of that name.
 
     Raises:
         TypeError: it is none.
@@ -18,7 +18,7 @@ def number(row: Mapping[str, object], name: str) -> float:
 
 
 def part(row: Mapping[str, object], name: str) -> Mapping[str, object]:
-    """The row inside a row; an empty one where it is missing or null.
+    """Read the row inside a row; an empty one where it is missing or null.
 
     Raises:
         TypeError: it is no row.
@@ -30,7 +30,7 @@ def part(row: Mapping[str, object], name: str) -> Mapping[str, object]:
 
 
 def parts(row: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
-    """The list of rows inside a row.
+    """Read the list of rows inside a row.
 
     Raises:
         TypeError: it is no list of rows.
@@ -42,7 +42,7 @@ def parts(row: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
 
 
 def numbers(row: Mapping[str, object], name: str) -> list[float]:
-    """The list of numbers of that name; empty where it is missing or null.
+    """Read the list of numbers of that name; empty where it is missing or null.
 
     Raises:
         TypeError: it is no list of numbers.

@@ -58,7 +58,7 @@ def even_ticks(low: float, high: float, suffix: str = "") -> list[tuple[float, s
 
 
 def line_chart(curves: Sequence[Curve], x: Axis, y: Axis, title: str) -> str:
-    """An SVG with both axes and the curves; what lies above is cut off at the upper edge."""
+    """Draw an SVG with both axes and the curves; what lies above is cut off at the upper edge."""
 
     def at(dot: Dot) -> tuple[float, float]:
         return (
@@ -110,7 +110,7 @@ def _axes(x: Axis, y: Axis) -> list[str]:
 
 
 def heat_map(rows: Sequence[Sequence[float]], tips: Sequence[Sequence[str]], x_label: str, y_label: str) -> str:
-    """A field of colours, a row each; 1 is in the middle of the scale, 0 pale and 2 dark."""
+    """Draw a field of colours, a row each; 1 is in the middle of the scale, 0 pale and 2 dark."""
     columns = max(len(row) for row in rows)
     cell_width, cell_height = (WIDTH - LEFT - RIGHT) / columns, 12
     height = TOP + cell_height * len(rows) + BOTTOM

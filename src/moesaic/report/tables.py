@@ -85,7 +85,7 @@ def show_training(console: Console, f: FinetuneResult) -> None:
 
 
 def show_plans(console: Console, found: Plans) -> None:
-    """A row for each shape, and how to make the first."""
+    """Print a row for each shape, and how to make the first."""
     grid = _grid(
         f"{found.model}: running about {found.active:.0%} of {found.intermediate_size} neurons",
         "partition", "plan", "width", "active", "memory", "decode", "prefill", "GGUF",
@@ -169,7 +169,7 @@ def show_inspection(console: Console, f: Inspection) -> None:
 
 
 def show_frontier(console: Console, f: FrontierResult, folder: str) -> None:
-    """A row for each method under its budget, best first; what was not measured has no column."""
+    """Print a row for each method under its budget, best first; what was not measured has no column."""
     setting, dense, rows = f.setting, f.dense, f.summary
     assert dense is not None
     console.print(

@@ -52,7 +52,7 @@ class Gate(nn.Module):
         raise AssertionError("a gate defines its scores")
 
     def weigh(self, scores_TE: Tensor, index_TK: Tensor, dtype: torch.dtype) -> Routing:
-        """Give the chosen experts their weights: 1.
+        """Give the chosen experts their weights, [T, K]: 1.
 
         In training they are 1 with the gradient of the softmax (straight-through), or no gradient would reach a router.
         """
@@ -66,12 +66,12 @@ class Gate(nn.Module):
         return Routing(index_TK, weights_TK)
 
     def forward(self, hidden_TD: Tensor, experts: RoutedExperts) -> Routing:
-        """Decide for the tokens [T, D]; weights are in the tokens' dtype."""
+        """Choose and weigh experts for the tokens [T, D]; weights are in the tokens' dtype."""
         scores_TE = self.exact_scores(hidden_TD, experts)
         return self.weigh(scores_TE, self.selection.select(scores_TE, hidden_TD, self), hidden_TD.dtype)
 
     def exact_scores(self, hidden_TD: Tensor, experts: RoutedExperts) -> Tensor:
-        """`scores` in float32 under autocast too."""
+        """Compute `scores` in float32 under autocast too, [T, E]."""
         if not torch.is_autocast_enabled(hidden_TD.device.type):  # entering it takes as long as a small product
             return self.scores(hidden_TD, experts)
         with torch.autocast(hidden_TD.device.type, enabled=False):
@@ -82,7 +82,7 @@ class Gate(nn.Module):
 
 
 def gather(values_TE: Tensor, index_TK: Tensor, dynamic: bool) -> Tensor:
-    """The values of the chosen experts, [T, K]; with a dynamic selection 0 where there is none."""
+    """Gather the values of the chosen experts, [T, K]; with a dynamic selection 0 where there is none."""
     if not dynamic:
         return values_TE.gather(-1, index_TK)
     count = values_TE.shape[-1]
@@ -123,7 +123,16 @@ class Router(ABC):
 
     @abstractmethod
     def fit(self, sample: LayerActivations, partition: Partition, num_experts_per_tok: int) -> dict[str, Tensor]:
-        """Fit the gate's parameters to calibration tokens; returns them by name, others stay as the gate has them."""
+        """Fit the gate's parameters to calibration tokens.
+
+        Args:
+            sample: one layer's FFN and its calibration tokens.
+            partition: the neurons of each expert.
+            num_experts_per_tok: routed experts that run for one token.
+
+        Returns:
+            The parameters by name; others stay as the gate has them.
+        """
 
 
 def make_gate(config: GateConfig) -> Gate:

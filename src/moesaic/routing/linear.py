@@ -38,7 +38,7 @@ class Linear(Router):
     ridge: Annotated[float, Field(ge=0)] = 1e-2
     """Relative to the mean diagonal of the normal equations."""
     intercept: bool = True
-    """Whether there is a b; of the native forms only glm4_moe has one."""
+    """Whether there is a b; of the stock architectures only glm4_moe has one."""
 
     @property
     def has_bias(self) -> bool:
@@ -53,7 +53,7 @@ class Linear(Router):
 
 
 def expert_norms(sample: LayerActivations, partition: Partition) -> Tensor:
-    """The norm of each expert's output, `‖h_e Wd_e‖`, [T, E] float32."""
+    """Compute the norm of each expert's output, `‖h_e Wd_e‖`, float32 [T, E]."""
     down_DF = sample.ffn.down_DF
     parts = (
         torch.stack([linear(h_CF[:, e], down_DF[:, e]).float().norm(dim=1) for e in partition.experts], dim=1)

@@ -41,7 +41,7 @@ class RecurrentGate(LinearGate):
             self.before = (previous,)
 
     def cell(self) -> nn.GRUCell:
-        """The GRU of all layers."""
+        """Find the GRU of all layers."""
         gate = self
         while gate.before:
             gate = gate.before[0]

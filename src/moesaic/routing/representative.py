@@ -77,7 +77,7 @@ class Representative(Router):
 
 
 def balance(scores_TE: Tensor, active: int, rounds: int, step: float) -> Tensor:
-    """The selection bias [E] that evens out how many tokens choose each expert (DeepSeek-V3's and CMoE's rule)."""
+    """Fit the selection bias [E] that evens out how many tokens choose each expert (DeepSeek-V3's and CMoE's rule)."""
     bias_E = torch.zeros_like(scores_TE[0])
     for _ in range(rounds):
         chosen_TK = (scores_TE + bias_E).topk(active, dim=1).indices

@@ -21,7 +21,23 @@ def complete(
     chat: bool = False,
     seed: int = 0,
 ) -> str:
-    """Continue a prompt, greedy at temperature 0; with `chat` through the chat template."""
+    """Continue a prompt: greedy at temperature 0, else sampled.
+
+    Args:
+        model: a dense or converted model.
+        tokenizer: the model's.
+        prompt: the text to continue.
+        max_new_tokens: tokens to add, at most.
+        temperature: of sampling.
+        chat: whether the prompt goes through the model's chat template.
+        seed: of sampling.
+
+    Returns:
+        The new text, without the prompt.
+
+    Raises:
+        InputError: `chat`, and the model has no chat template.
+    """
     if chat and not tokenizer.chat_template:
         raise InputError("this model has no chat template; drop --chat")
     inputs: Any

@@ -1,7 +1,7 @@
 """vLLM plug-in: what stock architectures cannot say runs in vLLM through its Transformers backend.
 
 vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in each of its processes. Routing is ours,
-whatever the gate; the experts' products are vLLM's. Models in a native form need no plug-in.
+whatever the gate; the experts' products are vLLM's. Models in a stock architecture need no plug-in.
 """
 
 from __future__ import annotations

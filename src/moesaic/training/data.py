@@ -28,16 +28,16 @@ class Samples:
         return len(self.tokens_NL)
 
     def take(self, index_N: Tensor) -> Samples:
-        """Some of the sequences."""
+        """Take some of the sequences."""
         return Samples(self.tokens_NL[index_N], self.scored_NL[index_N])
 
     def fingerprint(self) -> str:
-        """SHA-256 of all tokens and of which count."""
+        """Hash all tokens and which of them count: SHA-256."""
         parts = (self.tokens_NL.numpy().tobytes(), self.scored_NL.numpy().tobytes())
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def scored(self) -> int:
-        """Tokens that are predicted and count."""
+        """Count the tokens that are predicted and count in the loss."""
         return int(self.scored_NL[:, 1:].sum())
 
 
@@ -49,10 +49,13 @@ def make_samples(
     held_out: int,
     seed: int,
 ) -> tuple[Samples, Samples]:
-    """(to train on, held out): packed documents in windows, domains in equal shares, in a random order of the seed.
+    """Cut packed documents into windows, domains in equal shares, in a random order of the seed.
 
     At most `samples` and `held_out` windows; those held out are the end of each domain, with a window between that is
     not used, so that they are other documents where a domain has several.
+
+    Returns:
+        Samples to train on, and those held out.
 
     Raises:
         InputError: no domain holds three windows, or nothing counts in the loss.

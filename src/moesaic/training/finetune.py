@@ -95,7 +95,7 @@ def train(
     clock: Callable[[], float],
     progress: Callable[..., None] | None,
 ) -> TrainingState:
-    """Train to the end, telling people and trackers of every step.
+    """Train to the end, showing every step to the caller and to trackers.
 
     Raises:
         WorkError: the device's memory did not suffice.
@@ -164,7 +164,7 @@ def summarise(
 
 
 def best_model(run: Finetuning) -> PreTrainedModel:
-    """The model of least held-out loss, adapters merged, in the dtype that it is written in."""
+    """Load the model of least held-out loss, adapters merged, in the dtype that it is written in."""
     module = run.method.prepare(run.load())
     best = run.folder.best()
     put_back({name: p for name, p in module.named_parameters() if name in best}, best)
@@ -175,7 +175,7 @@ def best_model(run: Finetuning) -> PreTrainedModel:
 
 
 def make_trainer(run: Finetuning, student: PreTrainedModel) -> Trainer:
-    """The training of a model that is loaded; adapters start as the seed says."""
+    """Make the training of a model that is loaded; adapters start as the seed says."""
     device = run.accelerator.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(run.config.seed)
@@ -184,14 +184,14 @@ def make_trainer(run: Finetuning, student: PreTrainedModel) -> Trainer:
 
 
 def measure(model: PreTrainedModel, run: Finetuning, samples: Samples | None = None) -> Measured:
-    """Loss and load of a model on what is held out, or on other samples."""
+    """Measure loss and load of a model on what is held out, or on other samples."""
     samples = samples or run.held
     total, loads = held_out_loss(model, moe_blocks(model), samples, run.accelerator.device)
     return Measured(total.item() / samples.scored(), summary(loads, samples.tokens_NL.numel()))
 
 
 def restore(run: Finetuning, trainer: Trainer, before: float) -> TrainingState:
-    """Where an unfinished training stopped, its weights and its optimizer put back; or the start."""
+    """Go back to where an unfinished training stopped, its weights and optimizer put back; or to the start."""
     found = run.folder.load()
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
@@ -202,7 +202,7 @@ def restore(run: Finetuning, trainer: Trainer, before: float) -> TrainingState:
 
 
 def tell(run: Finetuning, report: Callable[..., None], row: StepRecord, done: float, held_out: float) -> None:
-    """Say what a step did: to people, and to trackers that are installed."""
+    """Say what a step did: to the caller, and to trackers that are installed."""
     losses = {"loss": row.loss} | ({} if row.held_out is None else {"held_out": row.held_out})
     run.accelerator.log(losses, step=row.step)
     speed = row.tokens / max(1e-9, row.step_seconds)
@@ -268,7 +268,7 @@ def written_format(run: Finetuning, trained: PreTrainedModel) -> ChosenFormat:
 
 
 def perplexity(run: Finetuning, model: PreTrainedModel, protocol: PerplexityProtocol) -> float:
-    """Of the trained model on the bundled held-out text, as the conversion measured it."""
+    """Measure the trained model on the bundled held-out text, as the conversion measured it."""
     tokens_NL = token_windows(bundled("heldout"), run.tokenizer, protocol.tokens, protocol.window)
     samples = Samples(tokens_NL, torch.ones_like(tokens_NL, dtype=torch.bool))
     return math.exp(min(700.0, measure(model, run, samples).loss))

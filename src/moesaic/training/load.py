@@ -40,12 +40,12 @@ def watched(blocks: Sequence[MoE], watch: Watch) -> Iterator[None]:
 
 
 def count_load(index_TK: Tensor, num_experts: int) -> Tensor:
-    """How many tokens chose each expert, [E] int64; indices from E on stand for none."""
+    """Count the tokens that chose each expert, int64 [E]; indices from E on stand for none."""
     return torch.bincount(index_TK.flatten(), minlength=num_experts + 1)[:num_experts]
 
 
 def no_loads(blocks: Sequence[MoE], device: torch.device) -> list[Tensor]:
-    """Each block's load before any token came, [E]; [0] for blocks without routed experts."""
+    """Make each block's load before any token came, [E]; [0] for blocks without routed experts."""
     counts = [block.gate.e_score_correction_bias.numel() if block.gate is not None else 0 for block in blocks]
     return [torch.zeros(count, dtype=torch.int64, device=device) for count in counts]
 
@@ -66,7 +66,7 @@ def summary(loads: Sequence[Tensor], tokens: int) -> ExpertLoad:
 
 @torch.no_grad()
 def move_bias(blocks: Sequence[MoE], loads: Sequence[Tensor], step: float) -> None:
-    """`bias += step * sign(mean load - load)` (CMoE §3.4, DeepSeek-V3): selection only, no gradient."""
+    """Move the selection bias: `bias += step * sign(mean load - load)` (CMoE §3.4, DeepSeek-V3); no gradient."""
     for block, load_E in zip(blocks, loads, strict=True):
         if block.gate is None:
             continue
@@ -76,7 +76,7 @@ def move_bias(blocks: Sequence[MoE], loads: Sequence[Tensor], step: float) -> No
 
 
 def balance_loss(scores_TE: Tensor, index_TK: Tensor) -> Tensor:
-    """`E sum_e f_e P_e`, f an expert's share of choices, P its mean softmax score; 1 when even (Switch, §2.2)."""
+    """Compute `E sum_e f_e P_e`, f an expert's share of choices, P its mean softmax; 1 when even (Switch, §2.2)."""
     count = scores_TE.shape[-1]
     share_E = count_load(index_TK, count).float()
     share_E = share_E / share_E.sum().clamp(min=1)
@@ -87,7 +87,7 @@ def balance_loss(scores_TE: Tensor, index_TK: Tensor) -> Tensor:
 def held_out_loss(
     module: nn.Module, blocks: list[MoE], samples: Samples, device: torch.device
 ) -> tuple[Tensor, list[Tensor]]:
-    """(sum of next-token losses in nats, float64; each layer's load [E]) of a model in eval mode."""
+    """Measure (sum of next-token losses in nats, float64; each layer's load [E]) of a model in eval mode."""
     module.eval()
     loads = no_loads(blocks, device)
 
@@ -106,6 +106,6 @@ def held_out_loss(
 
 
 def micro_batches(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens, which count) of a few sequences at a time."""
+    """Cut samples into (tokens, which count) of a few sequences at a time."""
     size = max(1, MICRO_TOKENS // samples.tokens_NL.shape[1])
     yield from zip(samples.tokens_NL.split(size), samples.scored_NL.split(size), strict=True)

@@ -17,12 +17,12 @@ CHUNK = 32
 
 
 def next_token(logits_SV: Tensor, target_S: Tensor) -> Tensor:
-    """The sum over positions of `-log q(target)`, nats."""
+    """Sum `-log q(target)` over positions, nats."""
     return cross_entropy(logits_SV, target_S, reduction="sum")
 
 
 def distance(logits_SV: Tensor, log_probs_SK: Tensor, tokens_SK: Tensor) -> Tensor:
-    """The sum over positions of `KL(teacher || student)`, nats, all but the teacher's K largest taken as one class.
+    """Sum `KL(teacher || student)` over positions, nats, all but the teacher's K largest taken as one class.
 
     Equals the full divergence for K = V, and is less than it otherwise.
     """
@@ -69,7 +69,7 @@ class Objective(torch.autograd.Function):
 def _rows(
     logits_CV: Tensor, target_C: Tensor, top: tuple[Tensor, Tensor] | None, lm: float, distill: float
 ) -> tuple[Tensor, Tensor]:
-    """(each row's loss [C], its gradient [C, V]), float32; `gradient` is the softmax's memory used again."""
+    """Compute (each row's loss [C], its gradient [C, V]), float32; `gradient` is the softmax's memory used again."""
     student_CV = logits_CV.softmax(-1, dtype=torch.float32)
     target_C1 = target_C[:, None]
     loss_C = -lm * student_CV.gather(-1, target_C1).clamp(min=1e-30).log()[:, 0]
@@ -94,7 +94,7 @@ def _rows(
 
 
 def layer_distance(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Tensor:
-    """The mean over layers of `‖ours - theirs‖² / ‖theirs‖²` of their outputs, times the number of tokens."""
+    """Average `‖ours - theirs‖² / ‖theirs‖²` of the outputs over layers, times the number of tokens."""
     pairs = [(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]
     errors = torch.stack([(a - b).square().sum(-1) / b.square().sum(-1).clamp(min=TINY) for a, b in pairs])
     return errors.mean(0).sum()

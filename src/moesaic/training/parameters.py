@@ -19,17 +19,17 @@ REST = "attention"
 
 
 def part(name: str) -> str:
-    """`attention`, `shared`, `routed`, `router`, `norms` or `embeddings`: where a parameter of that name belongs."""
+    """Name the part that a parameter belongs to: `attention`, `shared`, `routed`, `router`, `norms` or `embeddings`."""
     return next((part for part, key in PARTS if key in f".{name}"), REST)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that learn, by name."""
+    """List the parameters that learn, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def counts(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:
-    """How many parameters each part has."""
+    """Count the parameters of each part."""
     found: dict[str, int] = {}
     for name, parameter in named:
         found[part(name)] = found.get(part(name), 0) + parameter.numel()
@@ -37,7 +37,11 @@ def counts(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, int]:
 
 
 def check_gradients(named: dict[str, nn.Parameter]) -> None:
-    """Raises WorkError if a part that should learn got no gradient in the first step."""
+    """Check that every part that should learn got a gradient in the first step.
+
+    Raises:
+        WorkError: one got none.
+    """
     alive = {part(name) for name, p in named.items() if p.grad is not None and bool(whole(p.grad).any())}
     frozen = sorted({part(name) for name in named} - alive)
     if frozen:
@@ -68,12 +72,12 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], accelerator: Accelerat
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor; every process must ask for it at once."""
+    """Gather the whole of a tensor; every process must ask for it at once."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor, cut as `parameter` is."""
+    """Cut a whole tensor as `parameter` is cut."""
     if isinstance(parameter, DTensor):
         return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
     return tensor
@@ -81,7 +85,7 @@ def like(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole copies, on the CPU."""
+    """Copy tensors whole to the CPU."""
     return {name: whole(tensor.detach()).cpu().clone() for name, tensor in named.items()}
 
 

@@ -56,7 +56,7 @@ class Finetuning:
     """In which the model runs; it is written as it was on disk."""
 
     def load(self) -> PreTrainedModel:
-        """The converted model as it came."""
+        """Load the converted model as it came."""
         return self.source.load(self.dtype).to(self.accelerator.device)  # pyrefly: ignore[bad-argument-type]
 
 
@@ -105,7 +105,11 @@ def prepare(
 
 
 def check_request(source: Converted, method: Method, config: FinetuneConfig, processes: int) -> None:
-    """Raises InputError for what cannot work whatever the text is."""
+    """Check what can be checked whatever the text is.
+
+    Raises:
+        InputError: a window, batch, balance or number of processes that the model or the method cannot work with.
+    """
     name = registry.text("method", config.method)
     check_facts(source.checkpoint.folder)
     longest = source.config.max_position_embeddings
@@ -124,7 +128,7 @@ def check_request(source: Converted, method: Method, config: FinetuneConfig, pro
 
 
 def make_accelerator(device: torch.device, folder: Path) -> Accelerator:
-    """Accelerate's view of this process: its device, how many others there are, the trackers that are installed."""
+    """Make accelerate's view of this process: its device, how many others there are, the trackers installed."""
     if "WORLD_SIZE" not in os.environ:  # or the device of an earlier training in this process would stay
         AcceleratorState._reset_state(reset_partial_state=True)
     if device.type == "cuda" and device.index is not None:
@@ -138,7 +142,7 @@ def make_accelerator(device: torch.device, folder: Path) -> Accelerator:
 
 
 def training_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
-    """bfloat16 for weights of it where it is the fastest, the same in all processes; else float32.
+    """Choose the dtype to train in: bfloat16 for weights of it where it is the fastest in all processes, else float32.
 
     Of float16 the gradients may overflow.
     """
@@ -154,10 +158,13 @@ def check_memory(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Raises InputError unless the training's estimate fits in the device's free memory.
+    """Check that the training's estimate fits in the device's free memory.
 
     Weights of model and teacher in `dtype`; 16 bytes for each parameter that learns (itself, gradient and Adam's two
     moments in float32); activations and logits of a micro-batch; with adapters the routed experts' sum `W + B A`.
+
+    Raises:
+        InputError: it does not fit, or nothing in the model would learn.
     """
     name = registry.text("method", config.method)
     on_meta = empty(copy.deepcopy(source.config))  # methods change the configuration

@@ -23,7 +23,7 @@ FINGERPRINT, STATE, BEST, LOG = "fingerprint.json", "state.pt", "best.safetensor
 
 
 def training_folder(output: Path) -> Path:
-    """Where an unfinished training of OUT is."""
+    """Name the folder of an unfinished training of OUT, `OUT.training`."""
     return output.absolute().with_name(output.absolute().name + ".training")
 
 
@@ -113,7 +113,7 @@ class RunFolder:
         write_whole(self.path / BEST, lambda path: save_file(tensors, path))
 
     def best(self) -> dict[str, Tensor]:
-        """The weights that `keep_best` stored."""
+        """Read the weights that `keep_best` stored."""
         return load_file(self.path / BEST)
 
     def save(self, state: TrainingState, named: dict[str, Tensor], optimizer: Json) -> None:
@@ -122,7 +122,7 @@ class RunFolder:
         write_whole(self.path / STATE, lambda path: torch.save(content, path))
 
     def load(self) -> SavedTraining | None:
-        """What `save` stored; None before the first time."""
+        """Read what `save` stored; None before the first time."""
         path = self.path / STATE
         if not path.is_file():
             return None

@@ -53,7 +53,11 @@ class Teacher:
         self._model: PreTrainedModel | None = None
 
     def check_layers(self, student: MoesaicModelConfig) -> None:
-        """Raises InputError unless each layer has its like in the student."""
+        """Check that each layer has its like in the student.
+
+        Raises:
+            InputError: layers are of another number or width.
+        """
         for field in ("num_hidden_layers", "hidden_size"):
             own, wanted = self.checkpoint.config.get(field), getattr(student, field)
             if own != wanted:
@@ -80,7 +84,7 @@ class Teacher:
         return self._model
 
     def top(self, number: int, tokens_L: Tensor) -> tuple[Tensor, Tensor]:
-        """The `top_k` largest log-probabilities (float32 nats) and their tokens, [L, K] each, of sequence `number`."""
+        """Find sequence `number`'s `top_k` largest log-probabilities, float32 nats, and their tokens, [L, K] each."""
         path = self.folder / f"{number:06d}.safetensors"
         if not path.is_file():
             log_probs_LK, tokens_LK = top_log_probs(self.model, tokens_L.to(self.device), self.top_k)
@@ -92,13 +96,13 @@ class Teacher:
 
     @torch.no_grad()
     def hidden(self, tokens_NL: Tensor) -> tuple[Tensor, ...]:
-        """Each layer's output, [N, L, D]; of the last one after the final norm, as transformers gives it."""
+        """Compute each layer's output, [N, L, D]; of the last one after the final norm, as transformers gives it."""
         return self.model(input_ids=tokens_NL, use_cache=False, output_hidden_states=True).hidden_states[1:]
 
 
 @torch.no_grad()
 def top_log_probs(model: PreTrainedModel, tokens_L: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The largest log-probabilities of every next token, and which tokens those are, [L, K] each."""
+    """Find the largest log-probabilities of every next token, nats, and which tokens those are, [L, K] each."""
     logits_LV = model(input_ids=tokens_L[None], use_cache=False).logits[0]
     top_LK = logits_LV.topk(top_k, dim=-1)
     total_L = torch.cat([part_CV.float().logsumexp(-1) for part_CV in logits_LV.split(CHUNK)])

@@ -97,11 +97,11 @@ class Trainer:
         return state
 
     def agreed(self, seconds: float) -> float:
-        """The mean over processes, so that all of them stop after the same step."""
+        """Average over processes, so that all of them stop after the same step."""
         return self.accelerator.reduce(torch.tensor(seconds, device=self.accelerator.device), "mean").item()
 
     def progress(self, state: TrainingState) -> float:
-        """The share of the training that is done; what `steps` and `minutes` say, whichever is over first."""
+        """Compute the share of the training that is done, by `steps` or `minutes`, whichever is over first."""
         steps, minutes = self.config.steps, self.config.minutes
         if steps is None and minutes is None:
             steps = math.ceil(len(self.train) / self.config.batch)
@@ -133,7 +133,7 @@ class Trainer:
         return found.state
 
     def step(self, state: TrainingState, progress: float) -> StepRecord:
-        """One step on `batch` sequences; returns what is logged of it."""
+        """Take one step on `batch` sequences; returns what is logged of it."""
         rate = schedule(progress, self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
@@ -172,7 +172,7 @@ class Trainer:
         )
 
     def sequences(self, step: int) -> Tensor:
-        """The numbers of a step's sequences: every pass over the samples has its own order, which the seed gives."""
+        """List the numbers of a step's sequences: each pass over the samples has its own order, given by the seed."""
         position_B = torch.arange(step * self.config.batch, (step + 1) * self.config.batch)
         count = len(self.train)
         orders = {
@@ -182,7 +182,7 @@ class Trainer:
         return torch.stack([orders[p // count][p % count] for p in position_B.tolist()])
 
     def loss(self, index_M: Tensor, loads: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """(the objective, the layers' own losses) of some sequences, sums over tokens; counts the experts' loads."""
+        """Sum (the objective, the layers' own losses) of some sequences over tokens, nats; counts experts' loads."""
         batch, device = self.train.take(index_M), self.accelerator.device
         tokens_ML = batch.tokens_NL.to(device)
         dense = self.dense_ffns()
@@ -218,20 +218,20 @@ class Trainer:
         return loss, torch.stack(extra).sum() if extra else loss.new_zeros(())
 
     def dense_ffns(self) -> list[nn.Module]:
-        """The teacher's FFNs, for methods that look at them."""
+        """List the teacher's FFNs, for methods that look at them."""
         if not self.method.needs_dense:
             return []
         assert self.teacher is not None
         return [layer.get_submodule(ffn_name(layer)) for layer in decoder_layers(self.teacher.model)]
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Products in the model's half precision, if it has one, though what learns is float32."""
+        """Compute products in the model's half precision, if it has one, though what learns is float32."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, self.dtype)
 
     def evaluate(self, samples: Samples) -> tuple[float, ExpertLoad]:
-        """(next-token loss in nats a token, how evenly the experts are used) on some samples."""
+        """Measure (next-token loss in nats a token, how evenly the experts are used) on some samples."""
         process, count = self.accelerator.process_index, self.accelerator.num_processes
         own = samples.take(torch.arange(process, len(samples), count))
         with self.autocast():
@@ -243,7 +243,7 @@ class Trainer:
 
 
 def training_mode(module: nn.Module, blocks: list[MoE]) -> None:
-    """Gates in training mode, all else in use: no dropout, for the teacher says what the student should, exactly."""
+    """Set gates to training mode, all else to use: no dropout, for the teacher says exactly what to learn."""
     module.eval()
     for block in blocks:
         if block.gate is not None:
@@ -251,7 +251,7 @@ def training_mode(module: nn.Module, blocks: list[MoE]) -> None:
 
 
 def schedule(progress: float, warmup: float) -> float:
-    """The learning rate's factor: up in a line, then down along a cosine to `FLOOR`."""
+    """Compute the learning rate's factor: up in a line, then down along a cosine to `FLOOR`."""
     if progress < warmup:
         return max(0.02, progress / warmup)
     falling = (progress - warmup) / max(1e-9, 1 - warmup)

@@ -32,7 +32,7 @@ COPIED_FIELDS = (
 
 
 def common_config(config: MoesaicModelConfig, model_type: str, architecture: str) -> Json:
-    """The part of `config.json` that every form has, as transformers 5 and as older engines read it."""
+    """Write the part of `config.json` that every stock format has, as transformers 5 and as older engines read it."""
     rope = dict(config.rope_parameters)
     rope.setdefault("partial_rotary_factor", 1.0)
     dtype = str(config.dtype).removeprefix("torch.")
@@ -86,34 +86,34 @@ def reason_against(format: Format, config: MoesaicModelConfig, *reasons: Reason)
 
 
 def renormalised_scale(config: MoesaicModelConfig) -> float:
-    """ε for gates that are divided by their sum: of one expert that is 1 whatever its score."""
+    """Choose ε for gates that are divided by their sum: with one expert 1, since its weight is 1 whatever its score."""
     return 1.0 if config.num_experts_per_tok == 1 else ROUTER_SCALE
 
 
 def too_small(config: MoesaicModelConfig, scale: float) -> Reason:
-    """The reason of forms that hold the scaled gate in the model's dtype."""
+    """Say why formats that hold the scaled gate in the model's dtype cannot hold it."""
     short = scale < 1 and config.dtype == torch.float16
     return short, "float16 cannot hold its gates, which are scaled down; convert with --dtype bfloat16"
 
 
 def unlike_heads(config: MoesaicModelConfig) -> Reason:
-    """The reason of forms that take the size of a head from the hidden size."""
+    """Say why formats that take the size of a head from the hidden size cannot hold a model."""
     size = config.hidden_size // config.num_attention_heads
     return head_dim(config) != size, f"its heads are of {size} dimensions, the model's of {head_dim(config)}"
 
 
 def not_power(number: int, what: str) -> Reason:
-    """The reason of forms that weigh experts by 1 / number, which only powers of two undo without rounding."""
+    """Say why formats that weigh experts by 1 / number cannot hold a model: only powers of two undo it exactly."""
     return number & (number - 1) != 0, f"its gates undo {number} {what} exactly only if that is a power of two"
 
 
 def head_dim(config: MoesaicModelConfig) -> int:
-    """Size of one attention head."""
+    """Find the size of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def split_attention(tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
-    """The layer's tensors with q, k and v apart (Phi-3 has them fused)."""
+    """Split a layer's tensors into q, k and v (Phi-3 has them fused)."""
     split = dict(tensors)
     if (fused := split.pop(f"{ATTENTION}.qkv_proj.weight", None)) is not None:
         queries, keys = (n * head_dim(config) for n in (config.num_attention_heads, config.num_key_value_heads))
@@ -123,7 +123,7 @@ def split_attention(tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
 
 
 def join_attention(tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
-    """The inverse of `split_attention`."""
+    """Join q, k and v: the inverse of `split_attention`."""
     joined = dict(tensors)
     if config.dense_model_type == "phi3":
         parts = [joined.pop(f"{ATTENTION}.{n}_proj.weight") for n in "qkv"]
@@ -132,7 +132,7 @@ def join_attention(tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
 
 
 def split_experts(gate_up_EXD: Tensor, down_EDI: Tensor, prefix: str, names: Sequence[str]) -> Tensors:
-    """Each expert's gate, up and down projection under its own name."""
+    """Give each expert's gate, up and down projection its own name."""
     split = {}
     for expert, (gate_up_XD, down_DI) in enumerate(zip(gate_up_EXD, down_EDI, strict=True)):
         parts = (*gate_up_XD.chunk(2), down_DI)
@@ -141,16 +141,19 @@ def split_experts(gate_up_EXD: Tensor, down_EDI: Tensor, prefix: str, names: Seq
 
 
 def join_experts(layer: Tensors, experts: int, prefix: str, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The inverse of `split_experts`, which takes the parts out of `layer`."""
+    """Join the experts' projections, which are taken out of `layer`: the inverse of `split_experts`."""
     gates, ups, downs = ([layer.pop(f"{prefix}{e}.{name}.weight") for e in range(experts)] for name in names)
     gate_up = [torch.cat([gate, up]) for gate, up in zip(gates, ups, strict=True)]
     return torch.stack(gate_up), torch.stack(downs)
 
 
 def replicate_shared(layer: Tensors, active: int) -> tuple[Tensor, Tensor]:
-    """(gate_up, down) of experts that hold the shared one too, for gates of 1 / active; takes the parts out of `layer`.
+    """Copy the shared expert into each routed one, for gates of 1 / active; takes the parts out of `layer`.
 
     `sum_k (1 / K) (K routed_k(x) + shared(x)) = sum_k routed_k(x) + shared(x)`.
+
+    Returns:
+        gate_up [E, 2 (I + S), D] and down [E, D, I + S], S the shared expert's neurons.
     """
     gate_up_EXD, down_EDI = layer.pop("mlp.experts.gate_up_proj"), layer.pop("mlp.experts.down_proj") * active
     if "mlp.shared_experts.down_proj.weight" not in layer:
@@ -165,7 +168,10 @@ def replicate_shared(layer: Tensors, active: int) -> tuple[Tensor, Tensor]:
 
 
 def separate_shared(gate_up_EXD: Tensor, down_EDI: Tensor, width: int, active: int) -> Tensors:
-    """The inverse of `replicate_shared`; `width` neurons are the routed expert's own."""
+    """Take the copies of the shared expert out again: the inverse of `replicate_shared`.
+
+    `width` neurons are the routed expert's own.
+    """
     gate_EID, up_EID = gate_up_EXD.chunk(2, dim=1)
     layer = {
         "mlp.experts.gate_up_proj": torch.cat([gate_EID[:, :width], up_EID[:, :width]], 1),
@@ -178,7 +184,7 @@ def separate_shared(gate_up_EXD: Tensor, down_EDI: Tensor, width: int, active: i
 
 
 def gguf_experts(gate_up_EXD: Tensor, down_EDI: Tensor, shared: Tensors) -> Tensors:
-    """Routed experts and the shared one's `gate`, `up` and `down` by llama.cpp's names."""
+    """Name routed experts and the shared one's `gate`, `up` and `down` as llama.cpp does."""
     gate_EID, up_EID = gate_up_EXD.chunk(2, dim=1)
     routed = {"ffn_gate_exps.weight": gate_EID, "ffn_up_exps.weight": up_EID, "ffn_down_exps.weight": down_EDI}
     return routed | {f"ffn_{name}_shexp.weight": weight for name, weight in shared.items()}

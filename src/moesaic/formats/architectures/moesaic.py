@@ -1,4 +1,4 @@
-"""moesaic's own format itself: what a native export is read back into."""
+"""moesaic's own format: what a stock architecture is read back into."""
 
 from dataclasses import dataclass
 from typing import ClassVar

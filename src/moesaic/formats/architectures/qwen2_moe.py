@@ -1,4 +1,4 @@
-"""`Qwen2MoeForCausalLM`, in the form that every engine reads alike: weights of the full softmax."""
+"""`Qwen2MoeForCausalLM`, in the way that every engine reads alike: weights of the full softmax."""
 
 from __future__ import annotations
 

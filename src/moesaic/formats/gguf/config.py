@@ -11,7 +11,7 @@ from ..converted import Converted
 
 
 def write_config(writer: gguf.GGUFWriter, format: Format, source: Converted, outtype: str) -> None:
-    """Write everything but the tokenizer."""
+    """Write all keys but those of the tokenizer."""
     config = format.config_json(source.config)
     writer.add_name(source.checkpoint.folder.name)
     name = "ALL_F32" if outtype == "f32" else f"MOSTLY_{outtype.upper()}"
@@ -34,7 +34,7 @@ def write_config(writer: gguf.GGUFWriter, format: Format, source: Converted, out
 
 
 def write_rope(writer: gguf.GGUFWriter, config: Json, size: int) -> None:
-    """Rotary positions; Llama 3's scaling is a tensor."""
+    """Write rotary positions; Llama 3's scaling is a tensor."""
     rope = config["rope_parameters"]
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(int(size * rope["partial_rotary_factor"]))

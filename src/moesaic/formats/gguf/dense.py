@@ -59,7 +59,7 @@ def write_dense_gguf(folder: Path, path: Path, outtype: str) -> None:
 
 
 def _heads(config: PretrainedConfig) -> dict[str, int]:
-    """Heads of queries and keys whose rows llama.cpp wants in the order of its own rope; empty where it is ours."""
+    """Count heads of queries and keys whose rows llama.cpp wants in its own rope's order; empty where it is ours."""
     if ARCHITECTURES[config.model_type] != "llama":
         return {}
     return {"q": config.num_attention_heads, "k": config.num_key_value_heads}

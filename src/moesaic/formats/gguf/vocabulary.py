@@ -56,7 +56,7 @@ def write_vocabulary(writer: gguf.GGUFWriter, folder: Path, tokenizer: Any, size
 
 
 def adds(tokenizer: Any) -> dict[str, bool]:
-    """Whether a text gets a `bos` in front and an `eos` behind; said always, for llama.cpp's own guess may differ."""
+    """Tell whether text gets a `bos` in front and an `eos` behind; always said, since llama.cpp's guess may differ."""
     ids, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     extra = len(ids) - len(plain)
     first, last = (ids[0], ids[-1]) if extra else (None, None)
@@ -67,7 +67,7 @@ def adds(tokenizer: Any) -> dict[str, bool]:
 
 
 def pre_tokenizer(spec: dict[str, Any], ignore_merges: bool) -> str:
-    """llama.cpp's name for the way a byte-level BPE cuts text before merging.
+    """Find llama.cpp's name for the way a byte-level BPE cuts text before merging.
 
     Args:
         spec: `pre_tokenizer` of tokenizer.json.
@@ -94,7 +94,7 @@ def pre_tokenizer(spec: dict[str, Any], ignore_merges: bool) -> str:
 
 
 def token_list(tokenizer: Any, size: int, sentencepiece: bool) -> tuple[list[str], list[int]]:
-    """(tokens, their `gguf.TokenType`) by id; ids without a token are unused."""
+    """List (tokens, their `gguf.TokenType`) by id; ids without a token are unused."""
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     tokens, types = [], []
@@ -116,7 +116,7 @@ def token_list(tokenizer: Any, size: int, sentencepiece: bool) -> tuple[list[str
 
 
 def scores(tokens: list[str], merges: list[Any]) -> list[float]:
-    """SentencePiece's scores: minus the rank of the first merge that makes the token, so the earliest merges win."""
+    """Give tokens SentencePiece's scores: minus the rank of the first merge that makes it, so early merges win."""
     rank: dict[str, int] = {}
     for number, merge in enumerate(merges):
         rank.setdefault("".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1), number)
@@ -124,7 +124,7 @@ def scores(tokens: list[str], merges: list[Any]) -> list[float]:
 
 
 def prepends_space(spec: dict[str, Any]) -> bool:
-    """Whether text gets a space in front, as Llama 2's does."""
+    """Tell whether text gets a space in front, as Llama 2's does."""
     normalizer, pre = spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}
     prepended = any(part.get("type") == "Prepend" for part in normalizer.get("normalizers", [normalizer]))
     return prepended or pre.get("prepend_scheme") in ("first", "always")

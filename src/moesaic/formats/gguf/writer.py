@@ -1,4 +1,4 @@
-"""GGUF, what llama.cpp and its kin read: a native form's tensors under llama.cpp's names, a layer at a time.
+"""GGUF, what llama.cpp and its kin read: a stock architecture's tensors under llama.cpp's names, a layer at a time.
 
 Shapes: D hidden size, E routed experts, I neurons of one.
 """
@@ -87,7 +87,7 @@ def write_gguf(
 
 
 def check_k_quant(source: Converted, format: Format, outtype: str) -> str:
-    """The path of `llama-quantize`.
+    """Find `llama-quantize`, and check that it can quantise the model; returns its path.
 
     Raises:
         InputError: it is not installed, or the experts' width is no multiple of 256, which K-quants' blocks need.
@@ -112,7 +112,7 @@ def check_k_quant(source: Converted, format: Format, outtype: str) -> str:
 
 
 def _quantise(command: str, path: Path, outtype: str) -> int:
-    """Replace the file by its quantised form; returns how many matrices got no K-quant."""
+    """Replace the file by a quantised one; returns how many matrices got no K-quant."""
     made = path.with_name(path.name + ".quantised")
     try:
         done = subprocess.run([command, str(path), str(made), outtype.upper()], capture_output=True, text=True)
@@ -175,19 +175,22 @@ def _write(source: Converted, format: Format, path: Path, outtype: str, report: 
 
 
 def checksum(data: np.ndarray) -> int:
-    """CRC-32 of an array's bytes."""
+    """Compute the CRC-32 of an array's bytes."""
     return zlib.crc32(np.ascontiguousarray(data).view(np.uint8).data)
 
 
 def kind_of(name: str, shape: torch.Size, wish: Kind) -> Kind:
-    """Norms, biases and routers in f32; matrices as wished, or in f16 where a row is no whole number of blocks."""
+    """Choose a tensor's type.
+
+    Norms, biases and routers are f32; matrices as wished, or f16 where a row is no whole number of blocks.
+    """
     if len(shape) == 1 or "ffn_gate_inp" in name:
         return Kind.F32
     return wish if shape[-1] % gguf.GGML_QUANT_SIZES[wish][0] == 0 else Kind.F16
 
 
 def embeddings_and_head(source: Converted) -> Tensors:
-    """Embeddings, final norm, head, and Llama 3's rope factors."""
+    """Read embeddings, final norm, head, and Llama 3's rope factors, by llama.cpp's names."""
     outer = source.embeddings_and_head()
     outer.setdefault(HEAD, outer[EMBEDDINGS])
     tensors = {OUTER[name]: tensor for name, tensor in outer.items()}
@@ -199,7 +202,7 @@ def embeddings_and_head(source: Converted) -> Tensors:
 
 
 def block(format: Format, layer: Tensors, config: MoesaicModelConfig) -> Tensors:
-    """A decoder layer by llama.cpp's names."""
+    """Name a decoder layer's tensors as llama.cpp does."""
     native = format.layer(layer, config)
     tensors = {RENAMED[name]: native.pop(name) for name in list(native) if name in RENAMED}
     if format.gguf_interleaved:
@@ -211,5 +214,5 @@ def block(format: Format, layer: Tensors, config: MoesaicModelConfig) -> Tensors
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows in the order of the rope that turns neighbours, of one that turns halves."""
+    """Reorder rows for the rope that turns neighbours, from that of one that turns halves."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)

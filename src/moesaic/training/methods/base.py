@@ -43,11 +43,11 @@ class Method(ABC):
         """Set `requires_grad`, replace gates, add adapters; returns what is trained, with the model in it."""
 
     def layer_loss(self, moe: MoE, x_TD: Tensor, index_TK: Tensor, dense: DenseFFN | None) -> Tensor | None:
-        """A loss of one layer, summed over the tokens x that enter it; None if there is none."""
+        """Compute a loss of one layer, summed over the tokens x [T, D] that enter it, nats; None if there is none."""
         return None
 
     def finish(self, module: nn.Module) -> PreTrainedModel:
-        """The trained model without what training added, in the dtypes that training used."""
+        """Take out what training added and return the model, in the dtypes that training used."""
         return module  # pyrefly: ignore[bad-return]
 
 

@@ -33,7 +33,7 @@ class FactorLLM(Full):
 
 @torch.no_grad()
 def labels(moe: MoE, x_TD: Tensor, dense_TD: Tensor, active: int) -> Tensor:
-    """The distribution over experts that the router should have, float32 [T, E]."""
+    """Compute the distribution over experts that the router should have, float32 [T, E]."""
     _, experts = moe.routed
     target_TD = dense_TD.float()
     if moe.shared_experts is not None:
