@@ -9,11 +9,11 @@ import moesaic
 
 folder = Path(tempfile.mkdtemp())
 settings = moesaic.ConvertConfig(plan="S4A1E8", partition="specialists", tokens=2_048)
-result = moesaic.convert("tiny", folder / "native", settings)
+result = moesaic.convert("tiny", folder / "out", settings)
 print("written as", result.format, result.check)
 
-stock = AutoModelForCausalLM.from_pretrained(folder / "native")  # no code of ours from here on
+stock = AutoModelForCausalLM.from_pretrained(folder / "out")  # no code of ours from here on
 print("loaded as", type(stock).__name__)
 
-print(moesaic.export(folder / "native", folder / "model.gguf", "gguf", outtype="q8_0"))
-print(moesaic.export(folder / "native", folder / "working", "moesaic").target)
+print(moesaic.export(folder / "out", folder / "model.gguf", "gguf", outtype="q8_0"))
+print(moesaic.export(folder / "out", folder / "back", "moesaic").target)

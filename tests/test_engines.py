@@ -23,7 +23,7 @@ METHODS = {
     "disjoint, no bias": {"plan": "S4A2E8", "router": "linear:intercept=False"},
     "specialists": {"plan": "S4A1E8", "partition": "specialists"},
 }
-NATIVE = {"vllm", "mlx"}
+READ_STOCK = {"vllm", "mlx"}
 TEXTS = [
     "The first 12 of 345 numbers, it's said:\n\n    def f(x):\n\treturn x**2  # naïve  ünïcödé 你好 🙂\r\n",
     "  two spaces, don't WE'LL they're\n\n\n...---=== <s> 1234567890",
@@ -63,16 +63,16 @@ def save_dense(family, folder):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """(family, method) -> folder of a native form, made when first asked for."""
+    """(family, method) -> folder of a stock architecture, made when first asked for."""
     made = {}
 
     def get(family, method):
         if (family, method) not in made:
             folder = tmp_path_factory.mktemp(family)
             save_dense(family, folder / "dense")
-            metrics = convert(folder / "dense", folder / "native", QUICK.model_copy(update=METHODS[method]))
+            metrics = convert(folder / "dense", folder / "stock", QUICK.model_copy(update=METHODS[method]))
             assert metrics.format == "glm4_moe"
-            made[family, method] = folder / "native"
+            made[family, method] = folder / "stock"
         return made[family, method]
 
     return get
@@ -83,11 +83,11 @@ def engine(request):
     return request.param
 
 
-def written_for(engine, native, out, outtype="f32"):
+def written_for(engine, written, out, outtype="f32"):
     """The model as the engine wants it."""
-    if engine in NATIVE:
-        return native
-    export(native, out / "model.gguf", "gguf", outtype=outtype)
+    if engine in READ_STOCK:
+        return written
+    export(written, out / "model.gguf", "gguf", outtype=outtype)
     return out / "model.gguf"
 
 
@@ -111,13 +111,13 @@ def test_log_probabilities_are_those_of_transformers(converted, engine, family, 
     if (engine, family) == ("mlx", "llama3-rope"):
         pytest.skip("mlx: its architectures do not scale rope")
     scaled = (engine, family) == ("llama.cpp", "llama3-rope")
-    native = converted(family, "disjoint, no bias" if scaled and method == "disjoint" else method)
+    written = converted(family, "disjoint, no bias" if scaled and method == "disjoint" else method)
     if scaled:  # what llama.cpp scales rope for
-        export(native, tmp_path / "granite", "granitemoeshared")
-        native = tmp_path / "granite"
-    model = written_for(engine, native, tmp_path)
+        export(written, tmp_path / "granite", "granitemoeshared")
+        written = tmp_path / "granite"
+    model = written_for(engine, written, tmp_path)
     tokens = [torch.randint(2, 1_024, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 7, 40)]
-    stock = AutoModelForCausalLM.from_pretrained(native, dtype=torch.float32).eval()
+    stock = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32).eval()
     expected = torch.stack([stock(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in tokens])
     given = torch.tensor(ask(engine, model, {"tokens": tokens, "vocab_size": 1_024}, tmp_path)["logprobs"])
     differences = (given - expected).abs().amax(-1)
@@ -126,19 +126,19 @@ def test_log_probabilities_are_those_of_transformers(converted, engine, family, 
 
 
 def test_llama_cpps_tokenizer_is_that_of_transformers(converted, tmp_path):
-    native = converted("qwen2", "specialists")
-    tokenizer = AutoTokenizer.from_pretrained(native)
-    found = ask("llama.cpp", written_for("llama.cpp", native, tmp_path), {"texts": TEXTS}, tmp_path)["ids"]
+    written = converted("qwen2", "specialists")
+    tokenizer = AutoTokenizer.from_pretrained(written)
+    found = ask("llama.cpp", written_for("llama.cpp", written, tmp_path), {"texts": TEXTS}, tmp_path)["ids"]
     assert found == [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
 @pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
 @torch.no_grad()
 def test_llama_cpp_reads_every_type(converted, tmp_path, outtype):
-    native = converted("qwen2", "specialists")
-    model = written_for("llama.cpp", native, tmp_path, outtype)
+    written = converted("qwen2", "specialists")
+    model = written_for("llama.cpp", written, tmp_path, outtype)
     tokens = [[5, 9, 200, 17]]
-    stock = AutoModelForCausalLM.from_pretrained(native, dtype=torch.float32).eval()
+    stock = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32).eval()
     expected = stock(torch.tensor(tokens)).logits[0, -1].log_softmax(-1)
     given = torch.tensor(ask("llama.cpp", model, {"tokens": tokens, "vocab_size": 1_024}, tmp_path)["logprobs"][0])
     assert (given - expected).norm() / expected.norm() < 0.05

@@ -1,4 +1,4 @@
-"""A native form says what the converted model says, goes back bit by bit, and is refused with the reason otherwise."""
+"""A stock architecture says what the converted model says, goes back bit by bit, or is refused with the reason."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ CELLS = {
     "mixtral": ["llama", "mistral", "phi3"],
     "flex_olmo": ["olmo2"],
 }
-FORM = registry.build("format", "glm4_moe")
+GLM4_MOE = registry.build("format", "glm4_moe")
 SHORT = {"max_tokens": 256, "window": 64}
 METHODS = {
     "coactivation": {"plan": "S4A2E8"},
@@ -38,7 +38,7 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def converted(folders, tmp_path_factory):
-    """(family, method) -> a converted model's folder in the working form, made when first asked for."""
+    """(family, method) -> a converted model's folder in moesaic's own format, made when first asked for."""
     made = {}
 
     def get(family, method="specialists"):
@@ -61,35 +61,35 @@ def same_tensors(one, other):
 
 
 @pytest.mark.parametrize(
-    ("form", "family", "method"),
+    ("format", "family", "method"),
     [
-        (form, family, method)
-        for form, families in CELLS.items()
+        (format, family, method)
+        for format, families in CELLS.items()
         for family in families
-        for method in ("coactivation" if form == "glm4_moe" else "no-bias", "specialists")
+        for method in ("coactivation" if format == "glm4_moe" else "no-bias", "specialists")
     ]
     + [("mixtral", "llama", "top-1"), ("flex_olmo", "olmo2", "top-1")],
 )
-def test_stock_transformers_says_the_same_and_the_way_back_is_exact(converted, form, family, method, tmp_path):
+def test_stock_transformers_says_the_same_and_the_way_back_is_exact(converted, format, family, method, tmp_path):
     source = converted(family, method)
-    facts = export(source, tmp_path / "native", form)
-    assert facts.target == form
+    facts = export(source, tmp_path / "stock", format)
+    assert facts.target == format
     assert facts.median_difference < 0.01
     assert facts.agreement > 0.95
     assert facts.max_abs_logit_error >= 0
-    if method in ("specialists", "top-1") and form in ("granitemoeshared", "mixtral", "flex_olmo"):
+    if method in ("specialists", "top-1") and format in ("granitemoeshared", "mixtral", "flex_olmo"):
         assert facts.median_difference < 1e-4  # the one gate is exactly 1
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
-    assert stock.config.model_type == form
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    assert stock.config.model_type == format
     assert not type(stock).__module__.startswith("moesaic")
-    export(tmp_path / "native", tmp_path / "back", "moesaic")
+    export(tmp_path / "stock", tmp_path / "back", "moesaic")
     assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
-    same_tensors(tmp_path / "native", source)
+    same_tensors(tmp_path / "stock", source)
     same_tensors(tmp_path / "back", source)
 
 
 @pytest.mark.parametrize(
-    ("family", "method", "form"),
+    ("family", "method", "format"),
     [
         ("qwen2", "coactivation", "glm4_moe"),
         ("granite", "specialists", "granitemoeshared"),
@@ -97,19 +97,19 @@ def test_stock_transformers_says_the_same_and_the_way_back_is_exact(converted, f
         ("llama", "top-1", "mixtral"),
     ],
 )
-def test_convert_writes_the_native_form_that_export_would(folders, converted, tmp_path, family, method, form):
+def test_convert_writes_the_stock_architecture_that_export_would(folders, converted, tmp_path, family, method, format):
     config = QUICK.model_copy(
         update=METHODS[method] | ({"partition": "specialists"} if method == "specialists" else {})
     )
     metrics = convert(folders(family), tmp_path / "out", config)
-    assert metrics.format == form
+    assert metrics.format == format
     assert metrics.format_reason == ""
     assert metrics.check.median_difference < 0.01
     assert metrics.to_dict() == json.loads((tmp_path / "out" / "metrics.json").read_text())
     same_tensors(tmp_path / "out", converted(family, method))
     assert "stock transformers gave" in (tmp_path / "out" / "README.md").read_text()
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert stock.config.model_type == form
+    assert stock.config.model_type == format
     parameters = sum(p.numel() for p in stock.parameters())
     assert metrics.total_parameters == pytest.approx(parameters, rel=1e-3)  # but for selection biases
 
@@ -128,7 +128,7 @@ def test_what_no_engine_has_stays_in_the_working_form_and_says_why(folders, tmp_
     assert metrics.format == "moesaic"
     assert reason in metrics.format_reason
     with pytest.raises(InputError, match=reason):
-        export(tmp_path / "out", tmp_path / "native")
+        export(tmp_path / "out", tmp_path / "stock")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -170,12 +170,12 @@ def test_a_rope_that_was_forgotten_is_seen(converted, tmp_path, monkeypatch):
 
     monkeypatch.setattr(_decoder, "common_config", forgetful)
     with pytest.raises(WorkError, match="is not the converted one"):
-        export(converted("llama3-rope"), tmp_path / "native")
+        export(converted("llama3-rope"), tmp_path / "stock")
 
 
 def test_of_a_large_model_the_first_layers_are_checked(converted, tmp_path, monkeypatch):
     monkeypatch.setattr(check, "virtual_memory", lambda: SimpleNamespace(available=0))
-    assert export(converted("qwen2"), tmp_path / "native").layers == 2 < 3
+    assert export(converted("qwen2"), tmp_path / "stock").layers == 2 < 3
 
 
 @torch.no_grad()
@@ -193,19 +193,19 @@ def test_the_difference_shrinks_with_the_routers_scale(converted, tmp_path, monk
 
 
 def test_a_native_form_loads_as_the_working_form(converted, tmp_path):
-    export(converted("tied"), tmp_path / "native")
-    model, tokenizer = moesaic.load(tmp_path / "native")
+    export(converted("tied"), tmp_path / "stock")
+    model, tokenizer = moesaic.load(tmp_path / "stock")
     own, _ = moesaic.load(converted("tied"))
     assert type(model) is type(own)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert evaluate(model, tokenizer, **SHORT).perplexity == evaluate(own, tokenizer, **SHORT).perplexity
-    assert moesaic.inspect(tmp_path / "native").moe == moesaic.inspect(converted("tied")).moe
+    assert moesaic.inspect(tmp_path / "stock").moe == moesaic.inspect(converted("tied")).moe
 
 
 @torch.no_grad()
 def test_what_was_trained_in_a_native_form_comes_back_or_is_refused(converted, tmp_path):
-    for family, form in (("tied", "glm4_moe"), ("olmo2", "flex_olmo")):
-        export(converted(family), tmp_path / family, form)
+    for family, format in (("tied", "glm4_moe"), ("olmo2", "flex_olmo")):
+        export(converted(family), tmp_path / family, format)
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / family)
         stock.lm_head.weight.mul_(3)
         stock.generation_config.eos_token_id = [1, 7, 9]
@@ -222,12 +222,12 @@ def test_what_was_trained_in_a_native_form_comes_back_or_is_refused(converted, t
 
 def test_a_card_names_the_engines_that_run_this_model(converted, tmp_path):
     cards = {}
-    for family, method, form in [
+    for family, method, format in [
         ("llama3-rope", "coactivation", "glm4_moe"), ("llama", "specialists", "glm4_moe"),
         ("mistral", "top-1", "mixtral"), ("llama", "top-1", "mixtral"), ("olmo2", "specialists", "flex_olmo"),
     ]:  # fmt: skip
         out = tmp_path / f"{family}-{method}"
-        export(converted(family, method), out, form)
+        export(converted(family, method), out, format)
         cards[out.name] = (out / "README.md").read_text()
     mlx = {name for name, card in cards.items() if "mlx_lm" in card}
     assert mlx == {"llama-specialists", "llama-top-1"}
@@ -237,19 +237,19 @@ def test_a_card_names_the_engines_that_run_this_model(converted, tmp_path):
 
 def test_types_are_of_gguf_and_missing_files_are_named_first(converted, tmp_path):
     with pytest.raises(InputError, match="--outtype q8_0 is a type of GGUF"):
-        export(converted("llama"), tmp_path / "native", outtype="q8_0")
+        export(converted("llama"), tmp_path / "stock", outtype="q8_0")
     export(converted("llama"), tmp_path / "model.gguf")
     assert (tmp_path / "model.gguf").is_file()
     model, tokenizer = moesaic.load(converted("llama"))
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     with pytest.raises(InputError, match=r"has no moesaic\.yaml; copy it"):
-        export(tmp_path / "saved", tmp_path / "native")
+        export(tmp_path / "saved", tmp_path / "stock")
     assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "saved"}
 
 
 @pytest.mark.parametrize(
-    ("form", "family", "settings", "reason"),
+    ("format", "family", "settings", "reason"),
     [
         ("glm4_moe", "gemma2", {}, "GeGLU"),
         ("glm4_moe", "olmo2", {}, "flex_olmo"),
@@ -266,14 +266,14 @@ def test_types_are_of_gguf_and_missing_files_are_named_first(converted, tmp_path
     ],
 )
 def test_what_a_form_cannot_say_is_refused_before_anything_is_written(
-    folders, tmp_path, form, family, settings, reason
+    folders, tmp_path, format, family, settings, reason
 ):
     config = QUICK.model_copy(update={"plan": "S1A2E8", "format": "moesaic"} | settings)
     with pytest.raises(InputError, match=reason):
-        convert(folders(family), tmp_path / "out", config.model_copy(update={"format": form}))
+        convert(folders(family), tmp_path / "out", config.model_copy(update={"format": format}))
     convert(folders(family), tmp_path / "out", config)
     with pytest.raises(InputError, match=reason):
-        export(tmp_path / "out", tmp_path / "native", form)
+        export(tmp_path / "out", tmp_path / "stock", format)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -289,11 +289,11 @@ def test_what_a_form_cannot_say_is_refused_before_anything_is_written(
 )
 def test_configurations_that_it_cannot_say(family, change, reason):
     config = moesaic_config(small_model(family).config, moesaic.Plan(1, 2, 8, 12), "linear")
-    FORM.check(config, has_bias=False)
+    GLM4_MOE.check(config, has_bias=False)
     for name, value in change.items():
         setattr(config, name, value)
     with pytest.raises(InputError, match=reason):
-        FORM.check(config, has_bias=False)
+        GLM4_MOE.check(config, has_bias=False)
 
 
 def test_forms_that_turn_whole_heads_refuse_models_that_turn_parts():
@@ -308,13 +308,13 @@ def test_forms_that_turn_whole_heads_refuse_models_that_turn_parts():
 def test_a_window_as_long_as_the_model_reaches_is_none():
     config = moesaic_config(small_model("mistral").config, moesaic.Plan(1, 2, 8, 12), "linear")
     config.sliding_window = SMALL["max_position_embeddings"]
-    FORM.check(config, has_bias=False)
+    GLM4_MOE.check(config, has_bias=False)
 
 
 def test_a_bad_export_leaves_nothing_behind(converted, tmp_path, monkeypatch):
     monkeypatch.setattr(check, "TOLERANCE", -1.0)
     with pytest.raises(WorkError, match="is not the converted one"):
-        export(converted("llama"), tmp_path / "native")
+        export(converted("llama"), tmp_path / "stock")
     assert not list(tmp_path.iterdir())
 
 
@@ -324,27 +324,27 @@ def test_an_interrupted_export_goes_on(converted, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export(converted("llama"), tmp_path / "native", progress=stop)
-    assert len(list(tmp_path.glob("native.partial/model-layer-*"))) == 2
-    export(converted("llama"), tmp_path / "native")
+        export(converted("llama"), tmp_path / "stock", progress=stop)
+    assert len(list(tmp_path.glob("stock.partial/model-layer-*"))) == 2
+    export(converted("llama"), tmp_path / "stock")
     export(converted("llama"), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         export(converted("qwen2"), tmp_path / "other", progress=stop)
     with pytest.raises(InputError, match="unfinished work with another model"):
         export(converted("llama"), tmp_path / "other")
     export(converted("llama"), tmp_path / "other", resume=False)
-    one, other = (dict(Converted(tmp_path / name).tensors()) for name in ("native", "whole"))
+    one, other = (dict(Converted(tmp_path / name).tensors()) for name in ("stock", "whole"))
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 def test_only_converted_models_and_known_forms(converted, tmp_path):
     with pytest.raises(InputError, match="moesaic did not make"):
-        export(tiny_folder(), tmp_path / "native")
+        export(tiny_folder(), tmp_path / "stock")
     with pytest.raises(InputError, match="Did you mean 'glm4-moe'"):
-        export(converted("llama"), tmp_path / "native", "glm4")
-    (tmp_path / "native").mkdir()
+        export(converted("llama"), tmp_path / "stock", "glm4")
+    (tmp_path / "stock").mkdir()
     with pytest.raises(InputError, match="exists"):
-        export(converted("llama"), tmp_path / "native")
+        export(converted("llama"), tmp_path / "stock")
 
 
 def test_export_from_the_command_line(converted, tmp_path, capsys):
@@ -352,7 +352,7 @@ def test_export_from_the_command_line(converted, tmp_path, capsys):
 
     from moesaic.cli import app
 
-    result = CliRunner().invoke(app, ["export", str(converted("qwen3")), str(tmp_path / "native"), "--json"])
+    result = CliRunner().invoke(app, ["export", str(converted("qwen3")), str(tmp_path / "stock"), "--json"])
     assert result.exit_code == 0
     assert json.loads(result.stdout)["target"] == "glm4_moe"
-    assert "vllm serve native" in (tmp_path / "native" / "README.md").read_text()
+    assert "vllm serve stock" in (tmp_path / "stock" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""GGUF holds the tensors of a native form, the tokenizer as llama.cpp has it, and nothing it cannot run.
+"""GGUF holds the tensors of a stock architecture, the tokenizer as llama.cpp has it, and nothing it cannot run.
 
 That llama.cpp says what transformers says is in `test_engines.py`.
 """

@@ -40,7 +40,7 @@ def test_convert_makes_what_was_proposed(folders, tmp_path):
         metrics = convert(folders("qwen2"), tmp_path / str(number), QUICK.model_copy(update=settings))
         for name in ("plan", "expert_width", "ffn_active", "memory_factor", "format"):
             assert getattr(metrics, name) == getattr(c, name)
-        # a native form writes the head out, the working form counts it where it is
+        # a stock architecture has the head apart, moesaic's own format counts it where it is
         assert metrics.total_parameters == c.total_parameters
         assert metrics.active_parameters == c.active_parameters
         assert 1 < c.decode_limit < c.prefill_limit

@@ -258,12 +258,12 @@ def test_every_method_trains_what_it_claims_and_writes_a_model_that_loads(conver
 
 def test_every_family_trains_and_keeps_its_form(family, folders, tmp_path):
     start, out = tmp_path / "start", tmp_path / "out"
-    form = moesaic.convert(folders(family), start, QUICK).format
+    format = moesaic.convert(folders(family), start, QUICK).format
     config = SHORT.model_copy(update={"teacher": str(folders(family)), "learning_rate": 5e-3})
     facts = moesaic.finetune(start, out, config)
     assert facts.improved, facts
     assert all(facts.trainable_parameters[part] > 0 for part in ("attention", "shared", "routed", "router"))
-    assert facts.format == form
+    assert facts.format == format
     before, after = tensors(start), tensors(out)
     assert before.keys() == after.keys()
     changed = [name for name in before if not torch.equal(before[name], after[name])]

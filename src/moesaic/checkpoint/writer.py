@@ -79,7 +79,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     partial.replace(path)
 
 
-def check_facts(folder: Path) -> None:
+def check_conversion_files(folder: Path) -> None:
     """Check that a converted model's folder holds what `convert` wrote beside the weights.
 
     Raises:

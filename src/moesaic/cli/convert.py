@@ -64,8 +64,8 @@ def convert(
         check_output(out, overwrite)
         conversions = candidates(model, config)
         conversions[0].check_space(out)
-        facts = describe(conversions)
-        print_result(facts, as_json, lambda: tables.show_facts(stderr, "Dry run: nothing was written", facts.to_dict()))
+        dry = describe(conversions)
+        print_result(dry, as_json, lambda: tables.show_facts(stderr, "Dry run: nothing was written", dry.to_dict()))
         return
     with progress(stderr, "converting", "layer") as tick:
         metrics = run(model, out, config, resume=resume, overwrite=overwrite, force=force, progress=tick)

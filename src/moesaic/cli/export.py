@@ -27,6 +27,6 @@ def export(
     from ..formats.export import export as run
 
     with progress(stderr, "exporting", "layer") as tick:
-        facts = run(model, out, to or format, outtype=outtype, resume=resume, overwrite=overwrite, progress=tick)
-    done = "read back" if facts.target == "gguf" else "checked"
-    print_result(facts, as_json, lambda: tables.show_facts(stderr, f"{out}: written and {done}", facts.to_dict()))
+        result = run(model, out, to or format, outtype=outtype, resume=resume, overwrite=overwrite, progress=tick)
+    done = "read back" if result.target == "gguf" else "checked"
+    print_result(result, as_json, lambda: tables.show_facts(stderr, f"{out}: written and {done}", result.to_dict()))

@@ -50,6 +50,6 @@ def finetune(
     }  # fmt: skip
     config = FinetuneConfig.read(recipe, {name: value for name, value in given.items() if value is not None})
     with progress(stderr, "training", "per cent", "") as tick:
-        facts = run(model, out, config, resume=resume, overwrite=overwrite, teacher_cache=teacher_cache, progress=tick)
-    if facts.output is not None:  # the others of several processes have nothing to say
-        print_result(facts, as_json, lambda: tables.show_training(stderr, facts))
+        result = run(model, out, config, resume=resume, overwrite=overwrite, teacher_cache=teacher_cache, progress=tick)
+    if result.output is not None:  # the others of several processes have nothing to say
+        print_result(result, as_json, lambda: tables.show_training(stderr, result))

@@ -19,5 +19,5 @@ def inspect(
     """Show plan, method, per-layer errors and expert loads of a converted model."""
     from ..evaluation.inspect import inspect as run
 
-    facts = run(out)
-    print_result(facts, as_json, lambda: tables.show_inspection(stderr, facts))
+    inspection = run(out)
+    print_result(inspection, as_json, lambda: tables.show_inspection(stderr, inspection))

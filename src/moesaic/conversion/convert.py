@@ -16,7 +16,7 @@ from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, check_output
 from ..config import ConvertConfig
 from ..errors import WorkError
 from ..formats.converted import Converted
-from ..formats.export import export, write_embeddings_and_head, write_facts
+from ..formats.export import export, write_embeddings_and_head, write_metrics
 from ..formats.verify import check
 from ..machine import give_back_memory, machine, peak_rss_bytes, versions
 from ..moe.modeling import MODEL_TYPE
@@ -116,7 +116,7 @@ def finish(conversion: Conversion, partial: ResumableOutput, result: ConversionR
     stock = conversion.format.name != MODEL_TYPE
 
     def last(made: Path) -> None:
-        write_facts(made, result.to_dict(), conversion.format, check(Converted(made), made) if stock else None)
+        write_metrics(made, result.to_dict(), conversion.format, check(Converted(made), made) if stock else None)
 
     try:
         partial.finish(last)
@@ -127,8 +127,8 @@ def finish(conversion: Conversion, partial: ResumableOutput, result: ConversionR
         shutil.rmtree(failed, ignore_errors=True)
         made = partial.folder.rename(failed)
         try:
-            facts = result.to_dict() | {"format_reason": str(error)}
-            write_facts(made, facts, registry.build("format", MODEL_TYPE), None)
+            metrics = result.to_dict() | {"format_reason": str(error)}
+            write_metrics(made, metrics, registry.build("format", MODEL_TYPE), None)
             export(made, result.output, MODEL_TYPE, overwrite=True)
         except BaseException:  # the same command finds its layers again
             shutil.rmtree(partial.folder, ignore_errors=True)

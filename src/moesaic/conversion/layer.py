@@ -110,7 +110,7 @@ def convert_layer(conversion: Conversion, index: int, states: HiddenStates) -> C
         layer=index,
         split_error=split_error,
         error=error,
-        **drift(after),
+        **residual_error_fields(after),
         expert_tokens=load_E.tolist(),
         unreached_experts=(load_E == 0).nonzero().flatten().tolist(),
         activation_rates=rates,
@@ -121,7 +121,7 @@ def convert_layer(conversion: Conversion, index: int, states: HiddenStates) -> C
     return ConvertedLayer(tensors, after, record)
 
 
-def drift(states: HiddenStates) -> dict[str, float | None]:
+def residual_error_fields(states: HiddenStates) -> dict[str, float | None]:
     """How far the residual stream is from the dense model's, as fields of the record; nothing in a trial."""
     if states.dense is None:
         return {}

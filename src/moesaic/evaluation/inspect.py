@@ -27,15 +27,15 @@ def inspect(folder: str | Path) -> Inspection:
         InputError: not a folder that `convert` made.
     """
     folder = Path(folder).expanduser()
-    facts = saved_settings(folder)
+    saved = saved_settings(folder)
     checkpoint, metrics = Checkpoint(folder), folder / "metrics.json"
     return Inspection(
         folder=str(folder),
-        model=facts["model"],
+        model=saved["model"],
         architecture=checkpoint.config["architectures"][0],
         bytes=checkpoint.size(),
         moe={name: moesaic_fields(checkpoint)[name] for name in MOE_FIELDS},
-        config=facts["config"],
+        config=saved["config"],
         metrics=ConversionResult.from_dict(json.loads(metrics.read_text()), str(metrics)),
     )
 

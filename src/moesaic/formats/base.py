@@ -164,14 +164,14 @@ class Format(ABC):
         Raises:
             WorkError: it cannot, as when a factor makes a weight too small for its dtype.
         """
-        native = self.layer(tensors, config)
-        back = self.moesaic_layer(native, config)
+        stock = self.layer(tensors, config)
+        back = self.moesaic_layer(stock, config)
         lost = [
             n for n, t in tensors.items() if not (n in back and back[n].dtype == t.dtype and torch.equal(back[n], t))
         ]
         if lost:
             raise WorkError(f"{self.name} does not hold {lost[0]} without loss; use --format moesaic")
-        return native
+        return stock
 
     @abstractmethod
     def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:

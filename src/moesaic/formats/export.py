@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import registry
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
-from ..checkpoint.writer import CONFIG_FILE, OUTER, ResumableOutput, check_facts, check_output, check_space
+from ..checkpoint.writer import CONFIG_FILE, OUTER, ResumableOutput, check_conversion_files, check_output, check_space
 from ..errors import InputError, StorageError, WorkError
 from ..models.families import EMBEDDINGS, HEAD
 from ..moe.modeling import MODEL_TYPE
@@ -76,7 +76,7 @@ def export(
     if reason:
         raise InputError(f"no engine's architecture holds this model: {reason}")
     check_output(output, overwrite)
-    check_facts(folder)
+    check_conversion_files(folder)
     load_tokenizer(folder)
     copied = chosen.copied_parameters(source.config).total * source.checkpoint.dtype().itemsize
     check_space(output, source.checkpoint.size() + copied)
@@ -108,7 +108,7 @@ def rewrite(source: Converted, format: Format, partial: ResumableOutput, called:
 
     def last(made: Path) -> None:
         found.append(check(source, made))
-        write_facts(made, json.loads((folder / "metrics.json").read_text()) | {"output": called}, format, found[0])
+        write_metrics(made, json.loads((folder / "metrics.json").read_text()) | {"output": called}, format, found[0])
 
     partial.finish(last)
     return found[0]
@@ -129,7 +129,7 @@ def write_embeddings_and_head(
     (partial.folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
 
 
-def write_facts(folder: Path, metrics: Json, format: Format, found: Check | None) -> None:
+def write_metrics(folder: Path, metrics: Json, format: Format, found: Check | None) -> None:
     """Write `metrics.json` and the model card of a finished model; `found` is the check of a stock architecture."""
     source = Converted(folder)
     metrics = {name: value for name, value in metrics.items() if name != "check"}

@@ -91,8 +91,8 @@ def layers_that_fit(source: Converted) -> int:
     count, shapes = source.config.num_hidden_layers, source.checkpoint.shapes()
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
     layer = sum(size for name, size in sizes.items() if name.startswith(source.prefix(0)))
-    outer = sum(size for name, size in sizes.items() if not name.startswith(LAYERS_PREFIX))
-    return min(count, LAYERS, max(2, (virtual_memory().available // 2 - outer) // layer))
+    outside = sum(size for name, size in sizes.items() if not name.startswith(LAYERS_PREFIX))
+    return min(count, LAYERS, max(2, (virtual_memory().available // 2 - outside) // layer))
 
 
 def logits(model: PreTrainedModel, tokens_NL: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import registry
 from ..calibration.text import read_documents
 from ..checkpoint.sources import resolve
-from ..checkpoint.writer import check_facts, check_output
+from ..checkpoint.writer import check_conversion_files, check_output
 from ..config import FinetuneConfig
 from ..conversion.plans import empty
 from ..errors import InputError
@@ -111,7 +111,7 @@ def check_request(source: Converted, method: Method, config: FinetuneConfig, pro
         InputError: a window, batch, balance or number of processes that the model or the method cannot work with.
     """
     name = registry.text("method", config.method)
-    check_facts(source.checkpoint.folder)
+    check_conversion_files(source.checkpoint.folder)
     longest = source.config.max_position_embeddings
     if config.window > longest:
         raise InputError(f"--window {config.window} is more than the model's longest, {longest} tokens")

@@ -42,11 +42,11 @@ class FlexOlmo(Format):
         }
 
     def layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
-        native = dict(tensors)
-        del native["mlp.gate.e_score_correction_bias"]
-        native["mlp.gate.weight"] = native["mlp.gate.weight"] * decoder.renormalised_scale(config)
-        gate_up, down = decoder.replicate_shared(native, config.num_experts_per_tok)
-        return native | decoder.split_experts(gate_up, down, EXPERTS, PARTS)
+        stock = dict(tensors)
+        del stock["mlp.gate.e_score_correction_bias"]
+        stock["mlp.gate.weight"] = stock["mlp.gate.weight"] * decoder.renormalised_scale(config)
+        gate_up, down = decoder.replicate_shared(stock, config.num_experts_per_tok)
+        return stock | decoder.split_experts(gate_up, down, EXPERTS, PARTS)
 
     def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
         layer = dict(tensors)

@@ -55,12 +55,12 @@ class Glm4Moe(Format):
         }
 
     def layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
-        native = decoder.split_attention(tensors, config)
-        native["mlp.gate.weight"] = native["mlp.gate.weight"].float() * decoder.ROUTER_SCALE
-        bias_E = native["mlp.gate.e_score_correction_bias"].float()
-        native["mlp.gate.e_score_correction_bias"] = bias_E * decoder.ROUTER_SCALE / 4
-        gate_up, down = native.pop("mlp.experts.gate_up_proj"), native.pop("mlp.experts.down_proj") * 2
-        return native | decoder.split_experts(gate_up, down, EXPERTS, PARTS)
+        stock = decoder.split_attention(tensors, config)
+        stock["mlp.gate.weight"] = stock["mlp.gate.weight"].float() * decoder.ROUTER_SCALE
+        bias_E = stock["mlp.gate.e_score_correction_bias"].float()
+        stock["mlp.gate.e_score_correction_bias"] = bias_E * decoder.ROUTER_SCALE / 4
+        gate_up, down = stock.pop("mlp.experts.gate_up_proj"), stock.pop("mlp.experts.down_proj") * 2
+        return stock | decoder.split_experts(gate_up, down, EXPERTS, PARTS)
 
     def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
         layer = decoder.join_attention(tensors, config)

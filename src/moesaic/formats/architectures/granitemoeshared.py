@@ -52,16 +52,16 @@ class GraniteMoeShared(Format):
         }
 
     def layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
-        native = dict(tensors)
-        del native["mlp.gate.e_score_correction_bias"]
+        stock = dict(tensors)
+        del stock["mlp.gate.e_score_correction_bias"]
         moe, shared = "block_sparse_moe.", "mlp.shared_experts."
-        native[moe + "router.layer.weight"] = native.pop("mlp.gate.weight") * decoder.renormalised_scale(config)
-        native[moe + "input_linear.weight"] = native.pop("mlp.experts.gate_up_proj")
-        native[moe + "output_linear.weight"] = native.pop("mlp.experts.down_proj") * config.num_experts_per_tok
-        parts = [native.pop(f"{shared}{name}_proj.weight") for name in ("gate", "up")]
-        native["shared_mlp.input_linear.weight"] = torch.cat(parts)
-        native["shared_mlp.output_linear.weight"] = native.pop(f"{shared}down_proj.weight")
-        return native
+        stock[moe + "router.layer.weight"] = stock.pop("mlp.gate.weight") * decoder.renormalised_scale(config)
+        stock[moe + "input_linear.weight"] = stock.pop("mlp.experts.gate_up_proj")
+        stock[moe + "output_linear.weight"] = stock.pop("mlp.experts.down_proj") * config.num_experts_per_tok
+        parts = [stock.pop(f"{shared}{name}_proj.weight") for name in ("gate", "up")]
+        stock["shared_mlp.input_linear.weight"] = torch.cat(parts)
+        stock["shared_mlp.output_linear.weight"] = stock.pop(f"{shared}down_proj.weight")
+        return stock
 
     def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
         layer = dict(tensors)

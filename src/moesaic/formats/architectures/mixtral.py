@@ -48,11 +48,11 @@ class Mixtral(Format):
         }
 
     def layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
-        native = decoder.split_attention(tensors, config)
-        del native["mlp.gate.e_score_correction_bias"]
-        native[MOE + "gate.weight"] = native.pop("mlp.gate.weight") * decoder.renormalised_scale(config)
-        gate_up, down = decoder.replicate_shared(native, config.num_experts_per_tok)
-        return native | decoder.split_experts(gate_up, down, EXPERTS, PARTS)
+        stock = decoder.split_attention(tensors, config)
+        del stock["mlp.gate.e_score_correction_bias"]
+        stock[MOE + "gate.weight"] = stock.pop("mlp.gate.weight") * decoder.renormalised_scale(config)
+        gate_up, down = decoder.replicate_shared(stock, config.num_experts_per_tok)
+        return stock | decoder.split_experts(gate_up, down, EXPERTS, PARTS)
 
     def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
         layer = decoder.join_attention(tensors, config)

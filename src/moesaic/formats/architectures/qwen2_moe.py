@@ -50,18 +50,18 @@ class Qwen2Moe(Format):
         }
 
     def layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
-        native = decoder.split_attention(tensors, config)
-        del native["mlp.gate.e_score_correction_bias"]
-        native["mlp.gate.weight"] = native["mlp.gate.weight"] * decoder.ROUTER_SCALE
+        stock = decoder.split_attention(tensors, config)
+        del stock["mlp.gate.e_score_correction_bias"]
+        stock["mlp.gate.weight"] = stock["mlp.gate.weight"] * decoder.ROUTER_SCALE
         for name in "qkv":  # engines expect a bias
-            weight = native[f"{ATTENTION}.{name}_proj.weight"]
-            native.setdefault(f"{ATTENTION}.{name}_proj.bias", weight.new_zeros(len(weight)))
+            weight = stock[f"{ATTENTION}.{name}_proj.weight"]
+            stock.setdefault(f"{ATTENTION}.{name}_proj.bias", weight.new_zeros(len(weight)))
         for name in PARTS:
             factor = 2 if name == "down_proj" else 1
-            native[f"mlp.shared_expert.{name}.weight"] = native.pop(f"mlp.shared_experts.{name}.weight") * factor
-        native["mlp.shared_expert_gate.weight"] = torch.full_like(native["mlp.gate.weight"][:1], SHARED_GATE)
-        gate_up, down = native.pop("mlp.experts.gate_up_proj"), native.pop("mlp.experts.down_proj")
-        return native | decoder.split_experts(gate_up, down * config.num_experts, EXPERTS, PARTS)
+            stock[f"mlp.shared_expert.{name}.weight"] = stock.pop(f"mlp.shared_experts.{name}.weight") * factor
+        stock["mlp.shared_expert_gate.weight"] = torch.full_like(stock["mlp.gate.weight"][:1], SHARED_GATE)
+        gate_up, down = stock.pop("mlp.experts.gate_up_proj"), stock.pop("mlp.experts.down_proj")
+        return stock | decoder.split_experts(gate_up, down * config.num_experts, EXPERTS, PARTS)
 
     def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
         layer = dict(tensors)

@@ -134,8 +134,8 @@ def _quantise(command: str, path: Path, outtype: str) -> int:
 def _write(source: Converted, format: Format, path: Path, outtype: str, report: Progress) -> int:
     """Write the file and read it back; returns how many matrices are of another type than `outtype`."""
     count = source.config.num_hidden_layers
-    outer = embeddings_and_head(source)
-    shapes = {name: tensor.shape for name, tensor in outer.items()}
+    outside = embeddings_and_head(source)
+    shapes = {name: tensor.shape for name, tensor in outside.items()}
     first = {name: tensor.shape for name, tensor in block(format, source.layer(0), source.config).items()}
     for index in range(count):
         shapes |= {f"blk.{index}.{name}": shape for name, shape in first.items()}
@@ -159,7 +159,7 @@ def _write(source: Converted, format: Format, path: Path, outtype: str, report: 
         sums[name] = checksum(data)
         writer.write_tensor_data(data)
 
-    for name, tensor in outer.items():
+    for name, tensor in outside.items():
         put(name, tensor)
     for index in range(count):
         report(index, count, "writing")
@@ -191,9 +191,9 @@ def kind_of(name: str, shape: torch.Size, wish: Kind) -> Kind:
 
 def embeddings_and_head(source: Converted) -> Tensors:
     """Read embeddings, final norm, head, and Llama 3's rope factors, by llama.cpp's names."""
-    outer = source.embeddings_and_head()
-    outer.setdefault(HEAD, outer[EMBEDDINGS])
-    tensors = {OUTER[name]: tensor for name, tensor in outer.items()}
+    outside = source.embeddings_and_head()
+    outside.setdefault(HEAD, outside[EMBEDDINGS])
+    tensors = {OUTER[name]: tensor for name, tensor in outside.items()}
     if source.config.rope_parameters["rope_type"] == "llama3":
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](source.config, torch.device("cpu"))
         steps = torch.arange(0, head_dim(source.config), 2) / head_dim(source.config)
@@ -203,13 +203,13 @@ def embeddings_and_head(source: Converted) -> Tensors:
 
 def block(format: Format, layer: Tensors, config: MoesaicModelConfig) -> Tensors:
     """Name a decoder layer's tensors as llama.cpp does."""
-    native = format.layer(layer, config)
-    tensors = {RENAMED[name]: native.pop(name) for name in list(native) if name in RENAMED}
+    stock = format.layer(layer, config)
+    tensors = {RENAMED[name]: stock.pop(name) for name in list(stock) if name in RENAMED}
     if format.gguf_interleaved:
         for n, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
             tensors[f"attn_{n}.weight"] = interleaved(tensors[f"attn_{n}.weight"], heads)
-    tensors |= format.gguf_layer(native, config)
-    assert not native, f"left over: {list(native)}"
+    tensors |= format.gguf_layer(stock, config)
+    assert not stock, f"left over: {list(stock)}"
     return tensors
 
 
