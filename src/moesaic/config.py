@@ -92,7 +92,7 @@ class ConvertConfig(Settings):
     section: ClassVar[str] = "config"
 
     active: float | None = None
-    """Share of each FFN that one token runs; the shape follows from it."""
+    """The ffn share: the part of each FFN's neurons that one token runs; the shape follows from it."""
     memory_factor: float = Field(1.0, gt=0)
     """Size of all experts relative to the dense FFN; `specialists` alone use more than 1, and `auto` may decline it."""
     plan: str | None = None

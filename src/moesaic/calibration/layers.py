@@ -26,7 +26,7 @@ MIN_NORM = 0.05
 
 @contextmanager
 def replaced_ffn(layer: nn.Module, replacement: nn.Module) -> Iterator[None]:
-    """Run a decoder layer with another FFN; the dense one is put back on leaving."""
+    """Put another FFN into a decoder layer; the dense one is put back on leaving."""
     name = ffn_name(layer)
     dense = layer.get_submodule(name)
     setattr(layer, name, replacement)
@@ -109,7 +109,13 @@ def calibrate(
 ) -> LayerActivations:
     """Run the dense layer on the calibration tokens and keep what concerns its FFN.
 
-    `opening` has tokens that open a text; their weights follow the same rule on the same scale.
+    Args:
+        stream: the dense model.
+        index: the layer's number.
+        layer: the layer, with its weights.
+        hidden_NLD: what enters it.
+        domain_N: the number of each sequence's domain.
+        opening: tokens that open a text; their weights follow the same rule on the same scale.
     """
     input_TD, output_TD, _ = tapped(stream, index, layer, hidden_NLD)
     norm_T = output_TD.float().norm(dim=1)

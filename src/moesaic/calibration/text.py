@@ -198,7 +198,7 @@ def labelled_windows(
 
 
 def shares(available: list[int], wanted: int) -> list[int]:
-    """How many windows to take of each domain: as equal as they allow, `wanted` in all (or all there are)."""
+    """Choose how many windows each domain gives: as equal as they allow, `wanted` in all (or all there are)."""
     share = [0] * len(available)
     while sum(share) < wanted and share != available:
         for i, most in enumerate(available):

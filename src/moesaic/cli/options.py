@@ -115,7 +115,11 @@ def check_plot(path: Path | None) -> None:
 def load_model(
     model: str, device: str, dtype: str, threads: int | None, experts: str | None = None, for_scoring: bool = False
 ) -> Loaded:
-    """Load a model as the options ask for."""
+    """Load a model as the options ask for.
+
+    Raises:
+        InputError: no such model, device, dtype or experts implementation.
+    """
     import torch
 
     from ..checkpoint.sources import resolve

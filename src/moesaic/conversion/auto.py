@@ -75,9 +75,12 @@ def candidates(model: str, config: ConvertConfig) -> list[Conversion]:
 def choose(
     conversions: list[Conversion], partial: ResumableOutput, progress: Progress | None = None
 ) -> tuple[Conversion, list[Trial]]:
-    """Take the first candidate within `TIE` of the least held-out loss; returns what each trial gave too.
+    """Try the candidates and take the first within `TIE` of the least held-out loss, nats a token.
 
     Finished trials are kept in the partial output.
+
+    Returns:
+        The conversion taken, and what each trial gave.
     """
     if len(conversions) == 1:
         return conversions[0], []

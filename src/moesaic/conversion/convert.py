@@ -82,7 +82,15 @@ def convert(
 def convert_layers(
     conversion: Conversion, partial: ResumableOutput, records: list[LayerRecord], report: Progress
 ) -> HiddenStates:
-    """Convert the layers that are not finished; returns what leaves the last one, and adds to `records`."""
+    """Convert the layers that are not finished, and add to `records`.
+
+    Returns:
+        What leaves the last layer.
+
+    Raises:
+        WorkError: a self-test failed, or the format does not hold a layer without loss.
+        StorageError: the disk is full.
+    """
     layerwise, tokens = conversion.layerwise, conversion.tokens
     layerwise.load_embeddings_and_head()
     found = partial.hidden(layerwise.device, layerwise.dtype)
@@ -112,6 +120,9 @@ def finish(conversion: Conversion, partial: ResumableOutput, result: ConversionR
     """Check what was written, give it its name, and return what `metrics.json` says then.
 
     What fails as a stock architecture is written in moesaic's own format.
+
+    Raises:
+        WorkError: it is in moesaic's own format already, and the check failed.
     """
     stock = conversion.format.name != MODEL_TYPE
 

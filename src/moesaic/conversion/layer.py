@@ -61,9 +61,12 @@ class StageTimer:
 
 @torch.no_grad()
 def convert_layer(conversion: Conversion, index: int, states: HiddenStates) -> ConvertedLayer:
-    """Convert one decoder layer.
+    """Convert one decoder layer: calibrate, partition, route, recover, test.
 
-    Without `states.dense` the record does not say how far the residual stream has drifted.
+    Without `states.dense` the record does not say how far the residual stream is from the dense model's.
+
+    Raises:
+        WorkError: a self-test failed.
     """
     done, layerwise = StageTimer(), conversion.layerwise
     generator = torch.Generator().manual_seed(conversion.config.seed * 1_000_003 + index)
@@ -122,7 +125,7 @@ def convert_layer(conversion: Conversion, index: int, states: HiddenStates) -> C
 
 
 def residual_error_fields(states: HiddenStates) -> dict[str, float | None]:
-    """How far the residual stream is from the dense model's, as fields of the record; nothing in a trial."""
+    """Measure how far the residual stream is from the dense model's, as fields of the record; nothing in a trial."""
     if states.dense is None:
         return {}
     return residual_stream_error(states.dense, states.converted)._asdict()

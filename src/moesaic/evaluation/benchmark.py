@@ -95,7 +95,7 @@ def benchmark(
 def decode_speed(
     model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, *, new: int = 32, rounds: int = 5
 ) -> Speed:
-    """Time what `decode["1"]` of `benchmark` has, alone."""
+    """Time what `decode["1"]` of `benchmark` has, alone: one prompt of [B, L], `new` tokens, `rounds` timed runs."""
     return _decode(model, dense, tokens_BL, 1, new).measure(model.dtype.itemsize, rounds)
 
 

@@ -92,7 +92,12 @@ def export(
 
 
 def rewrite(source: Converted, format: Format, partial: ResumableOutput, called: str, report: Progress) -> Check:
-    """Write `source` in another format, check it, give it its name, and return what the check found."""
+    """Write `source` in another format, check it, give it its name, and return what the check found.
+
+    Raises:
+        WorkError: a layer is not held without loss, or the check failed.
+        StorageError: the disk is full.
+    """
     folder, count = source.checkpoint.folder, source.config.num_hidden_layers
     for index in range(len(partial.layers), count):
         report(index, count, "writing")

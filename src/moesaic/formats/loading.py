@@ -81,7 +81,7 @@ def check_experts(name: str | None) -> None:
 
 
 def choose_experts(model: PreTrainedModel, name: str | None) -> None:
-    """Have a model's experts run by that implementation; None is ours, where there are experts that it can run.
+    """Choose the implementation of a model's experts; None is ours, where there are experts that it can run.
 
     Raises:
         InputError: a model without experts.

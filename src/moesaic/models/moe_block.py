@@ -157,7 +157,7 @@ class MoEBlock:
 
 
 def read_routing(output: tuple[Tensor, ...]) -> Routing:
-    """Read a router's output: `Routing`, (logits, weights, index) of stock routers, or Llama-4's scores of all."""
+    """Read a router's output: `Routing`, (logits, weights, index) of stock routers, or Llama-4's scores of all E."""
     if isinstance(output, Routing):
         return output
     if len(output) == 3:

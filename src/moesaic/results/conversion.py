@@ -87,7 +87,7 @@ class ConversionResult(Result):
     expert_width: int
     """Neurons of a group."""
     ffn_active: float
-    """Share of the dense FFN's neurons that one token runs."""
+    """The ffn share: the part of the dense FFN's neurons that one token runs."""
     memory_factor: float
     """Neurons that are kept, relative to the dense FFN's."""
     total_parameters: int

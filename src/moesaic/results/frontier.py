@@ -20,13 +20,13 @@ class FrontierRow(Result):
 
     method: str
     active: float
-    """The share of each FFN that was asked for."""
+    """The ffn share that was asked for."""
     memory_factor: float
     seed: int
     plan: str | None
     """None for a bound, which is no conversion."""
     ffn_active: float
-    """The share that runs."""
+    """The ffn share that runs: the part of the dense FFN's neurons, for one token."""
     perplexity: float
     perplexity_ratio: float
     """Over the dense model's."""

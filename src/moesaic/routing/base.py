@@ -26,7 +26,7 @@ class RoutedExperts(Protocol):
     num_experts: int
 
     def output_norms(self, x_TD: Tensor) -> Tensor:
-        """`‖h_e Wd_e‖` of every expert, [T, E] float32; runs all of them."""
+        """Compute `‖h_e Wd_e‖` of every expert, float32 [T, E]; runs all of them."""
         ...
 
 
@@ -78,7 +78,7 @@ class Gate(nn.Module):
             return self.scores(hidden_TD, experts)
 
     def connect(self, previous: Gate | None) -> None:
-        """Get to know the gate of the layer before, once the model is built; only a recurrent gate cares."""
+        """Keep the gate of the layer before, once the model is built; only a recurrent gate needs it."""
 
 
 def gather(values_TE: Tensor, index_TK: Tensor, dynamic: bool) -> Tensor:
@@ -148,7 +148,11 @@ def make_gate(config: GateConfig) -> Gate:
 def unit_scores(parameters: dict[str, Tensor], x_TD: Tensor) -> dict[str, Tensor]:
     """Scale a linear gate's scores `x W.T + b` to mean 0 over the experts and a root mean square near 1.
 
-    Its choices stay the same. So an export knows how far to scale them down; the factor is a power of two.
+    Its choices stay the same. So a format knows how far to scale them down; the factor is a power of two.
+
+    Args:
+        parameters: `weight` [E, D] and, if there is one, `e_score_correction_bias` [E].
+        x_TD: the FFN's input.
     """
     weight_ED = parameters["weight"].float()
     bias_E = parameters.get("e_score_correction_bias", weight_ED.new_zeros(len(weight_ED))).float()
