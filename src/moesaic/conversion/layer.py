@@ -61,9 +61,7 @@ class StageTimer:
 
 @torch.no_grad()
 def convert_layer(conversion: Conversion, index: int, states: HiddenStates) -> ConvertedLayer:
-    """Convert one decoder layer: calibrate, partition, route, recover, test.
-
-    Without `states.dense` the record does not say how far the residual stream is from the dense model's.
+    """Convert one decoder layer; without `states.dense` the record has no error of the residual stream.
 
     Raises:
         WorkError: a self-test failed.
