@@ -60,7 +60,7 @@ This is `{{ architecture }}` of stock transformers; engines load it without moes
 {%- endfor %}
 ```
 
-When it was written, stock transformers gave the log-probabilities of moesaic's own form: in float32, over
+When it was written, stock transformers gave the log-probabilities of moesaic's own format: in float32, over
 {{ m.check.tokens }} random tokens and {{ m.check.layers }} layers, a median difference of
 {{ "%.1e" | format(m.check.median_difference) }} nats and the same most likely token in
 {{ "%.1f" | format(100 * m.check.agreement) }} %. The other commands were not run.
