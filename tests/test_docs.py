@@ -92,6 +92,16 @@ def test_options_in_manuals_tables_exist():
     assert seen > 40
 
 
+def test_every_option_is_in_a_manual():
+    text = "\n".join(page.read_text() for page in MANUALS)
+    verbs = typer.main.get_command(cli.app).commands
+    shown = [(verb, p) for verb, c in verbs.items() for p in c.params if not getattr(p, "hidden", False)]
+    options = [(verb, [*p.opts, *p.secondary_opts]) for verb, p in shown if p.opts[0].startswith("--")]
+    assert len(options) > 80
+    missing = {(verb, flags[0]) for verb, flags in options if not any(re.search(rf"{f}\b", text) for f in flags)}
+    assert not missing
+
+
 def test_readme_lists_every_method_and_no_other():
     table = README.split("## Methods")[1]
     cells = re.findall(r"^\| (?:\[)?(\w+)(?:\]\([^)]*\))? \| `([\w-]+)` \|", table, re.MULTILINE)
