@@ -16,12 +16,17 @@ from pathlib import Path
 
 DOMAINS = {
     "c4": "Common Crawl's C4 as selected by its publishers, ODC-BY 1.0",
-    "stackexchange": "Stack Exchange contributors, CC BY-SA 4.0; questions and answers at the addresses below",
-    "github": "the authors of the files below, each under the licence named beside it (MIT, BSD or Apache 2.0)",
-    "book": "public domain, from Project Gutenberg",
-    "wikipedia": "Wikipedia contributors, CC BY-SA 4.0 and GFDL; excerpts from the articles that open as below",
-    "math_tex": "the Stacks project authors, GFDL 1.2 (text in GFDL-1.2.txt)",
+    "stackexchange": "Stack Exchange contributors, CC BY-SA 2.5, 3.0 or 4.0 by the post's date (LICENSE-DATA.md); "
+    "questions and answers at the addresses below",
+    "github": "the authors of the files below, each under the licence named beside it (MIT, BSD, Apache or Boost)",
+    "book": "public domain in the United States, from Project Gutenberg",
+    "wikipedia": "Wikipedia contributors, CC BY-SA 3.0 or 4.0 by the article's date (LICENSE-DATA.md); excerpts from "
+    "the articles that open as below",
+    "math_tex": "the Stacks project authors, GFDL 1.2 or later without invariant sections and cover texts "
+    "(GFDL-1.2.txt)",
 }
+LICENCES = {"letitvi/VideoGridPlayer: thirdparty/source/asio": "bsl-1.0"}
+"""Of files whose own licence is not their repository's, by how their source begins."""
 CALIBRATION_BYTES = 170_000
 HELDOUT_BYTES = 30_000
 HELDOUT_EVERY = 6
@@ -32,7 +37,9 @@ MIN_DOCUMENT_CHARS = 200
 def source(domain: str, document: dict) -> str:
     meta = document.get("meta", {})
     if domain == "github":
-        return f"{meta['repo_name']}: {meta['path']} ({meta['license']})"
+        file = f"{meta['repo_name']}: {meta['path']}"
+        own = next((licence for start, licence in LICENCES.items() if file.startswith(start)), meta["license"])
+        return f"{file} ({own})"
     if domain == "book":
         return f"{meta['short_book_title']}, {meta['url']}"
     if domain == "wikipedia":
