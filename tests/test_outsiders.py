@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import moesaic
 from conftest import QUICK, SMALL
 from moesaic import InputError, registry
 from moesaic.checkpoint.builtin import tiny_folder
+from moesaic.partition import Partitioner
 
 ROOT = Path(__file__).parent.parent
 OUTSIDERS = {
@@ -73,6 +75,9 @@ def test_a_format_of_ones_own_is_read_back(mine, folders):
     assert type(AutoModelForCausalLM.from_pretrained("out")).__name__ == "Qwen3MoeForCausalLM"
     again = moesaic.export("out", "moesaic", "moesaic")
     assert again.target == "moesaic"
+    few = moesaic.FinetuneConfig(steps=2, samples=16, window=64, held_out=4, teacher=str(folders("qwen3")))
+    tuned = moesaic.finetune("out", "tuned", few)
+    assert tuned.format == "qwen3_moe"
     with pytest.raises(InputError, match="it has no shared expert"):
         moesaic.convert(folders("qwen3"), "no", config.model_copy(update={"plan": "S1A1E4"}))
 
@@ -108,6 +113,31 @@ def test_an_entry_point_makes_the_name_enough(mine, file, stage):
 def test_an_outsiders_text_makes_it_again(mine, stage):
     method = getattr(mine, OUTSIDERS[stage])()
     assert registry.build(stage, registry.spec(method)) == method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demanding(Partitioner):
+    """Has an option without a default and one that holds commas."""
+
+    width: int
+    sizes: tuple[int, ...] = (1, 2)
+
+    def split(self, sample, plan, generator):
+        raise AssertionError("not called")
+
+
+def test_text_of_options_without_default_or_with_commas_makes_it_again():
+    method = Demanding(width=3, sizes=(4, 5, 6))
+    text = registry.spec(method)
+    assert text == f"{__name__}:Demanding:width=3,sizes=(4, 5, 6)"
+    assert registry.build("partition", text) == method
+    with pytest.raises(InputError, match=r"option width of partition .*required"):
+        registry.build("partition", f"{__name__}:Demanding")
+
+
+def test_rank_is_an_option_of_a_method_of_ones_own(mine):
+    with pytest.raises(InputError, match="'my_methods:OnlyShared' has no option 'rank'"):
+        moesaic.FinetuneConfig.read(None, {"method": "my_methods:OnlyShared", "rank": 4})
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,8 @@ class FinetuneConfig(Settings):
         adapters = [f"{name}={content.pop(name)}" for name in ("rank", "alpha") if name in content]
         if adapters:
             method = registry.text("method", content.get("method", cls().method))
-            content["method"] = method + ("," if ":" in method else ":") + ",".join(adapters)
+            options = [registry.split("method", method)[1], *adapters]
+            name = method.removesuffix(f":{options[0]}")
+            content["method"] = f"{name}:{','.join(filter(None, options))}"
             registry.build("method", content["method"])
         return content

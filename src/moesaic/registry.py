@@ -19,7 +19,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -165,8 +165,7 @@ def build(stage: str, given: object, *, imported_only: bool = False) -> Any:
     cls = method_class(stage, name, imported_only=imported_only)
     known = {field.name for field in fields(cls) if field.init}  # pyrefly: ignore[bad-argument-type]
     options = {}
-    for argument in filter(None, arguments.split(",")):
-        key, _, text = argument.partition("=")
+    for key, text in _options(arguments):
         if key not in known:
             hint = nearest(key, known) or f" It has: {', '.join(sorted(known)) or 'no options'}."
             raise InputError(f"{stage} '{name}' has no option '{key}'.{hint}")
@@ -183,6 +182,18 @@ def build(stage: str, given: object, *, imported_only: bool = False) -> Any:
         ) from error
 
 
+def _options(arguments: str) -> list[tuple[str, str]]:
+    """Split `a=1,b=(2, 3)` into names and values; a comma within a value belongs to it."""
+    parts: list[str] = []
+    for part in filter(None, arguments.split(",")):
+        if parts and not re.match(r"\s*[A-Za-z_]\w*\s*(=|$)", part):
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    pairs = (part.partition("=") for part in parts)
+    return [(key.strip(), value) for key, _, value in pairs]
+
+
 def split(stage: str, text: str) -> tuple[str, str]:
     """Split a method's text into name and options: `cmoe:top_k=20` or `module:Class:width=3`."""
     name, _, arguments = text.partition(":")
@@ -190,6 +201,10 @@ def split(stage: str, text: str) -> tuple[str, str]:
         class_name, _, arguments = arguments.partition(":")
         name = f"{name}:{class_name}"
     return name, arguments
+
+
+def _default(field: Field) -> object:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def text(stage: str, given: object) -> str:
@@ -206,6 +221,6 @@ def spec(method: object) -> str:
         if package in {stage.package for stage in STAGES.values()}
         else f"{cls.__module__}:{cls.__qualname__}"
     )
-    values = {f.name: getattr(method, f.name) for f in fields(cls)}  # pyrefly: ignore[bad-argument-type]
-    changed = ",".join(f"{k}={v!r}" for k, v in values.items() if v != getattr(cls(), k))
+    options = [f for f in fields(cls) if f.init]  # pyrefly: ignore[bad-argument-type]
+    changed = ",".join(f"{f.name}={v!r}" for f in options if (v := getattr(method, f.name)) != _default(f))
     return f"{name}:{changed}" if changed else name

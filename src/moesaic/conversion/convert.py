@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ..calibration.text import bundled, text_hash
 from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, check_output
 from ..config import ConvertConfig
 from ..errors import WorkError
+from ..evaluation.cost import at_experts_per_token
 from ..formats.converted import Converted
 from ..formats.export import export, write_embeddings_and_head, write_metrics
 from ..formats.verify import check
@@ -173,7 +175,7 @@ def measure(
     layerwise.model.load_state_dict(temperature.tensors, strict=False)
     converted = perplexity(conversion, states.converted)
     counted = sizes(conversion.model_config, plan, conversion.format)
-    return ConversionResult(
+    result = ConversionResult(
         output=str(output),
         format=conversion.format.name,
         format_reason=conversion.format_reason,
@@ -205,6 +207,10 @@ def measure(
         collapsed=not converted / dense <= conversion.config.collapse_ratio,
         engines=conversion.format.engines(conversion.model_config),
     )
+    if not registry.build("selection", conversion.model_config.selection).dynamic_top_k:
+        return result
+    chosen = statistics.fmean(sum(record.expert_tokens) for record in layers) / conversion.tokens.calibration_NL.numel()
+    return at_experts_per_token(result, conversion.model_config, chosen)
 
 
 def perplexity(conversion: Conversion, hidden_NLD: Tensor) -> float:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..formats.base import MoesaicModelConfig
 from ..models.families import decoder_layers, ffn_name
 from ..models.moe_block import MoEBlock, find_block
+from ..results import ConversionResult
 
 
 def ffn_of(layer: nn.Module) -> nn.Module:
@@ -59,3 +62,14 @@ def active_weights(model: PreTrainedModel, experts: Sequence[float | None] | Non
         if block is not None:
             total += active_block_weights(block, touched) - sum(p.numel() for p in block.module.parameters())
     return total
+
+
+def at_experts_per_token(known: ConversionResult, config: MoesaicModelConfig, experts: float) -> ConversionResult:
+    """Correct the active share of a model whose tokens run so many routed experts on average.
+
+    `(shared neurons + experts * neurons of one) / neurons of the dense FFN`, and the parameters that come with it.
+    """
+    neurons = config.shared_expert_intermediate_size + experts * config.moe_intermediate_size
+    share = neurons / config.intermediate_size
+    more = 3 * config.num_hidden_layers * config.hidden_size * config.intermediate_size * (share - known.ffn_active)
+    return replace(known, ffn_active=share, active_parameters=known.active_parameters + round(more))

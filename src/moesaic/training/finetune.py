@@ -20,6 +20,7 @@ from ..calibration.text import bundled, token_windows
 from ..checkpoint.writer import CONFIG_FILE
 from ..config import ConvertConfig, FinetuneConfig
 from ..errors import InputError, WorkError
+from ..evaluation.cost import at_experts_per_token
 from ..formats.converted import ChosenFormat, choose_format, saved_settings
 from ..formats.export import COPIED, export
 from ..machine import machine, peak_rss_bytes, versions
@@ -235,27 +236,25 @@ def write(run: Finetuning, trained: PreTrainedModel, result: FinetuneResult, sta
     write_training([row.to_dict() for row in state.history], result.to_dict(), made / CURVE)
     shutil.copyfile(run.folder.path / LOG, made / LOG)
     metrics = replace(
-        active(run, known, result), finetune=result, perplexity=found,
+        active(run, trained, known, result), finetune=result, perplexity=found,
         collapsed=not found / known.perplexity_dense <= ConvertConfig().collapse_ratio,
     )  # fmt: skip
     (made / "metrics.json").write_text(json.dumps(metrics.to_dict(), indent=2) + "\n")
-    export(made, run.output, chosen.format.name, overwrite=True)
+    export(made, run.output, chosen.format, overwrite=True)
     if (run.folder.path / PROJECT).is_dir():
         shutil.copytree(run.folder.path / PROJECT, run.output / "tensorboard", dirs_exist_ok=True)
     shutil.rmtree(run.folder.path)
     return result
 
 
-def active(run: Finetuning, known: ConversionResult, result: FinetuneResult) -> ConversionResult:
-    """Say what one token runs on average, if the method lets the number of experts vary."""
-    if not (run.method.dynamic_top_k and result.improved):
+def active(
+    run: Finetuning, trained: PreTrainedModel, known: ConversionResult, result: FinetuneResult
+) -> ConversionResult:
+    """Say what one token runs on average, if the model lets the number of experts vary."""
+    dynamic = any(block.gate.selection.dynamic_top_k for block in moe_blocks(trained) if block.gate is not None)
+    if not (dynamic and result.improved):
         return known
-    c, count = run.source.config, result.load.after.experts_per_token
-    neurons = c.shared_expert_intermediate_size + count * c.moe_intermediate_size
-    more = 3 * c.num_hidden_layers * c.hidden_size * c.moe_intermediate_size * (count - c.num_experts_per_tok)
-    return replace(
-        known, ffn_active=neurons / c.intermediate_size, active_parameters=known.active_parameters + round(more)
-    )
+    return at_experts_per_token(known, run.source.config, result.load.after.experts_per_token)
 
 
 def written_format(run: Finetuning, trained: PreTrainedModel) -> ChosenFormat:
