@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import moesaic
 from conftest import QUICK
@@ -16,8 +16,10 @@ from moesaic.calibration.text import bundled, token_windows
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import ResumableOutput, check_space
 from moesaic.conversion import prepare as conversion
+from moesaic.evaluation.benchmark import experts_touched
 from moesaic.formats.converted import moesaic_fields
 from moesaic.models import devices
+from moesaic.routing.selection.threshold import Threshold
 
 KEYS = {
     "output", "format", "plan", "ffn_active", "total_parameters", "active_parameters", "perplexity_dense", "perplexity",
@@ -303,3 +305,75 @@ def test_bad_wishes_are_refused_before_any_work(folders, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         convert(llama, tmp_path / "file" / "out", QUICK)
+
+
+# selections whose number of experts varies
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """A model that opens experts by a threshold low enough to open more than the plan says."""
+    out = tmp_path_factory.mktemp("opened") / "out"
+    config = QUICK.model_copy(update={"router": "sigmoid", "selection": "threshold:threshold=0.45", "plan": "S1A1E4"})
+    return out, convert("tiny", out, config)
+
+
+def test_active_share_is_what_a_dynamic_selection_runs(opened):
+    out, result = opened
+    model, _ = moesaic.load(out, dtype=torch.float32)
+    chosen = sum(sum(layer.expert_tokens) for layer in result.layers) / len(result.layers) / 960  # 15 of 16 windows
+    assert chosen > 1.2
+    assert result.ffn_active == pytest.approx((1 + chosen) / 4)
+    experts = sum(block.mlp.experts.gate_up_proj.numel() * 3 // 2 for block in model.model.layers) / 3
+    fixed = convert("tiny", out.with_name("fixed"), QUICK.model_copy(update={"plan": "S1A1E4"}))
+    assert result.active_parameters - fixed.active_parameters == pytest.approx((chosen - 1) * experts, abs=5_000)
+    assert fixed.ffn_active == 0.5
+
+
+def test_benchmark_counts_no_expert_as_none(opened):
+    model, _ = moesaic.load(opened[0], dtype=torch.float32)
+    for layer in model.model.layers:
+        layer.mlp.gate.selection = Threshold(threshold=2.0)  # no sigmoid reaches it
+
+    def run():
+        model(input_ids=torch.arange(16)[None])
+        return 0.0
+
+    assert experts_touched(model, run) == [0.0] * len(model.model.layers)
+
+
+def test_selections_text_has_one_form(tmp_path):
+    config = QUICK.model_copy(update={"plan": "S1A1E4", "selection": "top_k", "format": "glm4_moe"})
+    assert convert("tiny", tmp_path / "out", config).format == "glm4_moe"
+
+
+@pytest.mark.parametrize("router", ["linear", "sigmoid:intercept=True", "representative:balance_rounds=5"])
+def test_an_intercept_that_a_threshold_does_not_read_is_refused(tmp_path, router):
+    config = QUICK.model_copy(update={"plan": "S1A1E4", "router": router, "selection": "threshold"})
+    with pytest.raises(InputError, match="does not read the intercept or balance that router"):
+        convert("tiny", tmp_path / "out", config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_recurrent_routers_are_reproducible_and_share_one_gru(tmp_path):
+    config = QUICK.model_copy(update={"plan": "S1A1E4", "router": "recurrent"})
+    for name in ("one", "two"):
+        torch.manual_seed(len(name) + ord(name[0]))
+        convert("tiny", tmp_path / name, config)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert {name.split(".")[2] for name in one if ".gru." in name} == {"0"}
+
+
+def test_router_threshold_of_old_folders_is_read(opened, tmp_path):
+    shutil.copytree(opened[0], tmp_path / "old")
+    file = tmp_path / "old" / "config.json"
+    fields = json.loads(file.read_text())
+    assert fields.pop("selection") == "threshold:threshold=0.45"
+    file.write_text(json.dumps(fields | {"router_threshold": 0.45}))
+    assert moesaic.load(tmp_path / "old")[0].config.selection == "threshold:threshold=0.45"
+    file.write_text(json.dumps(fields | {"router": "norm", "router_threshold": 0.0}))
+    assert AutoConfig.from_pretrained(tmp_path / "old").selection == "relative:threshold=0.0"
+    file.write_text(json.dumps(fields | {"router": "linear", "router_threshold": 0.0}))
+    assert AutoConfig.from_pretrained(tmp_path / "old").selection == "top-k"

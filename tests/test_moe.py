@@ -17,6 +17,7 @@ from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.conversion.prepare import prepare
 from moesaic.evaluation.cost import active_block_weights
 from moesaic.formats.loading import choose_experts
+from moesaic.models.moe_block import MoEBlock, Routing
 
 
 def has_own_gate(name):
@@ -248,6 +249,18 @@ def test_the_block_compiles_without_graph_breaks(gate, implementation):
     torch._dynamo.reset()
     compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(sample.input_TD), moe(sample.input_TD))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm", "moesaic"])
+def test_no_expert_from_outside_is_no_expert_in_any_implementation(implementation):
+    moe, sample, _ = filled(Plan(1, 2, 4, 12), "linear")
+    moe.config._experts_implementation = moe.experts.config._experts_implementation = implementation
+    x_TD = sample.input_TD[:6]
+    nothing = Routing(torch.full((6, 2), 3), torch.zeros(6, 2))  # three routed experts: 3 is none
+    torch.testing.assert_close(moe(x_TD, nothing), moe.shared_experts(x_TD))
+    block = MoEBlock(moe, moe.gate, moe.experts)
+    with block.routed_by(nothing):
+        torch.testing.assert_close(moe(x_TD), moe.shared_experts(x_TD))
 
 
 def test_models_of_other_makers_run_our_experts_unless_asked_otherwise(tmp_path):

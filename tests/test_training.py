@@ -476,8 +476,11 @@ def test_bad_input_is_refused_before_any_work(converted, tmp_path, folders):
     (other / "config.json").write_text(other_shape)
     fails("has num_hidden_layers 2, the model 4", teacher=str(other), match=1.0)
     fails("more than the model's longest", window=100_000)
-    fails("has no effect on --method dsmoe", method="dsmoe", balance="bias")
+    fails("has no effect where experts are chosen by a threshold .--method dsmoe", method="dsmoe", balance="bias")
     fails("needs several processes", shard=True)
+    opened = tmp_path.parent / f"{tmp_path.name}-opened"
+    moesaic.convert("tiny", opened, QUICK.model_copy(update={"router": "sigmoid", "plan": "S1A1E4"}), force=True)
+    fails("has no effect where experts are chosen by a threshold", model=opened, balance="bias")
     fails("no file of the text holds three windows", data=(str(short_text(tmp_path)),))
     fails("unknown method 'lorra'. Did you mean 'lora'", method="lorra")
     fails("no text file", data=("missing.txt",))

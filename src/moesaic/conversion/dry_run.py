@@ -22,6 +22,7 @@ class DryRun(Result):
     memory_factor: float | str
     partition: str
     router: str
+    selection: str
     recovery: str
     format: str
     calibration_tokens: int | str
@@ -54,6 +55,7 @@ def _describe(conversion: Conversion) -> DryRun:
         memory_factor=plan.memory_factor(width),
         partition=registry.text("partition", conversion.config.partition),
         router=registry.text("router", conversion.config.router),
+        selection=registry.text("selection", conversion.config.selection),
         recovery=registry.text("recovery", conversion.config.recovery),
         format=conversion.format.name,
         calibration_tokens=conversion.tokens.calibration_NL.numel() + conversion.tokens.validation_NL.numel(),

@@ -102,7 +102,7 @@ def convert_layer(conversion: Conversion, index: int, states: HiddenStates) -> C
                 opening=None if states.opening is None else layerwise.run(index, layer, states.opening),
                 dense_opening=None if opening is None else opening.dense_after_M1D,
             )
-            tensors = {name: tensor.to("cpu", conversion.dtype) for name, tensor in layer.state_dict().items()}
+            tensors = written_tensors(layer, moe, index, conversion.dtype)
     load_E = expert_load(moe, sample)
     rates = few.activation_rates()
     give_back_memory()
@@ -122,6 +122,13 @@ def convert_layer(conversion: Conversion, index: int, states: HiddenStates) -> C
     return ConvertedLayer(tensors, after, record)
 
 
+def written_tensors(layer: nn.Module, moe: MoE, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Take a layer's tensors to the CPU, without those of its gate that the first layer has for all."""
+    elsewhere = moe.gate.first_layer_names if index and moe.gate is not None else ()
+    tensors = layer.state_dict().items()
+    return {n: tensor.to("cpu", dtype) for n, tensor in tensors if not n.partition(".gate.")[2].startswith(elsewhere)}
+
+
 def residual_error_fields(states: HiddenStates) -> dict[str, float | None]:
     """Measure how far the residual stream is from the dense model's, as fields of the record; nothing in a trial."""
     if states.dense is None:
@@ -133,7 +140,10 @@ def build_moe(conversion: Conversion, sample: LayerActivations, partition: Parti
     """Make the MoE block: the dense weights cut by the partition, and the router fitted."""
     act_fn, plan, layerwise = sample.ffn.act_fn, conversion.plan, conversion.layerwise
     assert isinstance(act_fn, nn.Module)
-    moe = MoE(conversion.model_config, act_fn).to(layerwise.device, layerwise.dtype).requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(conversion.config.seed)  # of what no router fits, such as a GRU
+        moe = MoE(conversion.model_config, act_fn)
+    moe = moe.to(layerwise.device, layerwise.dtype).requires_grad_(False)
     gate = conversion.router.fit(sample, partition, plan.num_experts_per_tok) if plan.num_experts else {}
     if gate and conversion.router.gate_name == "linear":
         gate = unit_scores(gate, sample.input_TD)

@@ -112,22 +112,19 @@ def prepare(model: str | Path, config: ConvertConfig, layerwise: LayerwiseModel 
         config = config.model_copy(update={"active": 0.5})
     partitioner: Partitioner = registry.build("partition", config.partition)
     router: Router = registry.build("router", config.router or partitioner.default_router)
-    selection = config.selection or router.default_selection
+    selection: Selection = registry.build("selection", config.selection or router.default_selection)
     config = config.model_copy(
-        update={
-            "router": config.router or partitioner.default_router,
-            "selection": registry.text("selection", selection),
-        }
+        update={"router": config.router or partitioner.default_router, "selection": registry.spec(selection)}
     )
     recovery: Recovery = registry.build("recovery", config.recovery)
-    check_methods(config, partitioner, router, registry.build("selection", selection))
+    check_methods(config, partitioner, router, selection)
     source = resolve(str(model))
     device, dtype = choose_device(config.device), choose_dtype(config.dtype, source)
     layerwise = layerwise or LayerwiseModel(source, compute_dtype(dtype, device), device)
     check_text_only(layerwise.model.config)
     plan = choose_plan(config, partitioner, layerwise.config.intermediate_size)
     model_config = moesaic_config(
-        layerwise.config, plan, router.gate_name, registry.text("selection", selection),
+        layerwise.config, plan, router.gate_name, registry.spec(selection),
         router_hidden_size=router.router_hidden_size, shared_expert_bias=partitioner.static,
     )  # fmt: skip
     model_config.dtype = dtype
@@ -158,6 +155,11 @@ def check_methods(config: ConvertConfig, partitioner: Partitioner, router: Route
         )
     if router.runs_all_experts and registry.text("recovery", config.recovery) != "none":
         raise InputError(f"router '{config.router}' ranks by norms that recovery changes; use it with --recovery none")
+    if selection.dynamic_top_k and router.has_bias:
+        raise InputError(
+            f"selection '{config.selection}' compares scores with a threshold and does not read the intercept or "
+            f"balance that router '{config.router}' fits; leave it out, e.g. --router linear:intercept=False"
+        )
     if router.token_clusters and not partitioner.token_clusters:
         raise InputError(
             f"router '{config.router}' needs clusters of tokens (specialists:alternations=0); with "

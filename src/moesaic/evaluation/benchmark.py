@@ -220,10 +220,11 @@ def experts_touched(model: PreTrainedModel, run: Timer) -> list[float | None]:
     blocks = [find_block(layer) for layer in decoder_layers(model)]
     counts: list[list[int]] = [[] for _ in blocks]
 
-    def count(found: list[int]) -> Callable[[Tensor, Routing], None]:
-        return lambda _, routing: found.append(len(routing.top_k_index.unique()))
+    def count(found: list[int], experts: int) -> Callable[[Tensor, Routing], None]:
+        return lambda _, routing: found.append(int((routing.top_k_index.unique() < experts).sum()))
 
-    handles = [block.watch(count(found)) for block, found in zip(blocks, counts, strict=True) if block is not None]
+    watched = [(block, found) for block, found in zip(blocks, counts, strict=True) if block is not None]
+    handles = [block.watch(count(found, block.num_experts)) for block, found in watched]
     try:
         run()
     finally:

@@ -17,6 +17,7 @@ from ..results import ConversionResult, Inspection
 
 MOE_FIELDS = (
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "router",
+    "selection",
 )  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def inspect(folder: str | Path) -> Inspection:
         model=saved["model"],
         architecture=checkpoint.config["architectures"][0],
         bytes=checkpoint.size(),
-        moe={name: moesaic_fields(checkpoint)[name] for name in MOE_FIELDS},
+        moe={name: found for name, found in moesaic_fields(checkpoint).items() if name in MOE_FIELDS},
         config=saved["config"],
         metrics=ConversionResult.from_dict(json.loads(metrics.read_text()), str(metrics)),
     )

@@ -111,8 +111,7 @@ class MoE(nn.Module):
         parts = []
         if self.experts is not None and self.gate is not None:
             index_TK, weights_TK = routing or self.gate(hidden_TD, self.experts)
-            skips = routing is not None or self.gate.selection.dynamic_top_k
-            if skips and experts_implementation(self.config) not in SKIPPING:
+            if experts_implementation(self.config) not in SKIPPING:
                 index_TK = index_TK.clamp(max=self.experts.num_experts - 1)  # of weight 0
             parts.append(self.experts(hidden_TD, index_TK, weights_TK))
         if self.shared_experts is not None:

@@ -39,10 +39,9 @@ class MoesaicConfig(PreTrainedConfig):
         if family not in CONFIG_MAPPING:
             raise InputError(f"config.json has dense_model_type {family!r}, expected a model type of transformers")
         dense = CONFIG_MAPPING[family]
-        threshold = config_dict.get("router_threshold")
-        if "selection" not in config_dict and threshold:  # written before selections had names
-            rule = {"sigmoid": "threshold", "norm": "relative"}[config_dict["router"]]
-            config_dict = config_dict | {"selection": f"{rule}:threshold={threshold}"}
+        rule = {"sigmoid": "threshold", "norm": "relative"}.get(config_dict.get("router", ""))
+        if "selection" not in config_dict and rule:  # written before selections had names
+            config_dict = config_dict | {"selection": f"{rule}:threshold={config_dict.get('router_threshold', 0.0)}"}
         return config_class(dense).from_dict(config_dict, **kwargs)
 
 

@@ -39,6 +39,8 @@ class Gate(nn.Module):
 
     trainable_names: ClassVar[tuple[str, ...]] = ("weight",)
     """How the names of the parameters begin that training may change."""
+    first_layer_names: ClassVar[tuple[str, ...]] = ()
+    """How the names of the parameters begin that the first layer has for all."""
 
     def __init__(self, config: GateConfig) -> None:
         super().__init__()

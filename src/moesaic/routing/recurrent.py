@@ -25,6 +25,7 @@ class RecurrentGate(LinearGate):
     """
 
     trainable_names: ClassVar[tuple[str, ...]] = ("weight", "proj", "recurrent", "gru.")
+    first_layer_names: ClassVar[tuple[str, ...]] = ("gru.",)
 
     def __init__(self, config: GateConfig) -> None:
         super().__init__(config)

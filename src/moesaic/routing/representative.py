@@ -55,6 +55,10 @@ class Representative(Router):
     balance_step: Annotated[float, Field(gt=0)] = 1e-3
     """CMoE's γ."""
 
+    @property
+    def has_bias(self) -> bool:
+        return self.balance_rounds > 0
+
     def fit(self, sample: LayerActivations, partition: Partition, num_experts_per_tok: int) -> dict[str, Tensor]:
         neurons = partition.representatives
         if neurons is None:

@@ -119,9 +119,10 @@ def check_request(source: Converted, method: Method, config: FinetuneConfig, pro
         raise InputError(f"--batch {config.batch} cannot be shared by {processes} processes; give a multiple of it")
     if config.shard and processes == 1:
         raise InputError("--shard needs several processes: torchrun --nproc_per_node N -m moesaic.cli finetune ...")
-    if method.dynamic_top_k and config.balance != "none":
-        raise InputError(f"--balance {config.balance} has no effect on --method {name}, which chooses by a "
-                         "threshold; drop it")  # fmt: skip
+    dynamic = registry.build("selection", source.config.selection, imported_only=True).dynamic_top_k
+    if (method.dynamic_top_k or dynamic) and config.balance != "none":
+        raise InputError(f"--balance {config.balance} has no effect where experts are chosen by a threshold (--method "
+                         f"{name}, selection {source.config.selection}); drop it")  # fmt: skip
     alone = not method.uses_objective or (config.shard and not method.shards)
     if processes > 1 and alone:
         raise InputError(f"--method {name} trains in one process, or without --shard; found {processes}")
