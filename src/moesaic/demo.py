@@ -80,8 +80,8 @@ def demo(
         except (InputError, WorkError) as error:
             missing = f"Not measured in llama.cpp: {error}"
     result = DemoResult(
-        model=model, name=known_as(model), conversion=conversion, speed=speed, typed=typed, llama_cpp=found,
-        llama_cpp_missing=missing,
+        model=model, name=known_as(model), active=active, conversion=conversion, speed=speed, typed=typed,
+        llama_cpp=found, llama_cpp_missing=missing,
     )  # fmt: skip
     (output / "metrics.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
     write_speed(result.to_dict(), output)

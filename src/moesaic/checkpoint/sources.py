@@ -104,7 +104,7 @@ def _from_gguf(gguf: Path, console: Console) -> Path:
             raise InputError(f"'{gguf}' is not a GGUF file")
     require("reading .gguf", "export", "gguf", "accelerate")
     console.print(f"Dequantising {gguf.name} once into the cache (about a minute)")
-    place = {"gguf_file": gguf.name}
+    place = {"gguf_file": gguf.name, "trust_remote_code": False}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, **place, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16

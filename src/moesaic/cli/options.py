@@ -37,14 +37,15 @@ Fine = Annotated[
 ]
 Router = Annotated[str | None, typer.Option(help=f"one of: {', '.join(registry.names('router'))}")]
 Selection = Annotated[
-    str | None, typer.Option(help=f"how many experts run: {', '.join(registry.names('selection'))} [default: top-k]")
+    str | None,
+    typer.Option(
+        help=f"how many experts run: {', '.join(registry.names('selection'))} [default: the router's, mostly top-k]"
+    ),
 ]
 Recovery = Annotated[
     str | None, typer.Option(help=f"one of: {', '.join(registry.names('recovery'))} [default: closed-form]")
 ]
-Method = Annotated[
-    str | None, typer.Option(help=f"what trainable_names: {', '.join(registry.names('method'))} [default: lora]")
-]
+Method = Annotated[str | None, typer.Option(help=f"what learns: {', '.join(registry.names('method'))} [default: lora]")]
 Objective = Annotated[
     str | None, typer.Option(help="lm (next token), distill (the dense model) or both [default: both]")
 ]

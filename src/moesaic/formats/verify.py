@@ -25,7 +25,7 @@ from .converted import Converted, shortened
 
 TOKENS, WINDOW, LAYERS = 128, 32, 4
 TOLERANCE = 0.05
-"""Nats that a token's log-probabilities may be off: router weights are 1 within a thousandth (`docs/export.md`)."""
+"""Nats that a token's log-probabilities may be off: router weights are 1 within a thousandth (`docs/formats.md`)."""
 
 
 @torch.no_grad()
@@ -49,9 +49,11 @@ def check(source: Converted, made: Path) -> Check:
     gc.collect()  # the first model, before the second comes
     made_type = Checkpoint(made).config["model_type"]
     try:
-        config = shortened(AutoConfig.from_pretrained(made), layers)
+        config = shortened(AutoConfig.from_pretrained(made, trust_remote_code=False), layers)
         with silence():  # it would list the layers that are left out
-            stock = AutoModelForCausalLM.from_pretrained(made, config=config, dtype=torch.float32)
+            stock = AutoModelForCausalLM.from_pretrained(
+                made, config=config, dtype=torch.float32, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise WorkError(f"transformers cannot load the model written as {made_type}: {error}") from error
     given = logits(stock, tokens_NL)

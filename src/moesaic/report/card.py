@@ -43,8 +43,9 @@ Then trained (`{{ f.method }}`, objective `{{ f.objective }}`) on {{ "{:,}".form
 **This model collapsed: it was kept only because of `--force`.**
 {%- endif %}
 
-Method: partition `{{ c.partition }}`, router `{{ c.router }}`, recovery `{{ c.recovery }}`, {{ c.tokens }} calibration
-tokens of {{ c.calibration | join(", ") or "the bundled text" }}, seed {{ c.seed }}. Converted in
+Method: partition `{{ c.partition }}`, router `{{ c.router }}`, selection `{{ c.selection or 'top-k' }}`, recovery
+`{{ c.recovery }}`, {{ c.tokens }} calibration tokens of
+{{ c.calibration | join(", ") or "the bundled text" }}, seed {{ c.seed }}. Converted in
 {{ "%.0f" | format(m.seconds) }} s on {{ m.machine }} (torch {{ m.versions.torch }}, transformers
 {{ m.versions.transformers }}). Everything else is in `moesaic.yaml` and `metrics.json`.
 

@@ -50,7 +50,8 @@ def write_demo_page(result: DemoResult, path: Path) -> None:
         "<h2>Next</h2>",
         *[f"<p>{escape(why)}</p>\n<pre>{escape(command)}</pre>" for command, why in next_commands(result)],
         "<h2>How this was made</h2>",
-        f"<pre>moesaic demo --model {escape(result.model)} --out {escape(made.output)}</pre>",
+        f"<pre>moesaic demo --model {escape(result.model)} --active {result.active:g} --out {escape(made.output)}"
+        "</pre>",
         f'<p class="note">{escape(", ".join(f"{name} {version}" for name, version in made.versions.items()))}. '
         "Every number is in metrics.json beside this page.</p>",
     ]

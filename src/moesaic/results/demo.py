@@ -52,6 +52,8 @@ class DemoResult(Result):
     model: str
     name: str
     """What the model is, for readers."""
+    active: float
+    """Share of each FFN that was asked for."""
     conversion: ConversionResult
     speed: BenchmarkResult
     typed: list[Typed]

@@ -31,8 +31,8 @@ def write_dense_gguf(folder: Path, path: Path, outtype: str) -> None:
     """
     config, checkpoint = AutoConfig.from_pretrained(folder, trust_remote_code=False), Checkpoint(folder)
     if config.model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise InputError(f"the dense model is {config.model_type}; only {known} are written as dense GGUF")
+        families = ", ".join(ARCHITECTURES)
+        raise InputError(f"the dense model is {config.model_type}; only {families} are written as dense GGUF")
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
     _write_config(writer, config, outtype)
     write_vocabulary(writer, folder, load_tokenizer(folder), config.vocab_size)
@@ -43,11 +43,11 @@ def write_dense_gguf(folder: Path, path: Path, outtype: str) -> None:
         tensor = checkpoint.read(name)
         if name.startswith(LAYERS):
             index, _, inner = name.removeprefix(LAYERS).partition(".")
-            theirs = f"blk.{index}.{NAMES[inner]}"
+            theirs = f"blk.{index}.{known(NAMES, inner, name)}"
             if inner in turned:
                 tensor = interleaved(tensor, turned[inner])
         else:
-            theirs = OUTER[name]
+            theirs = known(OUTER, name, name)
         kind = kind_of(theirs, tensor.shape, OUTTYPES[outtype])
         writer.add_tensor(
             theirs, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind
@@ -56,6 +56,17 @@ def write_dense_gguf(folder: Path, path: Path, outtype: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def known(names: dict[str, str], ours: str, tensor: str) -> str:
+    """Translate a tensor's name to llama.cpp's.
+
+    Raises:
+        InputError: this writer does not know it, so the file would lack it.
+    """
+    if ours not in names:
+        raise InputError(f"the dense model has '{tensor}', which this GGUF writer does not know")
+    return names[ours]
 
 
 def _heads(config: PretrainedConfig) -> dict[str, int]:
