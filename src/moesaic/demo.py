@@ -26,8 +26,13 @@ PROMPTS = {
     "Water is a molecule made of two hydrogen atoms and": 40,
 }
 """Code, which the demo's model was trained for, and plain text; at most so many new tokens each."""
+TOKENS = 8_192
+"""Of calibration, half of what `convert` takes by default: the demo is to end within minutes."""
+PARTITIONS = {"demo": "coactivation"}
+"""What `auto` finds, of models whose trial need not be seen again."""
 PROMPT = 512
 """Tokens read for a speed of prefill."""
+ROUNDS = 3
 INSTALL = "Not measured in llama.cpp. To add it: pip install xllamacpp"
 SHARES = {"convert": 0.62, "speed": 0.18, "typed": 0.05, "llama.cpp": 0.15}
 """Of the demo's time, about."""
@@ -56,12 +61,13 @@ def demo(
     """
     python = find_llama_cpp(llama_cpp)
     steps = Steps(progress)
-    conversion = convert(model, output, ConvertConfig(active=active), overwrite=True, progress=steps.converting)
+    config = ConvertConfig(active=active, partition=PARTITIONS.get(model, "auto"), tokens=TOKENS)
+    conversion = convert(model, output, config, overwrite=True, progress=steps.converting)
     converted, tokenizer = load(output)
     dense = load(model).model
     tokens_BL = prompt_tokens(tokenizer, PROMPT)
     speed = benchmark(
-        converted, dense, tokens_BL, new=16, rounds=5,
+        converted, dense, tokens_BL, new=16, rounds=ROUNDS,
         progress=lambda done, count: steps.report("speed", done / count, "speed in transformers"),
     )  # fmt: skip
     typed = []
