@@ -240,8 +240,8 @@ def shown(tmp_path_factory):
     """A demo of `tiny`, with fewer calibration tokens."""
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        quick = ConvertConfig(active=0.5, partition="coactivation", tokens=2_048, window=128)
-        patch.setattr(demo_module, "ConvertConfig", lambda active: quick)
+        patch.setattr(demo_module, "TOKENS", 2_048)
+        patch.setattr(demo_module, "PARTITIONS", {"tiny": "coactivation"})
         patch.setattr(demo_module, "PROMPT", 32)
         patch.setattr("moesaic.comparison.llama_cpp.find_spec", lambda name: None)
         return out, demo(out, "tiny")
@@ -258,6 +258,7 @@ def test_the_demo_leaves_numbers_page_and_plots(shown):
         f"{result.conversion.perplexity:.2f}",
         result.typed[1].converted.split("\n")[0],
         "pip install xllamacpp",
+        "--active 0.5",
     ):
         assert expected.strip() in text
 
