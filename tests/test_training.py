@@ -230,7 +230,12 @@ def test_factorllm_labels_are_the_experts_nearest_to_their_share(converted):
     best = torch.arange(20) % experts.num_experts
     outputs = torch.stack([experts(x, torch.full((20, 1), e), torch.ones(20, 1)) for e in range(experts.num_experts)])
     dense = outputs[best, torch.arange(20)] * experts.num_experts + block.shared_experts(x)
-    assert torch.equal(labels(block, x, dense, 1).argmax(-1), best)
+    one_T1 = torch.ones(20, 1, dtype=torch.int64)
+    assert torch.equal(labels(block, x, dense, one_T1).argmax(-1), best)
+    counts_T1 = torch.arange(20)[:, None] % 3  # as a threshold opens them; none counts as one
+    label_TE = labels(block, x, dense, counts_T1)
+    assert torch.equal((label_TE > 0).sum(1, keepdim=True), counts_T1.clamp(min=1))
+    torch.testing.assert_close(label_TE.sum(1), torch.ones(20))
 
 
 # methods

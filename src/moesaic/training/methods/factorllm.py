@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, linear, one_hot
+from torch.nn.functional import kl_div, linear
 
 from ...moe.block import MoE
 from .base import DenseFFN
@@ -26,20 +26,28 @@ class FactorLLM(Full):
         assert dense is not None
         gate, experts = moe.routed
         x_TD = x_TD.detach()
-        label_TE = labels(moe, x_TD, dense(x_TD), index_TK.shape[1])
+        label_TE = labels(moe, x_TD, dense(x_TD), (index_TK < experts.num_experts).sum(1, keepdim=True))
         log_share_TE = gate.exact_scores(x_TD, experts).log_softmax(-1)
         return kl_div(log_share_TE, label_TE, reduction="sum")
 
 
 @torch.no_grad()
-def labels(moe: MoE, x_TD: Tensor, dense_TD: Tensor, active: int) -> Tensor:
-    """Compute the distribution over experts that the router should have, float32 [T, E]."""
+def labels(moe: MoE, x_TD: Tensor, dense_TD: Tensor, active_T1: Tensor) -> Tensor:
+    """Compute the distribution over experts that the router should have, float32 [T, E].
+
+    Args:
+        moe: the block.
+        x_TD: what enters it.
+        dense_TD: what the dense FFN makes of it.
+        active_T1: how many experts run for each token, int64; where none does, the label is for one.
+    """
     _, experts = moe.routed
+    active_T1 = active_T1.clamp(min=1)
     target_TD = dense_TD.float()
     if moe.shared_experts is not None:
         target_TD = target_TD - moe.shared_experts(x_TD).float()
-    target_TD = target_TD * active / experts.num_experts
+    target_TD = target_TD * active_T1 / experts.num_experts
     outputs = (linear(experts.hidden(x_TD, e), experts.down_proj[e]).float() for e in range(experts.num_experts))
     error_TE = torch.stack([(output_TD - target_TD).square().sum(-1) for output_TD in outputs], dim=-1)
-    nearest_TK = error_TE.topk(active, dim=-1, largest=False).indices
-    return one_hot(nearest_TK, experts.num_experts).sum(1).float() / active
+    rank_TE = error_TE.argsort(-1).argsort(-1)
+    return (rank_TE < active_T1).float() / active_T1
