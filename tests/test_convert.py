@@ -17,7 +17,7 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import ResumableOutput, check_space
 from moesaic.conversion import prepare as conversion
 from moesaic.evaluation.benchmark import experts_touched
-from moesaic.formats.converted import moesaic_fields
+from moesaic.formats.fields import moesaic_fields
 from moesaic.models import devices
 from moesaic.routing.selection.threshold import Threshold
 
@@ -237,9 +237,10 @@ def test_only_its_own_folders_are_replaced(folders, tmp_path):
     with pytest.raises(InputError, match="was not made by moesaic and is not replaced"):
         convert(folders("llama"), tmp_path / "out", QUICK, overwrite=True)
     (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="in the way"):
         convert(folders("llama"), tmp_path / "new", QUICK, resume=False)
-    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+    assert [path.read_text() for path in tmp_path.glob("*/thesis.txt")] == ["years of work"] * 2
 
 
 def test_an_unfinished_conversion_of_something_else_is_refused(folders, tmp_path):

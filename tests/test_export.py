@@ -152,7 +152,7 @@ def test_a_native_form_that_fails_and_cannot_be_written_otherwise_is_found_again
     config = QUICK.model_copy(update=METHODS["coactivation"])
     with monkeypatch.context() as patch:
         patch.setattr(check, "TOLERANCE", -1.0)
-        patch.setattr(pipeline, "export", Mock(side_effect=WorkError("the disk is full")))
+        patch.setattr(pipeline, "rewrite", Mock(side_effect=WorkError("the disk is full")))
         with pytest.raises(WorkError, match="the disk is full"):
             convert(folders("qwen2"), tmp_path / "out", config)
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]

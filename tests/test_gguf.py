@@ -135,7 +135,10 @@ def test_an_existing_file_is_kept_unless_told(converted, tmp_path):
     path.write_text("mine")
     with pytest.raises(InputError, match="exists"):
         export(converted, path, "gguf")
+    with pytest.raises(InputError, match="is no GGUF and is not replaced"):
+        export(converted, path, "gguf", overwrite=True)
     assert path.read_text() == "mine"
+    path.write_bytes(b"GGUF")
     result = CliRunner().invoke(
         app, ["export", str(converted), str(path), "--to", "gguf", "--outtype", "q8_0", "--overwrite", "--json"]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 from torch import nn
@@ -69,10 +70,9 @@ ALLOW_EXPERTS = {"_can_set_experts_implementation": classmethod(lambda cls: True
 """Class attributes by which a model's class says that it has experts; transformers would read its source file."""
 
 
-def tied_weights(model: PreTrainedModel) -> set[str]:
-    """List the parameters that are another one's under a second name, where the configuration ties them."""
-    config = model.config.get_text_config()
-    return set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Name the parameters that are another one under a second name, and that one, where the configuration ties them."""
+    return dict(model.all_tied_weights_keys)
 
 
 def class_for(auto: AutoClass, config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
@@ -89,18 +89,36 @@ def has_class_for(auto: AutoClass, config_class: type[PreTrainedConfig]) -> bool
     return config_class in auto._model_mapping  # pyrefly: ignore[missing-attribute]
 
 
-def names_in_model(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Name a checkpoint's tensors as the model does: vision-language models are saved under names of older versions.
+def names_in_model(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[str]]:
+    """Name a checkpoint's tensors as the model does: transformers renames, joins and splits some as it loads them.
 
     Returns:
-        The checkpoint's names by the model's.
+        The checkpoint's names by the model's: several that are joined, none of what is a part of one.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     transforms = get_model_conversion_mapping(model, add_legacy=False)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    return {rename_source_key(name, renamings, [])[0]: name for name in names}
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, list[str]] = {}
+    for name in names:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        first, *others = next((c.target_patterns for c in converters if pattern in c.source_patterns), [""])
+        found.setdefault(target, []).extend([] if others else [name])
+        for other in others:
+            found.setdefault(target.replace(first, other), [])
+    return found
+
+
+def needed_and_unread(
+    model: PreTrainedModel, missing: Iterable[str], unread: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """Leave out what transformers does not miss, and what it passes over on purpose; both sorted."""
+    info = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unread))
+    model._adjust_missing_and_unexpected_keys(info)  # pyrefly: ignore[bad-argument-type]
+    return sorted(info.missing_keys), sorted(info.unexpected_keys)
 
 
 @contextmanager

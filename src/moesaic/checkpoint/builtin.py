@@ -15,16 +15,21 @@ class Builtin:
     hub_id: str
     terms: str
     """Who made it, under which licence."""
+    license: str
+    """As the hub names it."""
 
 
 BUILTINS = {
-    "demo": Builtin("Qwen/Qwen2.5-Coder-0.5B-Instruct", "Qwen2.5-Coder-0.5B-Instruct by the Qwen team, Apache 2.0"),
+    "demo": Builtin(
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct", "Qwen2.5-Coder-0.5B-Instruct by the Qwen team, Apache 2.0", "apache-2.0"
+    ),
     "demo-1.5b": Builtin(
-        "Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen2.5-Coder-1.5B-Instruct by the Qwen team, Apache 2.0"
+        "Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen2.5-Coder-1.5B-Instruct by the Qwen team, Apache 2.0", "apache-2.0"
     ),
     "gemma-270m": Builtin(
         "google/gemma-3-270m",
         "Gemma 3 270M by Google, under the Gemma Terms of Use (ai.google.dev/gemma/terms); by using it you accept them",
+        "gemma",
     ),
 }
 NAMES = ("tiny", *BUILTINS)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import shutil
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from ..compat import require
 from ..errors import InputError
 from ..registry import nearest
 from .builtin import BUILTINS, NAMES, cache_folder, tiny_folder
+from .gguf_source import from_gguf
 from .mirrors import fetch_gguf
-from .reader import Checkpoint
+from .reader import SINGLE, Checkpoint
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*", "merges.txt", "vocab*")
+TERMS = ("license", "licence", "notice", "use_policy")
+HUB_FILES = (
+    "*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*", "merges.txt", "vocab*", "README.md",
+    *(f"{name}*" for word in TERMS for name in (word.upper(), word.title(), word)),
+)  # fmt: skip
+HUB_IGNORED = ("*/*.safetensors", "consolidated*.safetensors", "*.fp16.safetensors", "*.fp32.safetensors")
+"""Second copies of the weights: in folders of their own, as Mistral names them, in other dtypes."""
+SHARDS = "model-*-of-*.safetensors"
 HUB_PATIENCE_SECONDS = 5
 
 
@@ -49,13 +51,13 @@ def resolve(model: str, console: Console | None = None) -> Path:
         if not gguf.is_file():
             console.print(f"Fetching [bold]{model}[/] ({builtin.terms})")
             fetch_gguf(model, gguf, console)
-        return _from_gguf(gguf, console)
+        return from_gguf(gguf, console)
     if path.is_dir():
         return path
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"no file '{model}'")
-        return _from_gguf(path, console)
+        return from_gguf(path, console)
     if HUB_ID.fullmatch(model):
         folder = _from_hub(model, complain=True)
         assert folder is not None
@@ -70,8 +72,9 @@ def _from_hub(hub_id: str, complain: bool = False) -> Path | None:
     """Fetch the local snapshot of a hub repository, downloaded when the hub answers; None when there is none."""
     from huggingface_hub import HfApi, snapshot_download
 
+    patterns = {"allow_patterns": list(HUB_FILES), "ignore_patterns": list(HUB_IGNORED)}
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES), local_files_only=True))
+        folder = Path(snapshot_download(hub_id, **patterns, local_files_only=True))
         Checkpoint(folder)
         if any(folder.glob("tokenizer*")):
             return folder
@@ -80,8 +83,10 @@ def _from_hub(hub_id: str, complain: bool = False) -> Path | None:
     try:
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             raise OSError("HF_HUB_OFFLINE is set")
-        HfApi().model_info(hub_id, timeout=HUB_PATIENCE_SECONDS)
-        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+        info = HfApi().model_info(hub_id, timeout=HUB_PATIENCE_SECONDS)
+        if SINGLE in {file.rfilename for file in info.siblings or ()}:  # the same again in shards
+            patterns["ignore_patterns"].append(SHARDS)
+        return Path(snapshot_download(hub_id, **patterns))
     except Exception as error:  # the hub client's errors share no base class over its transports
         if not complain:
             return None
@@ -90,31 +95,3 @@ def _from_hub(hub_id: str, complain: bool = False) -> Path | None:
             f"'{hub_id}' is no local folder, and the hub did not give it: {reason}. Check the name, log in with "
             "'hf auth login' if it is gated, or give a local folder"
         ) from error
-
-
-def _from_gguf(gguf: Path, console: Console) -> Path:
-    """Unpack a GGUF file's dequantised weights to a safetensors folder, made once and kept in the cache."""
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = cache_folder() / "dequantised" / f"{gguf.stem}-{key}"
-    if folder.is_dir():
-        return folder
-    with gguf.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise InputError(f"'{gguf}' is not a GGUF file")
-    require("reading .gguf", "export", "gguf", "accelerate")
-    console.print(f"Dequantising {gguf.name} once into the cache (about a minute)")
-    place = {"gguf_file": gguf.name, "trust_remote_code": False}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, **place, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
-        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **place)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"transformers cannot read '{gguf}': {error}") from error
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
-    return folder

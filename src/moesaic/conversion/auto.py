@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..results import Trial
 from .layer import convert_layer
 from .prepare import Conversion, prepare
-from .states import embed, run_dense
+from .states import check_numbers, embed, run_dense
 
 CANDIDATES = (("specialists", False), ("coactivation", False), ("coactivation", True))
 """Partitions and whether they are cut fine, which is tried where the configuration says `fine`."""
@@ -36,8 +36,13 @@ Progress = Callable[[int, int, str], None]
 """Called with (finished layers, all layers, what is being done)."""
 
 
-def candidates(model: str, config: ConvertConfig) -> list[Conversion]:
+def candidates(model: str, config: ConvertConfig, compute: torch.dtype | None = None) -> list[Conversion]:
     """Prepare a conversion for each way to cut that the configuration leaves open; one if it names a partition.
+
+    Args:
+        model: hub id, folder, .gguf file or built-in name.
+        config: what to do.
+        compute: the dtype to calculate in; None is the one that the machine is fast in.
 
     Raises:
         InputError: none of them fits (the error is that of the first), or the fine one that was asked for does not.
@@ -45,7 +50,7 @@ def candidates(model: str, config: ConvertConfig) -> list[Conversion]:
     if config.active is None and config.plan is None:
         config = config.model_copy(update={"active": 0.5})
     if config.partition != "auto":
-        return [prepare(model, config)]
+        return [prepare(model, config, compute)]
     found: list[Conversion] = []
     errors: list[InputError] = []
     for name, fine in CANDIDATES:
@@ -56,7 +61,7 @@ def candidates(model: str, config: ConvertConfig) -> list[Conversion]:
             changes["memory_factor"] = 1.0  # a budget is no duty, and disjoint experts may be better all the same
         try:
             opened = found[0].layerwise if found else None
-            found.append(prepare(model, config.model_copy(update=changes), opened))
+            found.append(prepare(model, config.model_copy(update=changes), compute, opened))
         except InputError as error:
             if fine:
                 raise
@@ -131,6 +136,7 @@ def trial(conversion: Conversion, progress: Progress | None = None) -> float:
             progress(index, len(layerwise.layers), f"trying {conversion.name}")
         if index % EVERY == EVERY - 1:
             states = convert_layer(conversion, index, states).states
+            check_numbers(states.tensors(), f"layer {index}, hidden states", layerwise.dtype)
             continue
         with layerwise.layer(index) as layer:
             states = run_dense(layerwise, index, layer, states)

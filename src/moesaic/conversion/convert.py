@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import time
@@ -13,12 +12,15 @@ from torch import Tensor
 
 from .. import registry
 from ..calibration.text import bundled, text_hash
-from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, check_output
+from ..checkpoint.facts import copy_terms, origin
+from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, claim_output
 from ..config import ConvertConfig
 from ..errors import WorkError
 from ..evaluation.cost import at_experts_per_token
+from ..files import read_json
+from ..formats.base import Format
 from ..formats.converted import Converted
-from ..formats.export import export, write_embeddings_and_head, write_metrics
+from ..formats.export import rewrite, write_embeddings_and_head, write_metrics
 from ..formats.verify import check
 from ..machine import give_back_memory, machine, peak_rss_bytes, versions
 from ..moe.modeling import MODEL_TYPE
@@ -27,8 +29,8 @@ from ..results import ConversionResult, Json, LayerRecord, PerplexityProtocol, T
 from .auto import Progress, candidates, choose
 from .layer import convert_layer
 from .plans import sizes
-from .prepare import Conversion, fingerprint
-from .states import HiddenStates, embed
+from .prepare import Conversion, begun_dtype, fingerprint
+from .states import HiddenStates, check_numbers, embed
 from .temperature import Temperature, fit_temperature
 
 
@@ -62,23 +64,24 @@ def convert(
     """
     start = time.monotonic()
     output = Path(output).expanduser()
-    check_output(output, overwrite)
-    conversions = candidates(str(model), config or ConvertConfig())
-    conversions[0].check_space(output)
-    partial = ResumableOutput(output, fingerprint(conversions), resume)
-    records = [LayerRecord.from_dict(record, str(partial.folder)) for record in partial.layers]
-    start -= sum(record.seconds for record in records)
-    report = progress or (lambda done, count, note: None)
-    conversion, trials = choose(conversions, partial, report)
-    states = convert_layers(conversion, partial, records, report)
-    temperature = fit(conversion, states)
-    result = measure(conversion, output, records, states, temperature, trials, start)
-    check_collapse(result, conversion.config, partial, force)
-    write_rest(conversion, partial, result, temperature)
-    conversion.layerwise.drop_embeddings_and_head()  # the check needs the room
-    del states
-    give_back_memory()
-    return finish(conversion, partial, result)
+    with claim_output(output, overwrite):
+        conversions = candidates(str(model), config or ConvertConfig(), begun_dtype(output) if resume else None)
+        conversions[0].check_space(output)
+        conversions[0].layerwise.check_finite()
+        partial = ResumableOutput(output, fingerprint(conversions), resume)
+        records = [LayerRecord.from_dict(record, str(partial.folder)) for record in partial.layers]
+        start -= sum(record.seconds for record in records)
+        report = progress or (lambda done, count, note: None)
+        conversion, trials = choose(conversions, partial, report)
+        states = convert_layers(conversion, partial, records, report)
+        temperature = fit(conversion, states)
+        result = measure(conversion, output, records, states, temperature, trials, start)
+        check_collapse(result, conversion.config, partial, force)
+        write_rest(conversion, partial, result, temperature)
+        conversion.layerwise.drop_embeddings_and_head()  # the check needs the room
+        del states
+        give_back_memory()
+        return finish(conversion, partial, result)
 
 
 def convert_layers(
@@ -108,6 +111,7 @@ def convert_layers(
     for index in range(len(records), count):
         report(index, count, f"layer error {records[-1].error:.3f}" if records else "")
         tensors, states, record = convert_layer(conversion, index, states)
+        check_numbers(states.tensors(), f"layer {index}, hidden states", layerwise.dtype)
         tensors = conversion.format.layer_exactly(tensors, conversion.model_config)
         prefix = f"{layerwise.prefix}{index}."
         partial.add_layer(
@@ -136,20 +140,13 @@ def finish(conversion: Conversion, partial: ResumableOutput, result: ConversionR
     except WorkError as error:
         if not stock:
             raise
-        failed = partial.output.with_name(f"{partial.output.name}.failed")
-        shutil.rmtree(failed, ignore_errors=True)
-        made = partial.folder.rename(failed)
-        try:
-            metrics = result.to_dict() | {"format_reason": str(error)}
-            write_metrics(made, metrics, registry.build("format", MODEL_TYPE), None)
-            export(made, result.output, MODEL_TYPE, overwrite=True)
-        except BaseException:  # the same command finds its layers again
-            shutil.rmtree(partial.folder, ignore_errors=True)
-            made.rename(partial.folder)
-            raise
-        shutil.rmtree(made)
+        own: Format = registry.build("format", MODEL_TYPE)
+        write_metrics(partial.folder, result.to_dict() | {"format_reason": str(error)}, own, None)
+        inner = ResumableOutput(partial.output, conversion.fingerprint, resume=False, folder=partial.folder / "moesaic")
+        rewrite(Converted(partial.folder), own, inner, result.output, lambda done, count, note: None)
+        shutil.rmtree(partial.folder)
     file = partial.output / "metrics.json"
-    return ConversionResult.from_dict(json.loads(file.read_text()), str(file))
+    return ConversionResult.from_dict(read_json(file), str(file))
 
 
 def fit(conversion: Conversion, states: HiddenStates) -> Temperature:
@@ -214,9 +211,14 @@ def measure(
 
 
 def perplexity(conversion: Conversion, hidden_NLD: Tensor) -> float:
-    """Compute `exp(mean loss)` of held-out text; NaN and overflow become e^700, which JSON holds and is a collapse."""
+    """Compute `exp(mean loss)` of held-out text; what no number can hold becomes e^700, which is a collapse.
+
+    Raises:
+        WorkError: logits are NaN or infinite.
+    """
     loss = conversion.layerwise.token_losses(conversion.tokens.held_out_NL, hidden_NLD).mean().double()
-    return loss.nan_to_num(700).clamp(max=700).exp().item()
+    check_numbers({"the logits of held-out text": loss}, "after the last layer", conversion.layerwise.dtype)
+    return loss.clamp(max=700).exp().item()
 
 
 def check_collapse(result: ConversionResult, config: ConvertConfig, partial: ResumableOutput, force: bool) -> None:
@@ -239,16 +241,16 @@ def write_rest(
 ) -> None:
     """Write what is in OUT beside layers, metrics and card: other weights, configuration, tokenizer and plots."""
     folder, layerwise = partial.folder, conversion.layerwise
-    conversion.model_config.save_pretrained(folder)
-    fields: Json = json.loads((folder / "config.json").read_text())
     tensors = dict(layerwise.embeddings_and_head()) | temperature.tensors
     tensors = {name: tensor.to(conversion.dtype) for name, tensor in tensors.items()}
-    write_embeddings_and_head(partial, conversion.format, conversion.model_config, tensors, fields)
+    write_embeddings_and_head(partial, conversion.format, conversion.model_config, tensors)
     generation = conversion.source / "generation_config.json"
     if generation.is_file():
-        (folder / generation.name).write_text(generation.read_text())
+        shutil.copyfile(generation, folder / generation.name)
     conversion.tokenizer.save_pretrained(folder)
+    copy_terms(conversion.source, folder)
     resolved: Json = {"config": conversion.config.model_dump(mode="json"), "model": conversion.model}
+    resolved |= origin(conversion.model, conversion.source)
     resolved |= {"plan": str(conversion.plan), "fingerprint": conversion.fingerprint, "versions": result.versions}
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False))
     write_plots(result.to_dict(), folder)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint.builtin import NAMES
 from ..checkpoint.sources import HUB_ID, resolve
@@ -17,6 +18,7 @@ from ..formats.base import Format, MoesaicModelConfig
 from ..formats.converted import choose_format
 from ..formats.gguf_support import K_BLOCK, gguf_format
 from ..models.families import check_convertible, check_text_only, decoder_layers
+from ..models.integrity import model_on_meta, read_config
 from ..moe.modeling import moesaic_config
 from ..partition import Partitioner
 from ..plan import FEWEST, FINE, Plan, disjoint_plan, parse_plan, specialists_plan
@@ -44,13 +46,11 @@ def plans(model: str, active: float = 0.5, memory_factor: float = 1.0) -> Plans:
     Raises:
         InputError: no such model, or a budget that no shape fits.
     """
-    known = HUB_ID.fullmatch(model) and model not in NAMES
-    try:
-        config = AutoConfig.from_pretrained(model if known else resolve(model), trust_remote_code=False)
-        check_text_only(config)
-        dense = empty(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"'{model}' has no configuration that transformers knows: {error}") from error
+    hub = HUB_ID.fullmatch(model) and model not in NAMES and not Path(model).exists()
+    folder = Path(model) if hub else resolve(model)  # of a repository only the configuration is fetched
+    config = read_config(folder)
+    check_text_only(config)
+    dense = model_on_meta(config, folder)
     check_convertible(decoder_layers(dense))
     size = config.intermediate_size
     found = dict.fromkeys([*specialist_shapes(active, memory_factor, size), *disjoint_shapes(active, size)])

@@ -11,13 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import registry
 from ..checkpoint.sources import resolve
-from ..checkpoint.writer import check_space, partial_folder
+from ..checkpoint.writer import check_space, partial_folder, read_state
 from ..compat import set_experts_implementation
 from ..config import ConvertConfig
 from ..errors import InputError
 from ..formats.base import Format, MoesaicModelConfig
 from ..formats.converted import choose_format
 from ..formats.loading import load_tokenizer
+from ..machine import versions
 from ..models.devices import choose_device, choose_dtype, compute_dtype
 from ..models.families import check_text_only
 from ..models.layerwise import LayerwiseModel
@@ -29,6 +30,9 @@ from ..routing import Router
 from ..routing.selection import Selection
 from .plans import choose_plan
 from .tokens import ConversionTokens, check_domains, tokenise
+
+COMPUTE_DTYPE = "compute dtype"
+"""Of the fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +71,13 @@ class Conversion:
         return {
             "model": self.layerwise.checkpoint.fingerprint(),
             "calibration text": self.tokens.text_sha256,
+            "tokens": self.tokens.fingerprint(),
             "configuration": hashlib.sha256(self.config.to_yaml().encode()).hexdigest(),
             "plan": f"{self.plan} of {self.plan.width}",
+            "format": self.format.name,
+            "device": self.layerwise.device.type,
+            COMPUTE_DTYPE: str(self.layerwise.dtype).removeprefix("torch."),
+            "versions": " ".join(f"{name} {version}" for name, version in versions().items()),
         }
 
     def bytes_needed(self) -> int:
@@ -87,7 +96,7 @@ class Conversion:
             InputError: it has less.
         """
         partial = partial_folder(output)
-        done = sum(path.stat().st_size for path in partial.iterdir()) if partial.is_dir() else 0
+        done = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
         check_space(output, max(0, self.bytes_needed() - done))
 
 
@@ -97,12 +106,25 @@ def fingerprint(conversions: list[Conversion]) -> dict[str, str]:
     return {key: " or ".join(dict.fromkeys(found[key] for found in prints)) for key in prints[0]}
 
 
-def prepare(model: str | Path, config: ConvertConfig, layerwise: LayerwiseModel | None = None) -> Conversion:
+def begun_dtype(output: Path) -> torch.dtype | None:
+    """Read the dtype that an unfinished conversion calculates in; another day's timing might choose another one."""
+    state = read_state(partial_folder(output))
+    found = getattr(torch, state.fingerprint.get(COMPUTE_DTYPE, ""), None) if state else None
+    return found if isinstance(found, torch.dtype) else None
+
+
+def prepare(
+    model: str | Path,
+    config: ConvertConfig,
+    compute: torch.dtype | None = None,
+    layerwise: LayerwiseModel | None = None,
+) -> Conversion:
     """Resolve and check everything that a conversion with a named partition needs.
 
     Args:
         model: hub id, folder, .gguf file or built-in name.
         config: its partition is not `auto`.
+        compute: the dtype to calculate in; None is the one that the machine is fast in.
         layerwise: the model if it is open already, so that its embeddings are in memory once.
 
     Raises:
@@ -120,7 +142,7 @@ def prepare(model: str | Path, config: ConvertConfig, layerwise: LayerwiseModel 
     check_methods(config, partitioner, router, selection)
     source = resolve(str(model))
     device, dtype = choose_device(config.device), choose_dtype(config.dtype, source)
-    layerwise = layerwise or LayerwiseModel(source, compute_dtype(dtype, device), device)
+    layerwise = layerwise or LayerwiseModel(source, compute or compute_dtype(dtype, device), device)
     check_text_only(layerwise.model.config)
     plan = choose_plan(config, partitioner, layerwise.config.intermediate_size)
     model_config = moesaic_config(

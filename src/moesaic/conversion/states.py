@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ..errors import WorkError
 from ..models.layerwise import LayerwiseModel
 from .tokens import ConversionTokens
 
@@ -42,6 +43,22 @@ class HiddenStates:
         return cls(**tensors)
 
 
+def check_numbers(named: Mapping[str, Tensor], where: str, dtype: torch.dtype) -> None:
+    """Check that what was calculated is finite.
+
+    Raises:
+        WorkError: something is NaN or infinite; the message names it and where.
+    """
+    for name, tensor in named.items():
+        if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+            short = str(dtype).removeprefix("torch.")
+            wide = " bfloat16 or" if dtype == torch.float16 else ""
+            raise WorkError(
+                f"{where}: {name} {'is' if tensor.dim() == 0 else 'are'} NaN or infinite in {short}. The weights are "
+                f"finite, so the numbers grew too large on the way: calculate with --dtype{wide} float32"
+            )
+
+
 def embed(layerwise: LayerwiseModel, tokens: ConversionTokens, *, dense: bool = True) -> HiddenStates:
     """Make the hidden states that enter the first layer; with `dense`, held-out text on the dense path too."""
     texts = {"calibration": tokens.calibration_NL, "validation": tokens.validation_NL, "opening": tokens.opening_M1}
@@ -57,4 +74,5 @@ def embed(layerwise: LayerwiseModel, tokens: ConversionTokens, *, dense: bool = 
 def run_dense(layerwise: LayerwiseModel, index: int, layer: torch.nn.Module, states: HiddenStates) -> HiddenStates:
     """Run a layer that stays dense on all of them."""
     after = {name: layerwise.run(index, layer, hidden_NLD) for name, hidden_NLD in states.tensors().items()}
+    check_numbers(after, f"layer {index}", layerwise.dtype)
     return HiddenStates.from_tensors(after)

@@ -5,6 +5,7 @@ Shapes: N sequences, L tokens in one, M opening tokens.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,6 +40,11 @@ class ConversionTokens:
     """Bundled text on which the converted model is compared with the dense one."""
     text_sha256: str
     """Of the calibration text."""
+
+    def fingerprint(self) -> str:
+        """Hash all tokens: SHA-256."""
+        parts = (self.calibration_NL, self.validation_NL, self.held_out_NL, self.opening_M1)
+        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
     def count(self) -> int:
         """Count the tokens whose hidden states are kept, on both paths where there are two."""

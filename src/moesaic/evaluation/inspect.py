@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..calibration.text import bundled
-from ..checkpoint.reader import Checkpoint
+from ..checkpoint.facts import saved_result, saved_settings
 from ..errors import InputError
-from ..formats.converted import moesaic_fields, saved_settings
-from ..results import ConversionResult, Inspection
+from ..formats.converted import Converted
+from ..results import Inspection
 
 MOE_FIELDS = (
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "router",
@@ -29,15 +28,16 @@ def inspect(folder: str | Path) -> Inspection:
     """
     folder = Path(folder).expanduser()
     saved = saved_settings(folder)
-    checkpoint, metrics = Checkpoint(folder), folder / "metrics.json"
+    converted = Converted(folder)
+    checkpoint = converted.checkpoint
     return Inspection(
         folder=str(folder),
         model=saved["model"],
-        architecture=checkpoint.config["architectures"][0],
+        architecture=(checkpoint.config.get("architectures") or ["unknown"])[0],
         bytes=checkpoint.size(),
-        moe={name: found for name, found in moesaic_fields(checkpoint).items() if name in MOE_FIELDS},
+        moe={name: found for name, found in converted.fields.items() if name in MOE_FIELDS},
         config=saved["config"],
-        metrics=ConversionResult.from_dict(json.loads(metrics.read_text()), str(metrics)),
+        metrics=saved_result(folder),
     )
 
 

@@ -20,6 +20,10 @@ Tensors = dict[str, Tensor]
 """A decoder layer's tensors by their name in the layer, e.g. `mlp.gate.weight`."""
 
 
+GROUPED_BYTES = 16
+"""Of which PyTorch's grouped products want each row of a matrix to be a multiple."""
+
+
 class RopeParameters(TypedDict, total=False):
     """Rotary positions as transformers has them."""
 
@@ -124,6 +128,18 @@ class Format(ABC):
         shared = 3 * config.hidden_size * config.shared_expert_intermediate_size * config.num_hidden_layers
         return CopiedParameters(shared * (config.num_experts - 1), shared * (config.num_experts_per_tok - 1))
 
+    def width_reason(self, config: MoesaicModelConfig) -> str:
+        """Say why stock engines cannot run experts of that width; nothing if they can. llama.cpp runs any."""
+        dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+        step = GROUPED_BYTES // getattr(torch, dtype).itemsize
+        for what, width in (("an expert's", config.moe_intermediate_size), ("the hidden state's", config.hidden_size)):
+            if width % step:
+                return (
+                    f"stock engines run experts in products whose widths are multiples of {step} in {dtype}, and "
+                    f"{what} is {width}"
+                )
+        return ""
+
     @abstractmethod
     def reason_against(self, config: MoesaicModelConfig) -> str:
         """Say why the format cannot hold a model, whatever its weights are; nothing if it can."""
@@ -144,7 +160,7 @@ class Format(ABC):
         Raises:
             InputError: it cannot; the message says why.
         """
-        if reason := self.reason(config, has_bias):
+        if reason := self.reason(config, has_bias) or self.width_reason(config):
             raise InputError(
                 f"this model cannot be written as {self.name}: {reason}. With --format moesaic it runs everywhere that "
                 "transformers does"

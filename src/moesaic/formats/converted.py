@@ -8,23 +8,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .. import registry
+from ..checkpoint.facts import saved_settings
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.writer import CONFIG_FILE
 from ..compat import parameters_on_meta
 from ..errors import InputError
 from ..models.families import EMBEDDINGS, HEAD, LAYERS
+from ..models.integrity import check_tensors, model_on_meta
 from ..moe.modeling import MODEL_TYPE, MoesaicConfig
-from ..results import Json
 from .base import Format, MoesaicModelConfig
+from .fields import check_agreement, damaged, is_stock, moesaic_fields
 
 Config = TypeVar("Config")
-CONFIG_KEY = "moesaic"
-"""The key of a stock config.json under which moesaic's own is kept."""
 ROUNDING = 0.01
 """How far a weight may be from what was written and still count as rounded to another dtype."""
 GATE_BIAS = "mlp.gate.e_score_correction_bias"
@@ -60,7 +58,7 @@ def choose_format(wish: object, config: MoesaicModelConfig, has_bias: bool) -> C
     for format in sorted(able, key=lambda f: f.preference or 0):
         copies = format.copies_shared and config.n_shared_experts and config.num_experts_per_tok > 1
         several = "each of several active experts would run a copy of the shared one" if copies else ""
-        reason = several or format.reason(config, has_bias)
+        reason = several or format.reason(config, has_bias) or format.width_reason(config)
         if not reason:
             return ChosenFormat(format, "")
         reasons.append(f"not {format.name}: {reason}")
@@ -68,21 +66,12 @@ def choose_format(wish: object, config: MoesaicModelConfig, has_bias: bool) -> C
     return ChosenFormat(registry.build("format", MODEL_TYPE), reasons[0])
 
 
-def is_stock(checkpoint: Checkpoint) -> bool:
-    """Tell whether a folder holds a stock architecture that moesaic wrote."""
-    return CONFIG_KEY in checkpoint.config
-
-
-def moesaic_fields(checkpoint: Checkpoint) -> Json:
-    """Read moesaic's own config.json, of a folder in either format."""
-    return checkpoint.config[CONFIG_KEY] if is_stock(checkpoint) else checkpoint.config
-
-
 class Converted:
     """The configuration and tensors of moesaic's own format, a layer at a time.
 
     Raises:
-        InputError: the folder holds no converted model.
+        InputError: the folder holds no converted model, or is not whole: tensors are missing, of another shape or would
+            not be read, or `config.json` contradicts itself.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -93,11 +82,37 @@ class Converted:
                 f"'{folder}' holds a {self.fields.get('model_type')} model that moesaic did not make; expected a "
                 "folder made by 'moesaic convert' or 'moesaic export'"
             )
-        named = self.checkpoint.config.get(CONFIG_KEY, {}).get("format", self.checkpoint.config["model_type"])
-        self.format: Format = registry.build("format", named, imported_only=True)
+        stock = is_stock(self.checkpoint)
+        named = self.fields.pop("format", None) if stock else None
+        self.format: Format = registry.build("format", named or self.checkpoint.config["model_type"],
+                                             imported_only=True)  # fmt: skip
         if self.fields.get("tie_word_embeddings") and not self._tied():
             self.fields = self.fields | {"tie_word_embeddings": False}
-        self.config: MoesaicModelConfig = MoesaicConfig.from_dict(self.fields)
+        self.config: MoesaicModelConfig = self._read_config()
+        if stock:
+            check_agreement(self.checkpoint, self.format, self.config)
+        check_tensors(self.checkpoint, self._shapes(), f"the {self.format.name} model that config.json describes")
+
+    def _read_config(self) -> MoesaicModelConfig:
+        try:
+            return MoesaicConfig.from_dict(self.fields)
+        except InputError:
+            raise
+        except Exception as error:  # transformers raises many unrelated types for what a configuration may hold
+            raise damaged(self.checkpoint, error) from error
+
+    def _shapes(self) -> dict[str, list[int]]:
+        """Say which tensors the folder must hold, in which shape."""
+        state = model_on_meta(self.config, self.checkpoint.folder).state_dict()
+        if self.config.tie_word_embeddings and self.format.name == MODEL_TYPE:
+            del state[HEAD]
+        layers = range(self.config.num_hidden_layers)
+        found = {name: tensor for name, tensor in state.items() if not name.startswith(LAYERS)}
+        for index in layers:
+            prefix = self.prefix(index)
+            layer = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+            found |= {prefix + name: tensor for name, tensor in self.format.layer(layer, self.config).items()}
+        return {name: list(tensor.shape) for name, tensor in found.items()}
 
     def _tied(self) -> bool:
         """Tell whether the head is still the embeddings: a stock format holds both, and one may have been trained."""
@@ -150,20 +165,13 @@ class Converted:
                 yield self.prefix(index) + name, tensor
 
     def load(self, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-        """Load moesaic's own format into memory, or its first `layers` layers and the head.
-
-        Raises:
-            InputError: tensors are missing.
-        """
+        """Load moesaic's own format into memory, or its first `layers` layers and the head."""
         config, folder = shortened(self.config, layers), self.checkpoint.folder
         with parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         state = {name: tensor.to(dtype) for name, tensor in self.tensors(layers)}
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
-        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-        if missing:
-            raise InputError(f"'{folder}' lacks {len(missing)} tensors, e.g. {missing[0]}")
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model
@@ -177,18 +185,6 @@ def shortened(config: Config, layers: int | None) -> Config:
         if getattr(short, "layer_types", None):
             short.layer_types = short.layer_types[:layers]
     return short
-
-
-def saved_settings(folder: Path) -> Json:
-    """Read `moesaic.yaml`: how a converted model was made.
-
-    Raises:
-        InputError: there is none.
-    """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise InputError(f"'{folder}' holds no {CONFIG_FILE}; expected a folder made by 'moesaic convert'")
-    return yaml.safe_load(path.read_text())
 
 
 def dense_origin(model: str, option: str = "--against") -> str:

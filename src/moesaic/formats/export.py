@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
 from torch import Tensor
 
 from .. import registry
+from ..checkpoint.claim import clear
+from ..checkpoint.facts import METRICS_FILE, check_conversion_files, copy_terms, saved_settings
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
-from ..checkpoint.writer import CONFIG_FILE, OUTER, ResumableOutput, check_conversion_files, check_output, check_space
+from ..checkpoint.writer import CONFIG_FILE, OUTER, ResumableOutput, check_space, claim_output
 from ..errors import InputError, StorageError, WorkError
+from ..files import read_json, write_json
 from ..models.families import EMBEDDINGS, HEAD
 from ..moe.modeling import MODEL_TYPE
 from ..report.card import CardFacts, write_card
 from ..results import Check, ConversionResult, ExportResult, Json
 from .base import Format, MoesaicModelConfig
-from .converted import CONFIG_KEY, Converted, choose_format
+from .converted import Converted, choose_format
+from .fields import stock_json
 from .gguf_support import gguf_format
 from .loading import load_tokenizer
 from .verify import check
@@ -75,19 +77,19 @@ def export(
     chosen, reason = choose_format(format, source.config, source.has_bias())
     if reason:
         raise InputError(f"no engine's architecture holds this model: {reason}")
-    check_output(output, overwrite)
     check_conversion_files(folder)
     load_tokenizer(folder)
     copied = chosen.copied_parameters(source.config).total * source.checkpoint.dtype().itemsize
     check_space(output, source.checkpoint.size() + copied)
-    partial = ResumableOutput(output, {"model": source.checkpoint.fingerprint(), "format": chosen.name}, resume)
-    try:
-        found = rewrite(source, chosen, partial, str(output), progress or (lambda done, count, note: None))
-    except StorageError:
-        raise  # the finished layers wait for room
-    except WorkError:
-        shutil.rmtree(partial.folder)
-        raise
+    with claim_output(output, overwrite):
+        partial = ResumableOutput(output, {"model": source.checkpoint.fingerprint(), "format": chosen.name}, resume)
+        try:
+            found = rewrite(source, chosen, partial, str(output), progress or (lambda done, count, note: None))
+        except StorageError:
+            raise  # the finished layers wait for room
+        except WorkError:
+            clear(partial.folder)
+            raise
     return ExportResult(output=str(output), target=chosen.name, bytes=Checkpoint(output).size(), **found.to_dict())
 
 
@@ -103,35 +105,36 @@ def rewrite(source: Converted, format: Format, partial: ResumableOutput, called:
         report(index, count, "writing")
         tensors = format.layer_exactly(source.layer(index), source.config)
         partial.add_layer({source.prefix(index) + name: tensor for name, tensor in tensors.items()}, {}, {})
-    write_embeddings_and_head(partial, format, source.config, source.embeddings_and_head(), source.fields)
+    write_embeddings_and_head(partial, format, source.config, source.embeddings_and_head())
     load_tokenizer(folder).save_pretrained(partial.folder)
     for name in COPIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, partial.folder / name)
+    copy_terms(folder, partial.folder)
     report(count, count, "checking")
     found: list[Check] = []
 
     def last(made: Path) -> None:
         found.append(check(source, made))
-        write_metrics(made, json.loads((folder / "metrics.json").read_text()) | {"output": called}, format, found[0])
+        write_metrics(made, read_json(folder / METRICS_FILE) | {"output": called}, format, found[0])
 
     partial.finish(last)
     return found[0]
 
 
 def write_embeddings_and_head(
-    partial: ResumableOutput, format: Format, config: MoesaicModelConfig, tensors: dict[str, Tensor], fields: Json
+    partial: ResumableOutput, format: Format, config: MoesaicModelConfig, tensors: dict[str, Tensor]
 ) -> None:
-    """Write what is in no layer and `config.json`; `fields` is moesaic's own."""
-    if format.name == MODEL_TYPE:
-        written = fields
-    else:
+    """Write what is in no layer, and `config.json`."""
+    config.save_pretrained(partial.folder)
+    if format.name != MODEL_TYPE:
+        fields = read_json(partial.folder / "config.json")
         outside = registry.spec(format) if ":" in registry.spec(format) else None
-        written = format.config_json(config) | {CONFIG_KEY: fields | ({"format": outside} if outside else {})}
+        written = stock_json(format.config_json(config), fields | ({"format": outside} if outside else {}))
         if config.tie_word_embeddings:  # some engines cannot tie
             tensors = tensors | {HEAD: tensors[EMBEDDINGS].clone()}
+        write_json(partial.folder / "config.json", written)
     partial.write(OUTER, tensors)
-    (partial.folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
 
 
 def write_metrics(folder: Path, metrics: Json, format: Format, found: Check | None) -> None:
@@ -141,7 +144,7 @@ def write_metrics(folder: Path, metrics: Json, format: Format, found: Check | No
     metrics |= {"format": format.name, "engines": format.engines(source.config)}
     if found and format.name != MODEL_TYPE:
         metrics["check"] = found.to_dict()
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(folder / METRICS_FILE, metrics)
     try:
         gguf_format(source.config, source.has_bias())
         gguf = True
@@ -150,9 +153,8 @@ def write_metrics(folder: Path, metrics: Json, format: Format, found: Check | No
     # SGLang fuses one shared expert into the routed ones, and only one
     fused = format.name == "glm4_moe" and source.config.n_shared_experts != 1
     about = CardFacts(
-        architecture=source.checkpoint.config["architectures"][0],
+        architecture=(source.checkpoint.config.get("architectures") or ["unknown"])[0],
         gguf=gguf,
         flags={"sglang": " --disable-shared-experts-fusion"} if fused else {},
     )
-    resolved: Json = yaml.safe_load((folder / CONFIG_FILE).read_text())
-    write_card(ConversionResult.from_dict(metrics, str(folder / "metrics.json")), resolved, about, folder)
+    write_card(ConversionResult.from_dict(metrics, str(folder / METRICS_FILE)), saved_settings(folder), about, folder)

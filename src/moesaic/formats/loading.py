@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.moe import ExpertsInterface
 
 from ..checkpoint.reader import Checkpoint
@@ -15,8 +15,10 @@ from ..compat import has_experts
 from ..errors import InputError
 from ..models.devices import choose_device, compute_dtype
 from ..models.families import auto_class
-from ..moe.modeling import DEFAULT_EXPERTS
-from .converted import Converted, is_stock
+from ..models.integrity import check_contents, check_finite, model_on_meta, read_config
+from ..moe.modeling import DEFAULT_EXPERTS, MODEL_TYPE
+from .converted import Converted
+from .fields import is_stock
 
 
 class Loaded(NamedTuple):
@@ -56,15 +58,16 @@ def load(
     checkpoint = Checkpoint(folder)
     if dtype is None:
         dtype = compute_dtype(checkpoint.dtype(), device) if for_scoring else checkpoint.dtype()
-    try:
-        if is_stock(checkpoint):
-            loaded = Converted(folder).load(dtype)
-        else:
-            loaded = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False)).from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"transformers cannot load '{folder}': {str(error).splitlines()[0]}") from error
+    if is_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE:
+        loaded = Converted(folder).load(dtype)
+    else:
+        config = read_config(folder)
+        check_contents(model_on_meta(config, folder), checkpoint)
+        try:
+            loaded = auto_class(config).from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise InputError(f"transformers cannot load '{folder}': {str(error).splitlines()[0]}") from error
+    check_finite(loaded.named_parameters(), folder)
     choose_experts(loaded, experts)
     return Loaded(loaded.to(device).eval(), load_tokenizer(folder))  # pyrefly: ignore[bad-argument-type]
 

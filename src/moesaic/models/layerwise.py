@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig
 
 from ..checkpoint.reader import Checkpoint
-from ..compat import names_in_model, parameters_on_meta, tied_weights
-from ..errors import InputError
-from .families import auto_class, check_convertible, decoder_layers, layers_prefix, text_tower
+from ..compat import tied_weights
+from .families import check_convertible, decoder_layers, layers_prefix, text_tower
+from .integrity import check_contents, check_finite, model_on_meta, read_config
 
 BATCH_TOKENS = 2_048
 """Tokens that run through a layer at once: enough for products at full speed, few for memory."""
@@ -54,49 +53,27 @@ class LayerwiseModel:
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint = Checkpoint(folder)
         self.dtype, self.device = dtype, device
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            with parameters_on_meta():
-                self.model: Any = auto_class(config).from_config(config, dtype=dtype)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"'{folder}' is no causal language model that transformers knows: {reason}") from error
+        self.model: Any = model_on_meta(read_config(folder), folder, dtype)
         self.model.eval()
         self.layers = list(decoder_layers(self.model))
         check_convertible(self.layers)
         self.stubs = [Stub() for _ in self.layers]
         self.prefix = layers_prefix(self.model)
-        names = self.checkpoint.names()
-        known = any(name.startswith(self.prefix) for name in names)
-        self.on_disk = dict(zip(names, names, strict=True)) if known else names_in_model(self.model, names)
+        self.on_disk = {name: found for name, (found, *_) in check_contents(self.model, self.checkpoint).items()}
         """The checkpoint's names by the model's."""
         text_tower(self.model).layers = nn.ModuleList(self.stubs)
-        self._check_names()
 
     @property
     def config(self) -> Any:
         return self.model.config.get_text_config()
 
-    def _check_names(self) -> None:
-        """Check that every parameter has its tensor on disk, in its shape, before any work."""
-        wanted = {
-            f"{self.prefix}{i}.{n}": p for i, layer in enumerate(self.layers) for n, p in layer.named_parameters()
-        }
-        wanted |= {name: p for name, p in self.model.named_parameters() if name not in tied_weights(self.model)}
-        missing = [name for name in wanted if name not in self.on_disk]
-        shapes = self.checkpoint.shapes()
-        for name, parameter in wanted.items():
-            shape = shapes[self.on_disk[name]] if name in self.on_disk else list(parameter.shape)
-            if shape != list(parameter.shape):
-                raise InputError(
-                    f"'{self.checkpoint.folder}': {name} is {shape}, config.json says {list(parameter.shape)}"
-                )
-        if missing:
-            have = ", ".join(self.checkpoint.names()[:3])
-            raise InputError(
-                f"'{self.checkpoint.folder}' lacks {len(missing)} tensors of {type(self.model).__name__}, "
-                f"e.g. {missing[0]}; it has {have}, ..."
-            )
+    def check_finite(self) -> None:
+        """Check that all weights are numbers, each read once.
+
+        Raises:
+            InputError: one is NaN or infinite.
+        """
+        check_finite(self._tensors(list(self.on_disk)), self.checkpoint.folder)
 
     def embeddings_and_head(self) -> Iterator[tuple[str, Tensor]]:
         """Read embeddings, final norm and head by name, as on disk; tied ones once."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from jinja2 import Environment, StrictUndefined
 
 from ..results import ConversionResult, Json
 
 CARD = """\
 ---
-library_name: moesaic
-tags: [mixture-of-experts, moesaic]
----
+{{ metadata }}---
 # {{ model }} as a Mixture-of-Experts, {{ m.plan }}
 
 Converted from the dense model `{{ model }}` by [moesaic](https://pypi.org/project/moesaic) {{ m.versions.moesaic }},
@@ -78,8 +77,11 @@ tokenizer = AutoTokenizer.from_pretrained("{{ folder }}")
 ```
 {% endif %}
 
-The licence is that of the dense model.
+The licence is that of the dense model{{ " (`" + resolved.license + "`)" if resolved.get("license") else "" }}; its
+files are here too, if it had any.
 """
+METADATA = ("base_model", "license", "license_name", "license_link")
+"""Of the card, what `moesaic.yaml` says of the dense model."""
 COMMANDS = {
     "transformers": "python -c 'from transformers import pipeline; "
     'print(pipeline("text-generation", "FOLDER")("The first"))\'',
@@ -102,9 +104,16 @@ class CardFacts:
 
 def write_card(metrics: ConversionResult, resolved: Json, facts: CardFacts, folder: Path) -> None:
     """Write `README.md` into a finished conversion or export; `resolved` is what `moesaic.yaml` says."""
+    metadata: Json = {
+        "library_name": "transformers" if metrics.engines else "moesaic",
+        "pipeline_tag": "text-generation",
+    }
+    metadata |= {name: resolved[name] for name in METADATA if resolved.get(name)}
+    metadata["tags"] = ["mixture-of-experts", "moesaic"]
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(CARD)
     text = template.render(
         m=metrics, c=resolved["config"], model=resolved["model"], folder=Path(metrics.output).name, gguf=facts.gguf,
         engines=metrics.engines, commands=COMMANDS, flags=facts.flags, architecture=facts.architecture,
+        resolved=resolved, metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +18,14 @@ from transformers import PreTrainedModel
 
 from .. import registry
 from ..calibration.text import bundled, token_windows
-from ..checkpoint.writer import CONFIG_FILE
+from ..checkpoint.claim import claim, clear
+from ..checkpoint.facts import METRICS_FILE, copy_terms, saved_result, saved_settings
+from ..checkpoint.writer import CONFIG_FILE, check_output
 from ..config import ConvertConfig, FinetuneConfig
 from ..errors import InputError, WorkError
 from ..evaluation.cost import at_experts_per_token
-from ..formats.converted import ChosenFormat, choose_format, saved_settings
+from ..files import write_json
+from ..formats.converted import ChosenFormat, choose_format
 from ..formats.export import COPIED, export
 from ..machine import machine, peak_rss_bytes, versions
 from ..moe.modeling import MODEL_TYPE, moe_blocks
@@ -32,7 +36,7 @@ from .data import Samples
 from .load import held_out_loss, summary
 from .parameters import put_back
 from .prepare import Finetuning, prepare
-from .state import LOG, StepRecord, TrainingState
+from .state import LOG, StepRecord, TrainingState, drop_finished, training_folder
 from .trainer import Trainer
 
 CURVE = "training.png"
@@ -71,10 +75,19 @@ def finetune(
         WorkError: no gradient reached what should learn.
     """
     output = Path(output).expanduser()
-    run = prepare(
-        model, output, config or FinetuneConfig(), resume=resume, overwrite=overwrite,
-        cache=Path(teacher_cache).expanduser() if teacher_cache else None,
-    )  # fmt: skip
+    drop_finished(output)
+    check_output(output, overwrite)
+    main = os.environ.get("RANK", "0") == "0"  # of several processes the first one writes
+    with claim(training_folder(output)) if main else nullcontext():
+        run = prepare(
+            model, output, config or FinetuneConfig(), resume=resume, overwrite=overwrite,
+            cache=Path(teacher_cache).expanduser() if teacher_cache else None,
+        )  # fmt: skip
+        return run_training(run, clock, progress)
+
+
+def run_training(run: Finetuning, clock: Callable[[], float], progress: Callable[..., None] | None) -> FinetuneResult:
+    """Train what was prepared, and write the best."""
     student = run.load()
     before = measure(student, run)
     trainer = make_trainer(run, student)
@@ -135,7 +148,7 @@ def settle(run: Finetuning, state: TrainingState, before: Measured) -> Settled:
     if run.teacher:
         run.teacher.forget()
     if state.best_step:
-        trained = best_model(run)
+        trained = best_model(run, state.best_step)
         after = measure(trained, run)
         if after.loss <= before.loss:
             return Settled(trained, after, True)
@@ -164,10 +177,10 @@ def summarise(
     )
 
 
-def best_model(run: Finetuning) -> PreTrainedModel:
-    """Load the model of least held-out loss, adapters merged, in the dtype that it is written in."""
+def best_model(run: Finetuning, step: int) -> PreTrainedModel:
+    """Load the model of least held-out loss, that after a step, adapters merged, in the dtype that it is written in."""
     module = run.method.prepare(run.load())
-    best = run.folder.best()
+    best = run.folder.best(step)
     put_back({name: p for name, p in module.named_parameters() if name in best}, best)
     trained = run.method.finish(module)
     for dtype in (run.source.checkpoint.dtype(), run.dtype):  # rounded as on disk
@@ -216,8 +229,7 @@ def write(run: Finetuning, trained: PreTrainedModel, result: FinetuneResult, sta
     """Write the model, in the format that it came in if that can say it, and what is known of it."""
     folder, made = run.source.checkpoint.folder, run.folder.path / "model"
     shutil.rmtree(made, ignore_errors=True)
-    file = folder / "metrics.json"
-    known = ConversionResult.from_dict(json.loads(file.read_text()), str(file))
+    known = saved_result(folder)
     found = perplexity(run, trained, known.perplexity_protocol)
     parts.same_dtype(trained, run.source.checkpoint.dtype())
     trained.save_pretrained(made)
@@ -225,6 +237,7 @@ def write(run: Finetuning, trained: PreTrainedModel, result: FinetuneResult, sta
     for name in COPIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, made / name)
+    copy_terms(folder, made)
     resolved = saved_settings(folder) | {"finetune": run.config.model_dump(mode="json")}
     (made / CONFIG_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False))
     chosen = written_format(run, trained)
@@ -239,11 +252,11 @@ def write(run: Finetuning, trained: PreTrainedModel, result: FinetuneResult, sta
         active(run, trained, known, result), finetune=result, perplexity=found,
         collapsed=not found / known.perplexity_dense <= ConvertConfig().collapse_ratio,
     )  # fmt: skip
-    (made / "metrics.json").write_text(json.dumps(metrics.to_dict(), indent=2) + "\n")
-    export(made, run.output, chosen.format, overwrite=True)
+    write_json(made / METRICS_FILE, metrics.to_dict())
+    export(made, run.output, chosen.format, resume=False, overwrite=True)
     if (run.folder.path / PROJECT).is_dir():
         shutil.copytree(run.folder.path / PROJECT, run.output / "tensorboard", dirs_exist_ok=True)
-    shutil.rmtree(run.folder.path)
+    clear(run.folder.path)
     return result
 
 

@@ -19,19 +19,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import registry
 from ..calibration.text import read_documents
+from ..checkpoint.facts import check_conversion_files
 from ..checkpoint.sources import resolve
-from ..checkpoint.writer import check_conversion_files, check_output
+from ..checkpoint.writer import check_output
 from ..config import FinetuneConfig
 from ..conversion.plans import empty
 from ..errors import InputError
 from ..formats.converted import Converted, dense_origin
 from ..formats.loading import load_tokenizer
+from ..machine import versions
 from ..models.devices import choose_device, compute_dtype
 from .data import Samples, make_samples
 from .load import MICRO_TOKENS
 from .methods import Method
 from .parameters import trainable
-from .state import RunFolder, training_folder
+from .state import RunFolder, begun_dtype, training_folder
 from .teacher import Teacher
 
 PATIENCE = timedelta(hours=4)
@@ -86,7 +88,7 @@ def prepare(
     held = held.take(torch.arange(even))
     taught = config.objective != "lm" or config.match > 0 or method.needs_dense
     name = (config.teacher or dense_origin(str(source.checkpoint.folder), "--teacher")) if taught else None
-    dtype = training_dtype(source.checkpoint.dtype(), accelerator.device)
+    dtype = training_dtype(source.checkpoint.dtype(), accelerator.device, begun_dtype(output) if resume else None)
     teacher = Teacher(name, source.config, tokenizer, config.top_k, accelerator.device, dtype) if name else None
     if teacher and (config.match > 0 or method.needs_dense):
         teacher.check_layers(source.config)
@@ -96,6 +98,9 @@ def prepare(
         "teacher": teacher.checkpoint.fingerprint() if teacher else "none",
         "text": f"{train.fingerprint()} {held.fingerprint()}",
         "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
+        "device": accelerator.device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": " ".join(f"{name} {version}" for name, version in versions().items()),
     }
     folder = RunFolder(output, fingerprint, resume, accelerator.is_main_process)
     accelerator.wait_for_everyone()
@@ -142,12 +147,12 @@ def make_accelerator(device: torch.device, folder: Path) -> Accelerator:
     )
 
 
-def training_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
+def training_dtype(own: torch.dtype, device: torch.device, begun: torch.dtype | None = None) -> torch.dtype:
     """Choose the dtype to train in: bfloat16 for weights of it where it is the fastest in all processes, else float32.
 
-    Of float16 the gradients may overflow.
+    Of float16 the gradients may overflow. What was begun in one dtype goes on in it.
     """
-    found = [compute_dtype(own, device) if own == torch.bfloat16 else torch.float32]
+    found = [begun or (compute_dtype(own, device) if own == torch.bfloat16 else torch.float32)]
     return broadcast_object_list(found)[0]
 
 

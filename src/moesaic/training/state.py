@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import shutil
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,16 +16,36 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..checkpoint.writer import write_whole
+from ..checkpoint.claim import clear, is_ours, real_path
+from ..checkpoint.writer import beside, sha256
 from ..errors import InputError
+from ..files import read_json, to_json, write_json, write_whole
 from ..results import ExpertLoad, Json, Result
 
-FINGERPRINT, STATE, BEST, LOG = "fingerprint.json", "state.pt", "best.safetensors", "metrics.jsonl"
+FINGERPRINT, STATE, LOG = "fingerprint.json", "state.pt", "metrics.jsonl"
+log = logging.getLogger("moesaic")
 
 
 def training_folder(output: Path) -> Path:
     """Name the folder of an unfinished training of OUT, `OUT.training`."""
-    return output.absolute().with_name(output.absolute().name + ".training")
+    return beside(output, ".training")
+
+
+def begun_dtype(output: Path) -> torch.dtype | None:
+    """Read the dtype of an unfinished training; another day's timing might choose another one."""
+    try:
+        found = getattr(torch, str(read_json(training_folder(output) / FINGERPRINT).get("dtype")), None)
+    except InputError:
+        return None
+    return found if isinstance(found, torch.dtype) else None
+
+
+def drop_finished(output: Path) -> None:
+    """Remove the training folder of a training that was written, which a kill at the very end left behind."""
+    folder, written = training_folder(output), real_path(output) / LOG
+    same = written.is_file() and (folder / LOG).is_file() and written.read_bytes() == (folder / LOG).read_bytes()
+    if same and is_ours(folder):
+        shutil.rmtree(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +99,14 @@ class SavedTraining:
     state: TrainingState
     tensors: dict[str, Tensor]
     optimizer: Json
+    best_sha256: str
+    """Of the file of the best weights, if there are any."""
 
 
 class RunFolder:
     """What an unfinished training needs to go on; each file is replaced at once, the state last.
+
+    What was damaged since is found when it is opened again: the training starts anew then, and says so.
 
     Raises:
         InputError: it holds an unfinished training of something else.
@@ -89,17 +114,15 @@ class RunFolder:
 
     def __init__(self, output: Path, fingerprint: dict[str, str], resume: bool, main: bool = True) -> None:
         self.path = training_folder(output)
+        self.best_sha256 = ""
         if not main:
             return
-        mark = self.path / FINGERPRINT
-        if self.path.exists() and not mark.is_file() and any(self.path.iterdir()):
-            raise InputError(f"'{self.path}' is in the way and was not made by moesaic; move it or choose another OUT")
-        if self.path.exists() and not resume:
-            shutil.rmtree(self.path)
-        if not mark.is_file():
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(mark, lambda path: path.write_text(json.dumps(fingerprint)))
-        known = json.loads(mark.read_text())
+        self.path.mkdir(parents=True, exist_ok=True)
+        known = self._fingerprint() if resume else None
+        if known is None or self._damaged():
+            clear(self.path)
+            write_json(self.path / FINGERPRINT, fingerprint)
+            return
         changed = [key for key in fingerprint if known.get(key) != fingerprint[key]]
         if changed:
             raise InputError(
@@ -107,19 +130,52 @@ class RunFolder:
                 "finish it, or pass --no-resume to start anew"
             )
 
-    def keep_best(self, named: Mapping[str, Tensor]) -> None:
+    def _fingerprint(self) -> Json | None:
+        if not (self.path / FINGERPRINT).is_file():
+            return None
+        try:
+            return read_json(self.path / FINGERPRINT)
+        except InputError as error:
+            log.warning("%s. The training starts anew", error)
+            return None
+
+    def _damaged(self) -> bool:
+        """Tell whether the state, or the best weights that it speaks of, are not what was written; and say so."""
+        path = self.path / STATE
+        if not path.is_file():
+            return False
+        try:
+            with zipfile.ZipFile(path) as archive:  # what torch.save makes; it has a checksum of each member
+                bad = archive.testzip()
+            found = None if bad else self.load()
+        except Exception:  # zipfile, torch and pydantic have types of their own for every kind of damage
+            found = None
+        if found and (not found.state.best_step or sha256(self.best_path(found.state.best_step)) == found.best_sha256):
+            return False
+        log.warning("%s or what belongs to it is damaged, so the training starts anew", path)
+        return True
+
+    def best_path(self, step: int) -> Path:
+        """Name the file of the best weights, those after a step."""
+        return self.path / f"best-{step:08d}.safetensors"
+
+    def keep_best(self, step: int, named: Mapping[str, Tensor]) -> None:
         """Store the weights of the least held-out loss."""
         tensors = {name: tensor.contiguous() for name, tensor in named.items()}
-        write_whole(self.path / BEST, lambda path: save_file(tensors, path))
+        write_whole(self.best_path(step), lambda path: save_file(tensors, path))
+        self.best_sha256 = sha256(self.best_path(step))
 
-    def best(self) -> dict[str, Tensor]:
+    def best(self, step: int) -> dict[str, Tensor]:
         """Read the weights that `keep_best` stored."""
-        return load_file(self.path / BEST)
+        return load_file(self.best_path(step))
 
     def save(self, state: TrainingState, named: dict[str, Tensor], optimizer: Json) -> None:
-        """Store where the training is."""
-        content = {"state": asdict(state), "tensors": named, "optimizer": optimizer}
+        """Store where the training is; earlier best weights go when nothing speaks of them any more."""
+        content = {"state": asdict(state), "tensors": named, "optimizer": optimizer, "best_sha256": self.best_sha256}
         write_whole(self.path / STATE, lambda path: torch.save(content, path))
+        for path in self.path.glob("best-*"):
+            if path != self.best_path(state.best_step):
+                path.unlink()
 
     def load(self) -> SavedTraining | None:
         """Read what `save` stored; None before the first time."""
@@ -128,13 +184,16 @@ class RunFolder:
             return None
         found = torch.load(path, map_location="cpu", weights_only=True)
         state = TypeAdapter(TrainingState).validate_python(found["state"])
-        return SavedTraining(state=state, tensors=found["tensors"], optimizer=found["optimizer"])
+        self.best_sha256 = found["best_sha256"]
+        return SavedTraining(
+            state=state, tensors=found["tensors"], optimizer=found["optimizer"], best_sha256=self.best_sha256
+        )
 
     def start_log(self, rows: list[StepRecord]) -> None:
         """Write `metrics.jsonl` with the steps that are done."""
-        (self.path / LOG).write_text("".join(json.dumps(row.to_dict()) + "\n" for row in rows))
+        (self.path / LOG).write_text("".join(to_json(row.to_dict()) + "\n" for row in rows))
 
     def log(self, row: StepRecord) -> None:
         """Append a step to `metrics.jsonl`."""
         with (self.path / LOG).open("a") as file:
-            file.write(json.dumps(row.to_dict()) + "\n")
+            file.write(to_json(row.to_dict()) + "\n")

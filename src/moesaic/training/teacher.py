@@ -86,13 +86,25 @@ class Teacher:
     def top(self, number: int, tokens_L: Tensor) -> tuple[Tensor, Tensor]:
         """Find sequence `number`'s `top_k` largest log-probabilities, float32 nats, and their tokens, [L, K] each."""
         path = self.folder / f"{number:06d}.safetensors"
-        if not path.is_file():
+        found = self._kept(path, len(tokens_L))
+        if found is None:
             log_probs_LK, tokens_LK = top_log_probs(self.model, tokens_L.to(self.device), self.top_k)
             writing = path.with_name(f"{path.name}.{os.getpid()}")  # processes share the folder
-            save_file({"log_probs": log_probs_LK.half().cpu(), "tokens": tokens_LK.int().cpu()}, writing)
+            found = {"log_probs": log_probs_LK.half().cpu(), "tokens": tokens_LK.int().cpu()}
+            save_file(found, writing)
             writing.replace(path)
-        found = {name: tensor.to(self.device) for name, tensor in load_file(path).items()}
-        return found["log_probs"].float(), found["tokens"].long()
+        return found["log_probs"].to(self.device).float(), found["tokens"].to(self.device).long()
+
+    def _kept(self, path: Path, length: int) -> dict[str, Tensor] | None:
+        """Read what is kept of a sequence; None where nothing is, or something damaged, which is made again."""
+        if not path.is_file():
+            return None
+        try:
+            found = load_file(path)
+            shapes = [tuple(found[name].shape) for name in ("log_probs", "tokens")]
+        except Exception:  # safetensors raises its own type for every kind of damage
+            return None
+        return found if shapes == [(length, self.top_k)] * 2 else None
 
     @torch.no_grad()
     def hidden(self, tokens_NL: Tensor) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ Shapes: N sequences, B of them in a step, L tokens in one, T = N L tokens, V voc
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -31,6 +32,7 @@ from .parameters import check_gradients, gather, part, put_back, shard, trainabl
 from .prepare import Finetuning
 from .state import SavedTraining, StepRecord, TrainingState
 
+log = logging.getLogger("moesaic")
 CLIP = 1.0
 BETAS = (0.9, 0.95)
 FLOOR = 0.1
@@ -79,6 +81,9 @@ class Trainer:
         start, latest = clock() - state.seconds, state.held_out
         while (progress := self.progress(state)) < 1 and state.stale < self.config.patience:
             row = self.step(state, progress)
+            if not math.isfinite(row.loss + row.layer_loss + row.gradient_norm):
+                log.warning("step %d: the loss or its gradient is not finite, so training stops", state.step + 1)
+                break
             state.step += 1
             before, state.seconds = state.seconds, self.agreed(clock() - start)
             row = replace(row, step=state.step, seconds=state.seconds, step_seconds=state.seconds - before)
@@ -86,14 +91,16 @@ class Trainer:
             if self.progress(state) >= (state.evaluated + 1) / self.config.evaluations:
                 state.evaluated = int(self.progress(state) * self.config.evaluations)
                 latest, load = self.evaluate(self.held)
+                if not math.isfinite(latest):
+                    log.warning("step %d: the held-out loss is not finite, so training stops", state.step)
+                    state.history.pop()
+                    break
                 row = state.history[-1] = replace(row, held_out=latest, load=load)
                 state.seconds = self.agreed(clock() - start)
                 self.remember(state, latest)
             if self.accelerator.is_main_process:
                 self.folder.log(row)
             report(row, min(1.0, self.progress(state)), latest)
-            if not math.isfinite(row.loss + row.layer_loss):
-                break
         return state
 
     def agreed(self, seconds: float) -> float:
@@ -117,7 +124,7 @@ class Trainer:
         kept, optimizer = gather(self.kept), get_optimizer_state_dict(self.module, self.inner, options=WHOLE)
         if self.accelerator.is_main_process:
             if best:
-                self.folder.keep_best(kept)
+                self.folder.keep_best(state.step, kept)
             self.folder.save(state, kept, optimizer)
         self.accelerator.wait_for_everyone()
 

@@ -36,6 +36,7 @@ class Glm4Moe(Format):
         return decoder.reason_against(
             self, config,
             (not config.n_shared_experts, "it needs a shared expert; convert with a plan like S1A1E4"),
+            (config.num_experts < 2, "it needs two routed experts, the model has one; convert with a plan like S1A1E4"),
         )  # fmt: skip
 
     def config_json(self, config: MoesaicModelConfig) -> Json:

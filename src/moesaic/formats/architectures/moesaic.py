@@ -17,6 +17,9 @@ class MoesaicFormat(Format):
     def reason_against(self, config: MoesaicModelConfig) -> str:
         return ""
 
+    def width_reason(self, config: MoesaicModelConfig) -> str:
+        return ""
+
     def config_json(self, config: MoesaicModelConfig) -> Json:
         return config.to_dict() | {"model_type": MODEL_TYPE}
 

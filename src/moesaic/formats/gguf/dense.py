@@ -6,12 +6,13 @@ from pathlib import Path
 
 import gguf
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ...checkpoint.reader import Checkpoint
 from ...errors import InputError
 from ...models.families import ATTENTION, HEAD, LAYERS
+from ...models.integrity import read_config
 from ..loading import load_tokenizer
 from .config import write_rope
 from .vocabulary import write_vocabulary
@@ -29,7 +30,7 @@ def write_dense_gguf(folder: Path, path: Path, outtype: str) -> None:
     Raises:
         InputError: a family that this writer does not know.
     """
-    config, checkpoint = AutoConfig.from_pretrained(folder, trust_remote_code=False), Checkpoint(folder)
+    config, checkpoint = read_config(folder), Checkpoint(folder)
     if config.model_type not in ARCHITECTURES:
         families = ", ".join(ARCHITECTURES)
         raise InputError(f"the dense model is {config.model_type}; only {families} are written as dense GGUF")

@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ... import registry
-from ...checkpoint.writer import check_space
-from ...errors import InputError, WorkError
+from ...checkpoint.claim import claim, clear, real_path
+from ...checkpoint.writer import check_space, partial_folder
+from ...errors import InputError, StorageError, WorkError
 from ...models.families import ATTENTION, EMBEDDINGS, FINAL_NORM, HEAD
 from ...results import ExportResult
 from ..architectures._decoder import head_dim
@@ -67,23 +68,39 @@ def write_gguf(
         raise InputError(f"unknown outtype '{outtype}'.{registry.nearest(outtype, known)} One of: {', '.join(known)}")
     format = gguf_format(source.config, source.has_bias())
     quantiser = check_k_quant(source, format, outtype) if outtype in K_QUANTS else None
-    if output.exists() and not (overwrite and output.is_file()):
-        raise InputError(f"'{output}' exists; choose another file or pass --overwrite")
+    check_file(output, overwrite)
     check_space(output, source.checkpoint.size() * (2 if quantiser else 1))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
     report = progress or (lambda done, all, note: None)
-    try:
-        fallbacks = _write(source, format, partial, "f16" if quantiser else outtype, report)
-        if quantiser:
-            fallbacks = _quantise(quantiser, partial, outtype)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with claim(partial_folder(output)):
+        clear(partial_folder(output))
+        partial = partial_folder(output) / output.name
+        try:
+            fallbacks = _write(source, format, partial, "f16" if quantiser else outtype, report)
+            if quantiser:
+                fallbacks = _quantise(quantiser, partial, outtype)
+            check_file(output, overwrite)
+            partial.replace(real_path(output))
+        except OSError as error:
+            raise StorageError(f"cannot write '{partial}' ({error}); make room and run the command again") from error
+        finally:
+            clear(partial_folder(output))
     return ExportResult(
         output=str(output), target="gguf", outtype=outtype, bytes=output.stat().st_size, fallbacks=fallbacks,
         architecture=format.gguf_architecture, max_abs_logit_error=None,
     )  # fmt: skip
+
+
+def check_file(output: Path, overwrite: bool) -> None:
+    """Check that a GGUF may be written there.
+
+    Raises:
+        InputError: something has that name that may not be replaced, or is no GGUF.
+    """
+    place = real_path(output)
+    if place.exists() and not (overwrite and place.is_file()):
+        raise InputError(f"'{output}' exists; choose another file or pass --overwrite")
+    if place.exists() and place.stat().st_size and not place.open("rb").read(4) == b"GGUF":
+        raise InputError(f"'{output}' is no GGUF and is not replaced; choose another file")
 
 
 def check_k_quant(source: Converted, format: Format, outtype: str) -> str:
@@ -167,8 +184,10 @@ def _write(source: Converted, format: Format, path: Path, outtype: str, report: 
             put(f"blk.{index}.{name}", tensor)
     writer.close()
     report(count, count, "reading back")
-    found = {tensor.name: checksum(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
-    if found != sums:
+    reader = gguf.GGUFReader(path)
+    tokens, rows = reader.get_field("tokenizer.ggml.tokens"), shapes[OUTER[EMBEDDINGS]][0]
+    found = {tensor.name: checksum(tensor.data) for tensor in reader.tensors}
+    if found != sums or tokens is None or len(tokens.data) != rows:
         raise WorkError(f"'{path}' is not what was written to it; is the disk sound?")
     wish = OUTTYPES[outtype]
     return sum(kind != wish and len(shapes[n]) > 1 and kind != Kind.F32 for n, kind in kinds.items())

@@ -1,0 +1,156 @@
+"""What a checkpoint must be before anything is done with it: readable, whole, of finite numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from ..checkpoint.reader import Checkpoint, some
+from ..compat import names_in_model, needed_and_unread, parameters_on_meta, tied_weights
+from ..errors import InputError
+from .families import auto_class
+
+SIZES = {"num_hidden_layers": 1, "hidden_size": 1, "vocab_size": 1, "max_position_embeddings": 2}
+"""Fields of a configuration that everything here counts with, and the least that they can be."""
+
+
+def read_config(folder: Path) -> Any:
+    """Read a model's transformers configuration.
+
+    Raises:
+        InputError: transformers does not know it, or it holds impossible values.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many unrelated types for what a configuration may hold
+        raise _unknown(folder, error) from error
+    text = config.get_text_config()
+    for name, least in SIZES.items():
+        value = getattr(text, name, least)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"'{folder / 'config.json'}': {name} is {value!r}, expected a number from {least} up")
+    return config
+
+
+def model_on_meta(config: Any, folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Make a model of a configuration, whose parameters take no memory.
+
+    Raises:
+        InputError: the configuration holds impossible values.
+    """
+    try:
+        with parameters_on_meta():
+            return auto_class(config).from_config(config, **({} if dtype is None else {"dtype": dtype}))
+    except InputError:
+        raise
+    except Exception as error:
+        raise _unknown(folder, error) from error
+
+
+def _unknown(folder: Path, error: Exception) -> InputError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "trust_remote_code" in str(error):
+        reason = "it needs code of its own, which is never run"
+    return InputError(f"'{folder}' is no causal language model that transformers knows: {reason}")
+
+
+def check_contents(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Check that a checkpoint holds what a model of its configuration has, in its shape, and nothing else.
+
+    What transformers leaves out on purpose, such as rotary frequencies of old checkpoints, may be there.
+
+    Returns:
+        The checkpoint's names by the model's; several where transformers joins them, as experts.
+
+    Raises:
+        InputError: tensors are missing, of another shape, or would not be read; or a head of its own though the
+            configuration ties it to the embeddings.
+    """
+    wanted, found = model.state_dict(), names_in_model(model, checkpoint.headers)
+    missing, unread = needed_and_unread(
+        model, wanted.keys() - found.keys() - tied_weights(model).keys(), found.keys() - wanted.keys()
+    )
+    sources = [name for key in unread for name in found[key]]
+    shapes = {name: list(tensor.shape) for name, tensor in wanted.items()}
+    _refuse(checkpoint, shapes, found, missing, sources, type(model).__name__)
+    check_tied(model, checkpoint, found)
+    return {name: names for name, names in found.items() if name in wanted}
+
+
+def check_tensors(checkpoint: Checkpoint, wanted: Mapping[str, list[int]], what: str) -> None:
+    """Check that a checkpoint holds tensors of those names and shapes, and no others.
+
+    Raises:
+        InputError: it does not.
+    """
+    missing, unread = sorted(wanted.keys() - checkpoint.headers.keys()), sorted(checkpoint.headers.keys() - wanted)
+    _refuse(checkpoint, wanted, {name: [name] for name in checkpoint.headers}, missing, unread, what)
+
+
+def _refuse(
+    checkpoint: Checkpoint, wanted: Mapping[str, list[int]], found: Mapping[str, list[str]],
+    missing: list[str], unread: list[str], what: str,
+) -> None:  # fmt: skip
+    """Raise InputError for what is missing, unread or of another shape, if anything is."""
+    folder, shapes = checkpoint.folder, checkpoint.shapes()
+    if missing:
+        raise InputError(
+            f"'{folder}' lacks {some(missing)} of {what}; it has {', '.join(list(shapes)[:3])}, ... Download it again"
+        )
+    if unread:
+        raise InputError(
+            f"'{folder}' holds {some(unread)}, which {what} does not read (as in a quantised, adapted or other model); "
+            "give a checkpoint that config.json describes"
+        )
+    for name, shape in wanted.items():
+        there = [shapes[source] for source in found.get(name, ())]
+        if not _fits(shape, there):
+            others = f" and {len(there) - 1} others" if len(there) > 1 else ""
+            raise InputError(
+                f"'{folder}': {name} is {there[0]}{others}, config.json says {shape}; repair config.json, or download "
+                "the model again"
+            )
+
+
+def _fits(shape: list[int], there: list[list[int]]) -> bool:
+    """Tell whether a checkpoint's tensors, if any, make up a model's."""
+    if len(there) == 1 and there[0] != shape:
+        return False
+    return not there or sum(map(math.prod, there)) == math.prod(shape)
+
+
+def check_tied(model: PreTrainedModel, checkpoint: Checkpoint, found: dict[str, list[str]]) -> None:
+    """Check that what the configuration ties is not there twice and different.
+
+    Raises:
+        InputError: it is.
+    """
+    for name, source in tied_weights(model).items():
+        twice = [*found.get(name, ()), *found.get(source, ())]
+        if len(twice) == 2 and not torch.equal(*map(checkpoint.read, twice)):
+            raise InputError(
+                f"'{checkpoint.folder}': config.json says tie_word_embeddings, but {twice[0]} is not {twice[1]}; write "
+                '"tie_word_embeddings": false there to use it, or delete it from the weights'
+            )
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], where: object) -> None:
+    """Check that weights are numbers.
+
+    Raises:
+        InputError: one is NaN or infinite; the message names its tensor.
+    """
+    for name, tensor in tensors:
+        # the least and the greatest are NaN if any value is, and found at the speed of memory
+        if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+            count = int((~tensor.isfinite()).sum())
+            raise InputError(
+                f"'{where}': {name} holds {count} of {tensor.numel():,} values that are NaN or infinite; download the "
+                "model again, or repair it"
+            )
