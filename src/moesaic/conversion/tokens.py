@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import registry
 from ..calibration.sinks import opening_tokens
-from ..calibration.text import bundled, labelled_windows, read_documents, text_hash, token_windows
+from ..calibration.text import bundled, read_documents, text_hash
+from ..calibration.windows import labelled_windows, token_windows
 from ..config import ConvertConfig
 from ..errors import InputError
 from ..formats.loading import load_tokenizer

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration.text import bos, bundled, read_text, text_hash, token_windows
+from ..calibration.text import bundled, read_text, text_hash
+from ..calibration.windows import bos, token_windows
 from ..errors import InputError
 
 PROTOCOLS = ("gptq", "llama.cpp", "lm-eval")

@@ -16,7 +16,8 @@ import yaml
 from transformers import PreTrainedModel
 
 from .. import registry
-from ..calibration.text import bundled, token_windows
+from ..calibration.text import bundled
+from ..calibration.windows import token_windows
 from ..checkpoint.writer import CONFIG_FILE
 from ..config import ConvertConfig, FinetuneConfig
 from ..errors import InputError, WorkError
