@@ -4,7 +4,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from moesaic import InputError
-from moesaic.calibration.text import Document, bundled, read_documents, text_hash
+from moesaic.calibration.documents import Document
+from moesaic.calibration.text import bundled, read_documents, text_hash
 from moesaic.calibration.windows import bos, token_windows
 from moesaic.checkpoint.builtin import tiny_folder
 

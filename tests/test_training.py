@@ -13,7 +13,8 @@ from torch.nn.functional import kl_div, log_softmax
 import moesaic
 from conftest import QUICK
 from moesaic import FinetuneConfig, InputError, WorkError, registry
-from moesaic.calibration.text import Document, bundled, read_documents
+from moesaic.calibration.documents import Document
+from moesaic.calibration.text import bundled, read_documents
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.formats.converted import Converted
 from moesaic.formats.loading import load_tokenizer

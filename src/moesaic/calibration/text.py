@@ -5,28 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from itertools import islice
+from os.path import exists, isdir, isfile  # of a name that no file can have they say no
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError
+from .documents import Document, document
+from .files import local, plain_name
+from .rows import Row, read_rows
 
-TEXT_KEYS = ("text", "content")
-PAIR_KEYS = ("prompt", "response")
 DATASET_ROWS = 2_000
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and the domain it belongs to."""
-
-    text: str
-    domain: str
-    prompt_characters: int = 0
-    """How many of them a prompt has, which training gives and does not ask for."""
 
 
 def bundled(name: str) -> list[Document]:
@@ -46,45 +37,37 @@ def read_documents(sources: Sequence[str]) -> list[Document]:
     read = [_read(source) for source in sources]
     stems = Counter(documents[0].domain for documents in read)
     return [
-        replace(document, domain=source) if stems[document.domain] > 1 else document
+        replace(one, domain=source) if stems[one.domain] > 1 else one
         for source, documents in zip(sources, read, strict=True)
-        for document in documents
+        for one in documents
     ]
 
 
 def _read(source: str) -> list[Document]:
     """Read a source's documents, of the domain that its name says."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        plain = path.suffix not in (".jsonl", ".json")
-        found = [Document(read_text(path), path.stem)] if plain else list(_jsonl(path))
-    elif path.suffix or path.exists():
+    path = local(source)
+    if isfile(path):
+        found = read_file(path)
+    elif isdir(path):
+        raise InputError(f"no text file '{source}': it is a folder; give the files in it, each by its name")
+    elif path.suffix or exists(path):
         raise InputError(f"no text file '{source}'")
     else:
         found = _dataset(source, path.stem)
-    found = [document for document in found if document.text.strip()]
+    found = [one for one in found if one.text and not one.text.isspace()]
     if not found:
         raise InputError(f"'{source}' holds no text")
     return found
 
 
-def _jsonl(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield _document(json.loads(line), path.stem)
-        except (json.JSONDecodeError, StopIteration, AttributeError):
-            raise InputError(
-                f"{path}:{number} is not a JSON object with a 'text' field, or with 'prompt' and 'response'"
-            ) from None
+def read_file(path: Path) -> list[Document]:
+    """Read a file's documents, also those without text: one of a plain text, one of each row of others.
 
-
-def _document(row: dict[str, Any], domain: str) -> Document:
-    """Make a document of a row with one of `TEXT_KEYS`, or with both of `PAIR_KEYS`; else StopIteration."""
-    if all(isinstance(row.get(key), str) for key in PAIR_KEYS):
-        return Document(row["prompt"] + row["response"], domain, len(row["prompt"]))
-    return Document(next(row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)), domain)
+    Raises:
+        InputError: it is neither, or a row stands for no document.
+    """
+    read, domain = read_rows(path), plain_name(path).stem
+    return [Document(read, domain)] if isinstance(read, str) else [document(r.value, domain, r.where) for r in read]
 
 
 def _dataset(name: str, domain: str) -> list[Document]:
@@ -95,39 +78,25 @@ def _dataset(name: str, domain: str) -> list[Document]:
             f"no text file '{name}'; to read it as a dataset from the hub, install moesaic[datasets]"
         ) from None
     try:
-        rows: Any = load_dataset(name, split="train", streaming=True)
-        return [_document(row, domain) for row in islice(rows, DATASET_ROWS)]
-    except StopIteration:
-        raise InputError(
-            f"dataset '{name}' has no column {' or '.join(TEXT_KEYS)}, nor both of {' and '.join(PAIR_KEYS)}"
-        ) from None
+        rows: Iterable[object] = load_dataset(name, split="train", streaming=True)
+        found = [Row(f"dataset '{name}', row {i}", row) for i, row in enumerate(islice(rows, DATASET_ROWS), 1)]
     except Exception as error:  # datasets raises many unrelated types for what cannot be had
         raise InputError(f"'{name}' is no text file, and no dataset could be had by that name: {error}") from error
-
-
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file's text.
-
-    Raises:
-        InputError: it is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"'{path}' is not UTF-8 text ({error}); convert it") from error
+    return [document(row.value, domain, row.where) for row in found]
 
 
 def text_hash(documents: Sequence[Document]) -> str:
-    """Hash all texts in order: SHA-256."""
+    """Hash all texts and chats in order: SHA-256."""
     digest = hashlib.sha256()
-    for document in documents:
-        digest.update(document.text.encode() + b"\0")
+    for one in documents:
+        text = json.dumps(one.messages) if one.messages else one.text
+        digest.update(text.encode() + b"\0")
     return digest.hexdigest()
 
 
 def by_domain(documents: Sequence[Document]) -> list[list[Document]]:
     """Group documents by domain, domains in the order in which they first appear."""
     domains: dict[str, list[Document]] = {}
-    for document in documents:
-        domains.setdefault(document.domain, []).append(document)
+    for one in documents:
+        domains.setdefault(one.domain, []).append(one)
     return list(domains.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .text import Document, by_domain
+from .chat import pieces
+from .documents import BLANK, Document
+from .text import by_domain
 
 SPARE = 8
 CHARACTERS_PER_TOKEN = 6
+LONG, SHORT = 100_000, 4_096
+"""Characters: of a text that is tokenised in one piece at most, of a part of a longer one at least."""
 Window = tuple[list[int], list[bool]]
 """Tokens, and whether each counts in a loss."""
 
@@ -86,29 +90,50 @@ def shares(available: list[int], wanted: int) -> list[int]:
 def packed_windows(
     documents: Sequence[Document], tokenizer: Any, start: list[int], body: int, wanted: int
 ) -> list[Window]:
-    """Cut documents, one after the other, into windows of `start` + `body` tokens.
+    """Cut documents, one after the other, into windows of `start` + `body` tokens; `pieces` says what counts in a loss.
 
-    A response ends with the end-of-text token, which counts too; other documents end with a blank line. Of much text
-    only evenly spaced documents are tokenised, one for each window at least and several times what is wanted.
+    Of much text only evenly spaced documents are tokenised, one for each window at least and several times what is
+    wanted; a document of more than `LONG` characters is as many as it has parts.
     """
     enough = SPARE * wanted * body * CHARACTERS_PER_TOKEN
+    size = min(LONG - len(BLANK), max(SHORT, enough // wanted))
+    documents = [part for document in documents for part in parts(document, size)]
     step = max(1, min(sum(len(document.text) for document in documents) // enough, len(documents) // wanted))
     while step > 1 and sum(len(document.text) for document in documents[::step]) < enough:
         step //= 2  # those that are met are the short ones
     ids: list[int] = []
     counts: list[bool] = []
     end_of_text = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-    def add(text: str, scored: bool, end: Sequence[int] = ()) -> None:
-        found = [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
-        ids.extend(found)
-        counts.extend([scored] * len(found))
-
+    opening = tokenizer.bos_token if start else ""
     for document in documents[::step]:
-        if prompt := document.prompt_characters:
-            add(document.text[:prompt], False)
-            add(document.text[prompt:], True, end_of_text)
-        else:
-            add(document.text + "\n\n", True)
+        for piece in pieces(document, tokenizer, opening):
+            found = [*encode(piece.text, tokenizer), *(end_of_text if piece.ends else ())]
+            ids.extend(found)
+            counts.extend([piece.scored] * len(found))
     cut = range(0, len(ids) // body * body, body)
     return [(start + ids[i : i + body], [False] * len(start) + counts[i : i + body]) for i in cut]
+
+
+def parts(document: Document, size: int) -> list[Document]:
+    """Cut a long text into documents of about `size` characters; chats, and prompts with responses, stay whole."""
+    if document.messages or document.prompt_characters or len(document.text) <= LONG - len(BLANK):
+        return [document]
+    return [Document(text, document.domain) for text in cut_text(document.text, size)]
+
+
+def encode(text: str, tokenizer: Any) -> list[int]:
+    """List a text's tokens; one of more than `LONG` characters is cut, as a tokenizer takes kilobytes a character."""
+    cut = cut_text(text, LONG)
+    return [i for part in cut for i in tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def cut_text(text: str, size: int) -> Iterator[str]:
+    """Cut a text into parts of `size` characters or, before a line's end or at least a blank, half as many."""
+    start = 0
+    while len(text) - start > size:
+        end = start + size
+        found = (text.rfind(space, end - size // 2, end) for space in "\n ")
+        end = next((at for at in found if at > 0), end)
+        yield text[start:end]
+        start = end
+    yield text[start:]
