@@ -197,7 +197,7 @@ GOOD = '{"text": "good"}\n'
         (
             "a.jsonl",
             '{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}',
-            "turn 1, holds image_url; only text is read",
+            "turn 1, holds 'image_url'; only text is read",
         ),
         (
             "a.jsonl",
@@ -229,7 +229,7 @@ VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("\ud800"),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from([*sorted(KEYS), "role", "from", "value", "type", "x"]), inner, max_size=3)
+        | st.dictionaries(st.sampled_from([*sorted(KEYS), "role", "from", "value", "type", "x\n"]), inner, max_size=3)
     ),
     max_leaves=8,
 )
@@ -344,7 +344,7 @@ def test_without_a_template_blank_lines_join_the_turns(tokenizer):
 
 def test_a_chat_that_the_template_refuses_is_named(tokenizer):
     refusing = with_template(tokenizer, "{{ raise_exception('turns must alternate') }}")
-    with pytest.raises(InputError, match=r"chat of 'x' that begins with 'Why\?  Because.' .turns must alternate"):
+    with pytest.raises(InputError, match=r"chat of 'x' .turns must alternate.; leave out the one .* 'Why\?\\n"):
         token_windows([chat(TURNS, "x")], refusing, None, 16)
 
 

@@ -62,10 +62,9 @@ def templated(document: Document, tokenizer: Any, opening: str) -> list[Piece]:
         whole = rendered(messages, tokenizer, opening)
     except (TemplateError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        begins = document.text[:40].replace("\n", " ")
         raise InputError(
-            f"the model's chat template refuses a chat of '{document.domain}' that begins with '{begins}' ({reason}); "
-            "leave it out"
+            f"the model's chat template refuses a chat of '{document.domain}' ({reason}); leave out the one that begins "
+            f"with {document.text[:40]!r}"
         ) from error
     found, done = [], 0
     for number, message in enumerate(messages):

@@ -83,8 +83,8 @@ def document(row: object, domain: str, where: str) -> Document:
     for key in TEXT_KEYS:
         if isinstance(row.get(key), str):
             return Document(clean(row[key]), domain)
-    found = ", ".join(f"'{key}' ({kind(value)})" for key, value in row.items())
-    raise InputError(f"{where} is a JSON object with {clean(found)[:100] or 'nothing'}; expected {EXPECTED}")
+    found = ", ".join(f"{key!r} ({kind(value)})" for key, value in row.items())
+    raise InputError(f"{where} is a JSON object with {found[:100] or 'nothing'}; expected {EXPECTED}")
 
 
 def chat(messages: tuple[Message, ...], domain: str) -> Document:
@@ -108,7 +108,7 @@ def _turn(turn: object, where: str) -> Message:
         raise InputError(f"{where} is {kind(turn)}; expected an object {{role, content}}")
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in ROLES:
-        raise InputError(f"{where} is said by {clean(repr(role))[:40]}; expected one of {', '.join(ROLES)}")
+        raise InputError(f"{where} is said by {repr(role)[:40]}; expected one of {', '.join(ROLES)}")
     if turn.get("tool_calls"):
         raise InputError(f"{where} calls tools, which is not read; leave such rows out")
     content = turn.get("content", turn.get("value"))
@@ -120,7 +120,7 @@ def _part(part: object, where: str) -> str:
     found = part.get("type") if isinstance(part, Mapping) else kind(part)
     text = part.get("text") if isinstance(part, Mapping) else None
     if found != "text":
-        raise InputError(f"{where} holds {clean(str(found))[:40]}; only text is read: leave such rows out")
+        raise InputError(f"{where} holds {repr(found)[:40]}; only text is read: leave such rows out")
     if not isinstance(text, str):
         raise InputError(f"{where} has {kind(text)} for its content; expected text")
     return clean(text)
