@@ -63,8 +63,8 @@ def templated(document: Document, tokenizer: Any, opening: str) -> list[Piece]:
     except (TemplateError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"the model's chat template refuses a chat of '{document.domain}' ({reason}); leave out the one that begins "
-            f"with {document.text[:40]!r}"
+            f"the model's chat template refuses a chat of '{document.domain}' ({reason}); leave out the one "
+            f"that begins with {document.text[:40]!r}"
         ) from error
     found, done = [], 0
     for number, message in enumerate(messages):
