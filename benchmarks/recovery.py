@@ -26,7 +26,8 @@ from matplotlib.ticker import LogLocator
 
 import moesaic
 from moesaic import ConvertConfig, FinetuneConfig
-from moesaic.calibration.text import Document, read_documents, text_hash
+from moesaic.calibration.documents import Document
+from moesaic.calibration.text import read_documents, text_hash
 from moesaic.evaluation.perplexity import perplexity
 from moesaic.evaluation.tasks import evaluate_tasks, read_tasks
 from moesaic.machine import machine, versions

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import moesaic
 from conftest import QUICK
 from moesaic import InputError, WorkError, convert, registry
-from moesaic.calibration.text import bundled, token_windows
+from moesaic.calibration.text import bundled
+from moesaic.calibration.windows import token_windows
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import ResumableOutput, check_space
 from moesaic.conversion import prepare as conversion

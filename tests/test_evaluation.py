@@ -1,3 +1,5 @@
+import copy
+import gzip
 import json
 import math
 import os
@@ -6,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy, log_softmax
 
 import moesaic
 from moesaic import InputError
 from moesaic.evaluation.benchmark import benchmark
 from moesaic.evaluation.cost import active_weights, ffn_of
+from moesaic.evaluation.evaluate import check_request
 from moesaic.evaluation.inspect import prompt_tokens
 from moesaic.evaluation.perplexity import PROTOCOLS, perplexity
 from moesaic.evaluation.tasks import evaluate_tasks, read_tasks, score_pairs
@@ -70,6 +74,48 @@ def test_lm_eval_scores_every_token_once_given_the_one_before(tiny, text):
     words = len(text.read_text().split())
     result = perplexity(model, tokenizer, text=text, window=64, protocol="lm-eval")
     assert result.perplexity == pytest.approx(math.exp(torch.cat(losses).sum().item() / words), rel=1e-3)
+
+
+def test_rows_are_joined_as_the_published_data_sets_are(tiny, text, tmp_path):
+    """The rows of a file in the hub's form, and the plain text that is made of them, are one stream."""
+    rows = [line + "\n" if line.strip() else "" for line in text.read_text().split("\n")[:-1]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    (tmp_path / "text.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + text.read_bytes()))
+    plain, packed, joined = (
+        perplexity(*tiny, text=tmp_path / name, window=64) for name in ("text.txt", "text.txt.gz", "rows.jsonl")
+    )
+    assert plain.perplexity == packed.perplexity == joined.perplexity
+    assert plain.data_sha256 == packed.data_sha256
+    for protocol in ("llama.cpp", "lm-eval"):
+        with pytest.raises(InputError, match=r"is defined on a raw text, '.*rows.jsonl' has rows"):
+            perplexity(*tiny, text=tmp_path / "rows.jsonl", window=64, protocol=protocol)
+
+
+def test_without_bos_and_eos_the_first_token_is_not_scored(tiny, text):
+    model, tokenizer = tiny
+    bare = copy.deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+    bare.bos_token = bare.eos_token = None
+    ids = bare(text.read_text(), verbose=False)["input_ids"]
+    losses = torch.cat([naive_losses(model, ids[i : i + 65]) for i in range(0, len(ids) - 1, 64)])
+    result = perplexity(model, bare, text=text, window=64, protocol="lm-eval")
+    words = len(text.read_text().split())
+    assert result.perplexity == pytest.approx(math.exp(losses.sum().item() / words), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("a.pdf", b"words", "named .pdf, which is not read"),
+        ("a.raw", "words".encode("utf-16"), "is UTF-16 text"),
+        ("a.raw", b" \n", "holds no text"),
+        ("a.jsonl", b'{"body": 1}', ":1 is a JSON object with 'body'"),
+    ],
+)
+def test_what_is_no_text_is_refused_before_any_work(name, data, says, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=says):
+        check_request(tmp_path / name, "gptq", 64, None, None, None)
 
 
 def test_the_default_is_bundled_text_within_a_limit(tiny):
@@ -148,6 +194,36 @@ def test_task_files_of_all_forms(tiny, tmp_path):
     path.write_text(json.dumps({**rows[0], "gold": 7}))
     with pytest.raises(InputError, match="gold is not the number"):
         read_tasks(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("[1]", "it is a list"),
+        ("7", "it is a number"),
+        ("null", "it is null"),
+        ("[" * 200_000, "nested too deeply"),
+        ('{"gold": ' + "7" * 5_000 + "}", "thousands of digits"),
+        ('{"task": "a", "ctx": "b", "choices": 5, "gold": 0}', "'choices' is no list of texts"),
+        ('{"task": "a", "ctx": "b", "choices": "cd", "gold": 0}', "'choices' is no list of texts"),
+        ('{"task": "a", "ctx": "b", "choices": ["c", 1], "gold": 0}', "'choices' is no list of texts"),
+        ('{"task": "a", "ctx": "b", "choices": ["c", "d"], "gold": "a"}', "gold is not the number of a choice, 0 to 1"),
+        ('{"task": "a", "ctx": "b", "choices": ["c", "d"], "gold": true}', "gold is not the number"),
+        ('{"task": "a", "ctx": "b", "choices": ["c", "d"], "gold": NaN}', "gold is not the number"),
+        ('{"task": "a", "ctx": "b", "choices": ["c", "d"], "gold": -1}', "gold is not the number"),
+        ('{"task": "a", "ctx": "b", "choices": ["c", "d"]}', "choices without gold"),
+        ('{"task": "a", "ctx": 3, "cont": "c"}', "'ctx' is a number, not text"),
+        ('{"task": ["a"], "ctx": "b", "cont": "c"}', "'task' is a list, not text"),
+        ('{"task": "a", "ctxs": "b", "cont": "c", "gold": 0}', "'ctxs' is no list of texts"),
+        ('{"task": "a", "ctxs": ["b", "d"], "gold": 0}', "no 'cont'"),
+    ],
+)
+def test_task_items_of_wrong_types_are_named(tmp_path, line, says):
+    (tmp_path / "tasks.jsonl").write_text('{"task": "a", "ctx": "b", "cont": "c"}\n' + line)
+    with pytest.raises(InputError, match=says) as error:
+        read_tasks(tmp_path / "tasks.jsonl")
+    assert "tasks.jsonl:2 is not" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_the_harness_says_how_to_get_it(tiny, monkeypatch):

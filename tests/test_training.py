@@ -1,5 +1,6 @@
 """Light training: its mathematics first, then that it learns, resumes, never harms, and what it writes."""
 
+import copy
 import json
 import os
 import shutil
@@ -13,7 +14,8 @@ from torch.nn.functional import kl_div, log_softmax
 import moesaic
 from conftest import QUICK
 from moesaic import FinetuneConfig, InputError, WorkError, registry
-from moesaic.calibration.text import Document, bundled, read_documents
+from moesaic.calibration.documents import Document, Message, chat
+from moesaic.calibration.text import bundled, read_documents
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.formats.converted import Converted
 from moesaic.formats.loading import load_tokenizer
@@ -111,6 +113,21 @@ def test_prompts_do_not_count_and_responses_do(converted):
     assert (everything == tokenizer.eos_token_id).sum() > 30
 
 
+def test_of_chats_the_assistants_turns_count(converted):
+    tokenizer = copy.deepcopy(load_tokenizer(converted))
+    chats = [
+        chat((Message("user", f"Question {i}?"), Message("assistant", f"Answer {i}.")), "chats") for i in range(40)
+    ]
+    for template in (None, "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"):
+        tokenizer.chat_template = template
+        train, held = make_samples(chats, tokenizer, 100, 32, 2, seed=0)
+        text = tokenizer.decode(torch.cat([train.tokens_NL[train.scored_NL], held.tokens_NL[held.scored_NL]]))
+        assert "Answer" in text
+        assert "Question" not in text
+        assert "user" not in text
+        assert ("<|end|>" in text) == bool(template)
+
+
 def test_held_out_sequences_are_not_trained_on(converted):
     tokenizer = load_tokenizer(converted)
     train, held = make_samples(bundled("calibration"), tokenizer, 60, 64, 8, seed=0)
@@ -128,7 +145,9 @@ def test_pairs_are_read_from_files(tmp_path):
     path.write_text(json.dumps({"prompt": "Why?", "response": " Because."}) + "\n")
     assert read_documents([str(path)]) == [Document("Why? Because.", "pairs", 4)]
     path.write_text('{"question": "Why?"}\n')
-    with pytest.raises(InputError, match=r"pairs.jsonl:1 is not a JSON object with a 'text' field, or with 'prompt'"):
+    with pytest.raises(
+        InputError, match=r"pairs.jsonl:1 is a JSON object with 'question' .text.; expected text in 'text' or"
+    ):
         read_documents([str(path)])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..models.layerwise import LayerwiseModel
 from .layers import OpeningTargets, replaced_ffn, tapped
-from .text import bos
+from .windows import bos
 
 SHARE = 8
 """One opening token for so many others."""

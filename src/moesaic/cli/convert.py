@@ -28,7 +28,8 @@ def convert(
     selection: options.Selection = None,
     recovery: options.Recovery = None,
     calibration: Annotated[
-        list[str] | None, typer.Option(help=".txt or .jsonl file or datasets name; repeat for more [default: bundled]")
+        list[str] | None,
+        typer.Option(help="text, .jsonl, .csv or .parquet file or datasets name; repeat for more [default: bundled]"),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="calibration tokens [default: 16384]")] = None,
     window: Annotated[int | None, typer.Option(help="tokens of one calibration sequence [default: 256]")] = None,

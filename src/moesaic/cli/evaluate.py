@@ -15,7 +15,9 @@ from .options import print_result, stderr
 
 def evaluate(
     model: options.ModelArgument,
-    text: Annotated[Path | None, typer.Option(help="raw text file [default: bundled held-out text]")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="raw text; for gptq rows too (.jsonl, ...) [default: bundled held-out text]")
+    ] = None,
     protocol: Annotated[str, typer.Option(help="gptq, llama.cpp or lm-eval")] = "gptq",
     window: Annotated[int, typer.Option(help="tokens in a window")] = 2_048,
     max_tokens: Annotated[int | None, typer.Option(help="stop after so many tokens")] = None,

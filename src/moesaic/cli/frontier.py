@@ -22,11 +22,15 @@ def frontier(
         str, typer.Option(help="comma-separated, or all that fit")
     ] = "default,static+closed-form,flap,cmoe",
     seeds: Annotated[str, typer.Option(help="seeds, comma-separated")] = "0",
-    text: Annotated[Path | None, typer.Option(help="raw text file [default: bundled held-out text]")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="raw text, or file of rows [default: bundled held-out text]")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="stop the perplexity after so many tokens")] = None,
     tasks: Annotated[Path | None, typer.Option(help="multiple-choice items, .jsonl")] = None,
     items: options.Items = None,
-    calibration: Annotated[list[str] | None, typer.Option(help="text; repeat for more [default: bundled]")] = None,
+    calibration: Annotated[
+        list[str] | None, typer.Option(help="text files or rows; repeat for more [default: bundled]")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="calibration tokens", min=1)] = 16_384,
     speed: Annotated[bool, typer.Option(help="measure decode speed")] = True,
     html: Annotated[bool, typer.Option("--html", help="write frontier.html too: all methods, interactive")] = False,

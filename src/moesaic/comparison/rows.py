@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ def path(name: str | None) -> Path | None:
 
 def hashed_name(source: str | None) -> str | None:
     """Name a file and its SHA-256; what is no file (a dataset) by its name alone."""
-    if source is None or not Path(source).is_file():
+    if source is None or not isfile(source):
         return source
     return f"{Path(source).name} sha256:{hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]}"
 

@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 
 from .. import registry
-from ..calibration.text import bundled, token_windows
+from ..calibration.text import bundled
+from ..calibration.windows import token_windows
 from ..checkpoint.writer import ResumableOutput
 from ..config import ConvertConfig
 from ..errors import InputError

@@ -8,14 +8,17 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
+from os.path import isfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .. import registry
+from ..calibration.files import local
 from ..calibration.sinks import opening_tokens
-from ..calibration.text import bundled, labelled_windows, read_documents, text_hash, token_windows
+from ..calibration.text import bundled, read_documents, text_hash
+from ..calibration.windows import labelled_windows, token_windows
 from ..config import ConvertConfig
 from ..errors import InputError
 from ..formats.loading import load_tokenizer
@@ -73,8 +76,8 @@ def tokenise(source: Path, config: ConvertConfig, window: int) -> ConversionToke
     Raises:
         InputError: a file that is missing or not text, or less text than is asked for.
     """
-    paths = [Path(name).expanduser() for name in config.calibration]
-    stamps = tuple(path.stat().st_mtime_ns if path.is_file() else 0 for path in paths)
+    paths = [local(name) for name in config.calibration]
+    stamps = tuple(path.stat().st_mtime_ns if isfile(path) else 0 for path in paths)
     opening = config.first_tokens if registry.text("recovery", config.recovery) != "none" else 0
     return _tokenise(source, config.calibration, stamps, config.tokens, window, opening, config.held_out_tokens)
 

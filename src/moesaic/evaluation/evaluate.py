@@ -34,7 +34,7 @@ def evaluate(
     Args:
         model: a dense or converted model.
         tokenizer: the model's.
-        text: a raw text file; None is the bundled held-out text.
+        text: a raw text file, or for `gptq` one of rows; None is the bundled held-out text.
         protocol: `gptq`, `llama.cpp` or `lm-eval`.
         window: tokens in a window.
         max_tokens: tokens after which the perplexity stops; None: all.

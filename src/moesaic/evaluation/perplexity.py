@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration.text import bos, bundled, read_text, text_hash, token_windows
+from ..calibration.documents import BLANK, document
+from ..calibration.rows import read_rows
+from ..calibration.text import bundled, text_hash
+from ..calibration.windows import bos, token_windows
 from ..errors import InputError
 
 PROTOCOLS = ("gptq", "llama.cpp", "lm-eval")
@@ -46,31 +50,32 @@ def perplexity(
 ) -> MeasuredPerplexity:
     """Measure `exp(mean next-token loss)`.
 
-    - `gptq`: rows joined as GPTQ and most papers do on WikiText-2, one token stream cut in windows; every token of a
-      window but the first is scored.
+    - `gptq`: rows joined by blank lines as GPTQ and most papers do on WikiText-2, one token stream cut in windows;
+      every token of a window but the first is scored. Rows are the lines of a plain text, or the rows of other files.
     - `llama.cpp`: the raw file in windows; the second half of each window is scored (`llama-perplexity`).
     - `lm-eval`: loss of all tokens over the number of words (word perplexity); windows follow one another, each given
-      the token before it.
+      the token before it: BOS, else end of text, before the first. With a tokenizer that has neither the first token is
+      not scored.
 
     Without `text` the bundled held-out text of six domains is used, in windows of packed documents.
 
     Raises:
-        InputError: unknown protocol, missing file, a window beyond the model's, or text shorter than one window.
+        InputError: unknown protocol, a file that is missing or that the protocol is not defined on, a window beyond the
+            model's, or text shorter than one window.
     """
-    check_protocol(text, protocol, window, max_tokens)
+    stream = check_protocol(text, protocol, window, max_tokens)
     longest = model.config.max_position_embeddings
     if not 2 <= window <= longest:
         raise InputError(f"--window {window} is not within 2 to {longest}, the model's longest")
-    if text is None:
+    if stream is None:
         documents = bundled("heldout")
         tokens_NL = token_windows(documents, tokenizer, None, window)
         if max_tokens is not None:
             tokens_NL = tokens_NL[: max_tokens // window]
         data, words = text_hash(documents), 0
     else:
-        raw = read_text(text)
-        tokens_NL, words = _cut(raw, tokenizer, protocol, window, max_tokens)
-        data = hashlib.sha256(raw.encode()).hexdigest()
+        tokens_NL, words = _cut(stream.text, tokenizer, protocol, window, max_tokens)
+        data = hashlib.sha256(stream.raw.encode()).hexdigest()
     first = window // 2 if protocol == "llama.cpp" else 0
     total, count = 0.0, 0
     for done, tokens_L in enumerate(tokens_NL):
@@ -79,7 +84,7 @@ def perplexity(
         if progress:
             progress(done + 1, len(tokens_NL))
     return MeasuredPerplexity(
-        perplexity=math.exp(min(700.0, total / (words if protocol == "lm-eval" else count))),
+        perplexity=math.exp(min(700.0, total / (max(1, words) if protocol == "lm-eval" else count))),
         tokens=sum(map(len, tokens_NL)),
         protocol=protocol,
         window=window,
@@ -88,11 +93,21 @@ def perplexity(
     )
 
 
-def check_protocol(text: Path | None, protocol: str, window: int, max_tokens: int | None) -> None:
-    """Check a protocol and its text, before any work.
+class Stream(NamedTuple):
+    """The text of a file under a protocol."""
+
+    raw: str
+    """As it is in the file, whose hash names it; rows joined by blank lines."""
+    text: str
+    """As it is measured."""
+
+
+def check_protocol(text: Path | None, protocol: str, window: int, max_tokens: int | None) -> Stream | None:
+    """Check a protocol and read its text, before any work; None: the bundled text.
 
     Raises:
-        InputError: an unknown protocol, a missing file, or a limit below one window.
+        InputError: an unknown protocol, a file that is missing, no text or not what the protocol is defined on, or a
+            limit below one window.
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"unknown protocol '{protocol}'; choose from: {', '.join(PROTOCOLS)}")
@@ -100,8 +115,31 @@ def check_protocol(text: Path | None, protocol: str, window: int, max_tokens: in
         raise InputError(f"--max-tokens {max_tokens} is less than one window of {window}; lower --window")
     if text is None and protocol != "gptq":
         raise InputError(f"protocol {protocol} reads a raw file; give one with --text")
-    if text is not None and not text.is_file():
+    if text is None:
+        return None
+    if not isfile(text):
         raise InputError(f"no text file '{text}'")
+    stream = _stream(text, protocol)
+    if not stream.text.strip():
+        raise InputError(f"'{text}' holds no text")
+    return stream
+
+
+def _stream(path: Path, protocol: str) -> Stream:
+    """Read a file, rows joined as GPTQ does."""
+    raw = read_rows(path)
+    if isinstance(raw, str):
+        if protocol != "gptq":
+            return Stream(raw, raw)
+        # the rows of the published data set keep their line end; its empty rows are empty strings
+        rows = raw.split("\n")[: -1 if raw.endswith("\n") else None]
+        return Stream(raw, BLANK.join(row + "\n" if row.strip() else "" for row in rows))
+    if protocol != "gptq":
+        raise InputError(
+            f"protocol {protocol} is defined on a raw text, '{path}' has rows; give it as .txt, or take gptq"
+        )
+    joined = BLANK.join(document(row.value, path.stem, row.where).text for row in raw)
+    return Stream(joined, joined)
 
 
 @torch.inference_mode()
@@ -115,18 +153,15 @@ def window_losses(model: PreTrainedModel, tokens_L: Tensor) -> Tensor:
 
 
 def _cut(
-    raw: str, tokenizer: PreTrainedTokenizerBase, protocol: str, window: int, max_tokens: int | None
+    text: str, tokenizer: PreTrainedTokenizerBase, protocol: str, window: int, max_tokens: int | None
 ) -> tuple[Sequence[Tensor], int]:
     """Cut text into (windows, words of the text that they score)."""
-    if protocol == "gptq":
-        # the rows of the published data set keep their line end; its empty rows are empty strings
-        rows = raw.split("\n")[: -1 if raw.endswith("\n") else None]
-        raw = "\n\n".join(row + "\n" if row.strip() else "" for row in rows)
     start = bos(tokenizer)
-    ids = tokenizer(raw, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if protocol == "lm-eval":
         # each window is scored whole, given the token before it: a prefix, then the last one of the window before
-        ids = [*(start or [tokenizer.eos_token_id]), *ids]
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ids = [*(start or end), *ids]
         cut = [ids[i : i + window + 1] for i in range(0, len(ids) - 1, window)]
     elif protocol == "llama.cpp":
         ids = [*start, *ids]
@@ -137,7 +172,7 @@ def _cut(
         cut = [[*start, *ids[i : i + body]] for i in range(0, len(ids) // body * body, body)]
     if not cut or len(cut[0]) < window:
         raise InputError(f"the text holds {len(ids)} tokens, less than one window of {window}; lower --window")
-    words = len(raw.split())
+    words = len(text.split())
     if max_tokens is not None and max_tokens // window < len(cut):
         cut = cut[: max_tokens // window]
         words = len(str(tokenizer.decode([i for part in cut for i in part[1:]])).split())

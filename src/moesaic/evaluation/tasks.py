@@ -6,18 +6,20 @@ continuation is the same (winogrande); `{ctx, cont}` where the greedy continuati
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
+from os.path import isfile
 from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration.text import read_text
+from ..calibration.documents import clean, kind
+from ..calibration.files import read_text
+from ..calibration.rows import parse_json
 from ..errors import InputError
 from ..results import TaskScore
 
@@ -39,31 +41,54 @@ def read_tasks(path: Path, per_task: int | None = None) -> list[Item]:
     Raises:
         InputError: a missing file, or a line that is not written in one of the three ways above.
     """
-    if not path.is_file():
+    if not isfile(path):
         raise InputError(f"no task file '{path}'")
     items: dict[str, list[Item]] = {}
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
+        row = parse_json(line, path, number)
         try:
-            row = json.loads(line)
-            if "ctxs" in row:
-                pairs = [(ctx, " " + row["cont"]) for ctx in row["ctxs"]]
-            else:
-                pairs = [(row["ctx"], " " + choice) for choice in row.get("choices") or [row["cont"]]]
-            gold = row.get("gold")
-            if gold is None and len(pairs) > 1:
-                raise ValueError("choices without gold")
-            if gold is not None and not 0 <= gold < len(pairs):
-                raise ValueError("gold is not the number of a choice")
-            items.setdefault(row["task"], []).append(Item(row["task"], tuple(pairs), gold))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            item = _item(row)
+        except ValueError as error:
             raise InputError(
                 f"{path}:{number} is not a task item ({error}); expected {{task, ctx, choices, gold}}"
             ) from None
+        items.setdefault(item.task, []).append(item)
     if not items:
         raise InputError(f"'{path}' holds no items")
     return [item for of_task in items.values() for item in of_task[:per_task]]
+
+
+def _item(row: object) -> Item:
+    """Make the item of a row; ValueError says what is wrong with it."""
+    if not isinstance(row, dict):
+        raise ValueError(f"it is {kind(row)}")
+    if "ctxs" in row:
+        pairs = [(context, " " + _text(row, "cont")) for context in _texts(row, "ctxs")]
+    else:
+        choices = _texts(row, "choices") if row.get("choices") else [_text(row, "cont")]
+        pairs = [(_text(row, "ctx"), " " + choice) for choice in choices]
+    gold = row.get("gold")
+    if gold is None and len(pairs) > 1:
+        raise ValueError("choices without gold")
+    if gold is not None and (type(gold) is not int or not 0 <= gold < len(pairs)):
+        raise ValueError(f"gold is not the number of a choice, 0 to {len(pairs) - 1}")
+    return Item(_text(row, "task"), tuple(pairs), gold)
+
+
+def _text(row: dict[str, object], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"'{key}' is {kind(value)}, not text" if key in row else f"no '{key}'")
+    return clean(value)
+
+
+def _texts(row: dict[str, object], key: str) -> list[str]:
+    value = row[key]
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"'{key}' is no list of texts")
+    return [clean(text) for text in value]
 
 
 def evaluate_tasks(

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..calibration.text import Document, Window, bos, by_domain, packed_windows, shares
+from ..calibration.documents import Document
+from ..calibration.text import by_domain
+from ..calibration.windows import Window, bos, packed_windows, shares
 from ..errors import InputError
 
 

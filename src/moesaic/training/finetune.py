@@ -17,7 +17,8 @@ import yaml
 from transformers import PreTrainedModel
 
 from .. import registry
-from ..calibration.text import bundled, token_windows
+from ..calibration.text import bundled
+from ..calibration.windows import token_windows
 from ..checkpoint.claim import claim, clear
 from ..checkpoint.facts import METRICS_FILE, copy_terms, saved_result, saved_settings
 from ..checkpoint.writer import CONFIG_FILE, check_output

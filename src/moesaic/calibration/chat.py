@@ -1,0 +1,96 @@
+"""Documents as a model sees them: prompts, answers, and chats by the model's own template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from ..errors import InputError
+from .documents import BLANK, Document, Message
+
+
+class Piece(NamedTuple):
+    """A piece of a text."""
+
+    text: str
+    scored: bool
+    """Whether it counts in a loss: no prompt does."""
+    ends: bool = False
+    """Whether the end-of-text token follows."""
+
+
+def pieces(document: Document, tokenizer: Any, opening: str) -> list[Piece]:
+    """Cut a document where that which counts in a loss begins and ends.
+
+    A text counts whole, and a blank line ends it. Of a prompt and its response the latter counts, and so does the
+    end-of-text token after it. Of a chat the assistant's turns count; where the model has no chat template its turns
+    are joined by blank lines, and the end-of-text token follows an answer that is the last.
+
+    Args:
+        document: what to cut.
+        tokenizer: the model's.
+        opening: what the tokenizer puts before any text, which a chat template may write too: it is taken off.
+
+    Raises:
+        InputError: the chat template refuses the chat.
+    """
+    if document.messages:
+        return templated(document, tokenizer, opening) if tokenizer.chat_template else joined(document.messages)
+    if prompt := document.prompt_characters:
+        return [Piece(document.text[:prompt], False), Piece(document.text[prompt:], True, ends=True)]
+    return [Piece(document.text + BLANK, True)]
+
+
+def joined(messages: Sequence[Message]) -> list[Piece]:
+    """Join the turns of a chat by blank lines."""
+    found = [Piece(message.content + BLANK, message.role == "assistant") for message in messages]
+    if messages[-1].role == "assistant":
+        found[-1] = Piece(messages[-1].content, True, ends=True)
+    return found
+
+
+def templated(document: Document, tokenizer: Any, opening: str) -> list[Piece]:
+    """Write a chat by the model's template, and find the assistant's turns in it.
+
+    A turn is what the chat up to it has more than the one before it, opened for an answer. Where the template writes
+    earlier turns differently once others follow (without their thoughts), only the last one counts.
+    """
+    messages = document.messages
+    try:
+        whole = rendered(messages, tokenizer, opening)
+    except (TemplateError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"the model's chat template refuses a chat of '{document.domain}' ({reason}); leave out the one "
+            f"that begins with {document.text[:40]!r}"
+        ) from error
+    found, done = [], 0
+    for number, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        start, end = turn(messages[: number + 1], tokenizer, opening, whole)
+        if done <= start < end:
+            found += [Piece(whole[done:start], False), Piece(whole[start:end], True)]
+            done = end
+    return [*found, Piece(whole[done:], False)]
+
+
+def turn(messages: Sequence[Message], tokenizer: Any, opening: str, whole: str) -> tuple[int, int]:
+    """Find where the last of some messages begins and ends in the whole chat; (0, 0): it is written differently."""
+    try:
+        after = rendered(messages, tokenizer, opening)
+        before = rendered(messages[:-1], tokenizer, opening) if len(messages) > 1 else ""
+        opened = rendered(messages[:-1], tokenizer, opening, opened=True) if len(messages) > 1 else ""
+    except (TemplateError, TypeError, ValueError):  # some templates refuse a part of a chat that they take whole
+        return 0, 0
+    start = next((i for i, (a, b) in enumerate(zip(opened, after, strict=False)) if a != b), len(opened))
+    return (start, len(after)) if whole.startswith(after) and start >= len(before) else (0, 0)
+
+
+def rendered(messages: Sequence[Message], tokenizer: Any, opening: str, opened: bool = False) -> str:
+    """Write a chat by the model's template, `opened` for an answer or not."""
+    turns = [message._asdict() for message in messages]
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened)
+    return text.removeprefix(opening)

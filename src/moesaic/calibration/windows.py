@@ -1,0 +1,139 @@
+"""Windows of tokens, cut from documents."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .chat import pieces
+from .documents import BLANK, Document
+from .text import by_domain
+
+SPARE = 8
+CHARACTERS_PER_TOKEN = 6
+LONG, SHORT = 100_000, 4_096
+"""Characters: of a text that is tokenised in one piece at most, of a part of a longer one at least."""
+Window = tuple[list[int], list[bool]]
+"""Tokens, and whether each counts in a loss."""
+
+
+def bos(tokenizer: Any) -> list[int]:
+    """List the tokens that the tokenizer puts before any text: its BOS where the model expects one, else nothing."""
+    ids = tokenizer("a")["input_ids"]
+    return [ids[0]] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else []
+
+
+def token_windows(documents: Sequence[Document], tokenizer: Any, tokens: int | None, window: int) -> Tensor:
+    """Cut documents into windows as `labelled_windows` does, without their domains: int64 [N, window]."""
+    return labelled_windows(documents, tokenizer, tokens, window)[0]
+
+
+def labelled_windows(
+    documents: Sequence[Document], tokenizer: Any, tokens: int | None, window: int
+) -> tuple[Tensor, Tensor]:
+    """Cut documents into windows of packed text, and tell the domain of each.
+
+    Every domain gives the same number of windows, in turn; domains are numbered as they first appear.
+
+    A domain's windows are spread evenly over its text: many documents say more about a model than long ones. Every
+    window opens with the tokenizer's BOS where the model expects one, so that attention sinks are where they will be
+    in use.
+
+    Args:
+        documents: the text.
+        tokenizer: the model's.
+        tokens: how many in all, `tokens // window` windows; None: as many windows as every domain has.
+        window: tokens in a window.
+
+    Returns:
+        Windows, int64 [N, window], and the number of each one's domain, int64 [N].
+
+    Raises:
+        InputError: fewer tokens are asked for than one window holds, or than the text has.
+    """
+    if tokens is not None and tokens < window:
+        raise InputError(f"{tokens} tokens are less than one window of {window}; raise --tokens or lower --window")
+    start = bos(tokenizer)
+    wanted = sys.maxsize if tokens is None else tokens // window
+    cut = [packed_windows(texts, tokenizer, start, window - len(start), wanted) for texts in by_domain(documents)]
+    if tokens is None:
+        cut = [windows for windows in cut if windows]
+        wanted = max(1, min(map(len, cut), default=0) * len(cut))
+    share = shares(list(map(len, cut)), wanted)
+    if sum(share) < wanted:
+        have = sum(map(len, cut)) * window
+        raise InputError(
+            f"the text holds {have} tokens in windows of {window}, {tokens or window} are needed; give more text or "
+            "ask for fewer or shorter windows"
+        )
+    even = [[w[i * len(w) // n] for i in range(n)] for w, n in zip(cut, share, strict=True)]
+    turns = [(d, window) for turn in zip_longest(*even) for d, window in enumerate(turn) if window is not None]
+    return torch.tensor([ids for _, (ids, _) in turns]), torch.tensor([d for d, _ in turns])
+
+
+def shares(available: list[int], wanted: int) -> list[int]:
+    """Choose how many windows each domain gives: as equal as they allow, `wanted` in all (or all there are)."""
+    share = [0] * len(available)
+    while sum(share) < wanted and share != available:
+        for i, most in enumerate(available):
+            if share[i] < most and sum(share) < wanted:
+                share[i] += 1
+    return share
+
+
+def packed_windows(
+    documents: Sequence[Document], tokenizer: Any, start: list[int], body: int, wanted: int
+) -> list[Window]:
+    """Cut documents, one after the other, into windows of `start` + `body` tokens; `pieces` says what counts in a loss.
+
+    Of much text only evenly spaced documents are tokenised, one for each window at least and several times what is
+    wanted; a document of more than `LONG` characters is as many as it has parts.
+    """
+    enough = SPARE * wanted * body * CHARACTERS_PER_TOKEN
+    size = min(LONG - len(BLANK), max(SHORT, enough // wanted))
+    documents = [part for document in documents for part in parts(document, size)]
+    step = max(1, min(sum(len(document.text) for document in documents) // enough, len(documents) // wanted))
+    while step > 1 and sum(len(document.text) for document in documents[::step]) < enough:
+        step //= 2  # those that are met are the short ones
+    ids: list[int] = []
+    counts: list[bool] = []
+    end_of_text = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    opening = tokenizer.bos_token if start else ""
+    for document in documents[::step]:
+        for piece in pieces(document, tokenizer, opening):
+            found = [*encode(piece.text, tokenizer), *(end_of_text if piece.ends else ())]
+            ids.extend(found)
+            counts.extend([piece.scored] * len(found))
+    cut = range(0, len(ids) // body * body, body)
+    return [(start + ids[i : i + body], [False] * len(start) + counts[i : i + body]) for i in cut]
+
+
+def parts(document: Document, size: int) -> list[Document]:
+    """Cut a long text into documents of about `size` characters; chats, and prompts with responses, stay whole."""
+    if document.messages or document.prompt_characters or len(document.text) <= LONG - len(BLANK):
+        return [document]
+    return [Document(text, document.domain) for text in cut_text(document.text, size)]
+
+
+def encode(text: str, tokenizer: Any) -> list[int]:
+    """List a text's tokens; one of more than `LONG` characters is cut, as a tokenizer takes kilobytes a character."""
+    cut = cut_text(text, LONG)
+    return [i for part in cut for i in tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def cut_text(text: str, size: int) -> Iterator[str]:
+    """Cut a text into parts of `size` characters or, before a line's end or at least a blank, half as many."""
+    start = 0
+    while len(text) - start > size:
+        end = start + size
+        found = (text.rfind(space, end - size // 2, end) for space in "\n ")
+        end = next((at for at in found if at > 0), end)
+        yield text[start:end]
+        start = end
+    yield text[start:]
