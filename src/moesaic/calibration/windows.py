@@ -29,6 +29,26 @@ def bos(tokenizer: Any) -> list[int]:
     return [ids[0]] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else []
 
 
+def check_tokens(ids: Tensor, rows: int, tokenizer: Any) -> None:
+    """Check that a model has embeddings for all tokens of a text.
+
+    Args:
+        ids: the tokens, of any shape.
+        rows: of the model's embeddings.
+        tokenizer: the model's, which may know more tokens than the model.
+
+    Raises:
+        InputError: a token is beyond them.
+    """
+    if ids.numel() and (last := int(ids.max())) >= rows:
+        token = tokenizer.convert_ids_to_tokens(last)
+        raise InputError(
+            f"the text has the token {token!r} ({last}), but the model's embeddings have {rows:,} rows: tokens were "
+            "added to the tokenizer and not to the model. Resize the model (resize_token_embeddings) and train them, "
+            "or leave them out of the text and of the chat template"
+        )
+
+
 def token_windows(documents: Sequence[Document], tokenizer: Any, tokens: int | None, window: int) -> Tensor:
     """Cut documents into windows as `labelled_windows` does, without their domains: int64 [N, window]."""
     return labelled_windows(documents, tokenizer, tokens, window)[0]

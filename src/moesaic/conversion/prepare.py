@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .. import registry
+from ..calibration.windows import check_tokens
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_space, partial_folder, read_state
 from ..compat import set_experts_implementation
@@ -155,12 +156,14 @@ def prepare(
     if partitioner.labelled:
         check_domains(config, plan)
     tokens = tokenise(source, config, min(config.window, layerwise.config.max_position_embeddings))
+    tokenizer = load_tokenizer(source)
+    check_tokens(tokens.all(), layerwise.config.vocab_size, tokenizer)
     # a folder is known by its name only, with a stroke to tell it from a built-in model's
     return Conversion(
         model=f"{source.name}/" if Path(model).is_dir() else str(model),
         source=source, config=config, plan=plan, partitioner=partitioner, router=router, recovery=recovery,
         layerwise=layerwise, dtype=dtype, model_config=model_config, format=format, format_reason=format_reason,
-        tokenizer=load_tokenizer(source), tokens=tokens,
+        tokenizer=tokenizer, tokens=tokens,
     )  # fmt: skip
 
 

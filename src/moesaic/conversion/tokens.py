@@ -44,10 +44,14 @@ class ConversionTokens:
     text_sha256: str
     """Of the calibration text."""
 
+    def all(self) -> Tensor:
+        """Put all tokens in one row."""
+        parts = (self.calibration_NL, self.validation_NL, self.held_out_NL, self.opening_M1)
+        return torch.cat([part.flatten() for part in parts])
+
     def fingerprint(self) -> str:
         """Hash all tokens: SHA-256."""
-        parts = (self.calibration_NL, self.validation_NL, self.held_out_NL, self.opening_M1)
-        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+        return hashlib.sha256(self.all().numpy().tobytes()).hexdigest()
 
     def count(self) -> int:
         """Count the tokens whose hidden states are kept, on both paths where there are two."""

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..calibration.documents import BLANK, document
 from ..calibration.rows import read_rows
 from ..calibration.text import bundled, text_hash
-from ..calibration.windows import bos, token_windows
-from ..errors import InputError
+from ..calibration.windows import bos, check_tokens, token_windows
+from ..errors import InputError, WorkError
+from ..models.families import embedding_rows
 
 PROTOCOLS = ("gptq", "llama.cpp", "lm-eval")
 Progress = Callable[[int, int], None]
@@ -76,10 +77,13 @@ def perplexity(
     else:
         tokens_NL, words = _cut(stream.text, tokenizer, protocol, window, max_tokens)
         data = hashlib.sha256(stream.raw.encode()).hexdigest()
+    for tokens_L in tokens_NL:
+        check_tokens(tokens_L, embedding_rows(model), tokenizer)
     first = window // 2 if protocol == "llama.cpp" else 0
     total, count = 0.0, 0
     for done, tokens_L in enumerate(tokens_NL):
         losses = window_losses(model, tokens_L)[first:]
+        check_losses(losses, f"window {done + 1} of {len(tokens_NL)}", model.dtype)
         total, count = total + losses.double().sum().item(), count + len(losses)
         if progress:
             progress(done + 1, len(tokens_NL))
@@ -140,6 +144,19 @@ def _stream(path: Path, protocol: str) -> Stream:
         )
     joined = BLANK.join(document(row.value, path.stem, row.where).text for row in raw)
     return Stream(joined, joined)
+
+
+def check_losses(losses: Tensor, where: str, dtype: torch.dtype) -> None:
+    """Check that losses are numbers.
+
+    Raises:
+        WorkError: one is NaN, or infinite, as after an overflow in float16.
+    """
+    if not losses.isfinite().all():
+        raise WorkError(
+            f"{where}: the model's logits are NaN or infinite in {str(dtype).removeprefix('torch.')}; "
+            "calculate with --dtype float32, or bfloat16"
+        )
 
 
 @torch.inference_mode()

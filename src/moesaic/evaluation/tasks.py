@@ -20,8 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..calibration.documents import clean, kind
 from ..calibration.files import read_text
 from ..calibration.rows import parse_json
+from ..calibration.windows import check_tokens
 from ..errors import InputError
+from ..models.families import embedding_rows
 from ..results import TaskScore
+from .perplexity import check_losses
 
 BATCH_TOKENS, BATCH_ITEMS = 2_048, 32
 
@@ -147,6 +150,8 @@ def score_pairs(
         Of each, the continuation's log-likelihood in nats, and whether it is the greedy text.
     """
     encoded = [_encode(tokenizer, *pair, model.config.max_position_embeddings) for pair in pairs]
+    for ids, _ in encoded:
+        check_tokens(torch.tensor(ids), embedding_rows(model), tokenizer)
     size = max(1, BATCH_TOKENS // max(len(ids) for ids, _ in encoded))
     return [score for i in range(0, len(encoded), size) for score in _score_batch(model, encoded[i : i + size])]
 
@@ -167,6 +172,7 @@ def _score_batch(model: PreTrainedModel, encoded: list[tuple[list[int], int]]) -
         predicted_CV, target_C = logits_KV[start - len(ids) - 1 : -1].float(), tokens_L[start - len(ids) :]
         losses.append(cross_entropy(predicted_CV, target_C, reduction="sum"))
         greedy.append((predicted_CV.argmax(-1) == target_C).all())
+    check_losses(torch.stack(losses), "a task item", model.dtype)
     return list(zip((-torch.stack(losses)).tolist(), torch.stack(greedy).tolist(), strict=True))
 
 

@@ -182,6 +182,13 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Count the tokens that a model has embeddings for."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return len(weight)
+
+
 def layers_prefix(model: PreTrainedModel) -> str:
     """Find how the names of all decoder layers' parameters begin, e.g. `model.layers.`."""
     tower = text_tower(model)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import registry
 from ..calibration.text import read_documents
+from ..calibration.windows import check_tokens
 from ..checkpoint.facts import check_conversion_files
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_output
@@ -82,6 +83,8 @@ def prepare(
     documents = read_documents(config.data)
     tokenizer = load_tokenizer(source.checkpoint.folder)
     train, held = make_samples(documents, tokenizer, config.samples, config.window, config.held_out, config.seed)
+    for samples in (train, held):
+        check_tokens(samples.tokens_NL, source.config.vocab_size, tokenizer)
     even = len(held) // accelerator.num_processes * accelerator.num_processes
     if not even:
         raise InputError(f"{len(held)} held-out sequences cannot be shared by {accelerator.num_processes} processes")
