@@ -11,7 +11,7 @@ import moesaic
 SOURCE = Path(moesaic.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = [
-    "errors", "machine", "compat", "registry", "plan", "results", "report", "config", "checkpoint", "models",
+    "errors", "given", "machine", "compat", "registry", "plan", "results", "report", "config", "checkpoint", "models",
     "calibration", "partition", "routing", "moe", "recovery", "formats", "serving", "evaluation", "conversion",
     "training", "comparison", "demo", "cli",
 ]  # fmt: skip

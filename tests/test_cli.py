@@ -165,7 +165,7 @@ def test_generate_evaluate_benchmark_inspect(run, converted):
         (["generate", "tiny", ""], "prompt is empty"),
         (["evaluate", "tiny", "--protocol", "x"], "choose from: gptq"),
         (["evaluate", "tiny", "--tasks", "missing.jsonl"], "no task file"),
-        (["benchmark", "tiny", "--batch", "1,x"], "list of numbers from 1 up"),
+        (["benchmark", "tiny", "--batch", "1,x"], "list of numbers from 1 to 4,096"),
         (["benchmark", "tiny"], "holds no moesaic.yaml"),
         (["inspect", "nowhere"], "holds no moesaic.yaml"),
     ],

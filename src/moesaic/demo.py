@@ -16,6 +16,7 @@ from .errors import InputError, WorkError
 from .evaluation.benchmark import benchmark
 from .evaluation.inspect import prompt_tokens
 from .formats.loading import load
+from .given import check, optional_path, path, place
 from .report.demo_page import write_demo_page
 from .report.plots import write_speed
 from .results import DemoResult, Typed
@@ -40,11 +41,11 @@ Progress = Callable[[int, int, str], None]
 
 
 def demo(
-    output: Path,
+    output: str | Path,
     model: str = "demo",
     active: float = 0.5,
     *,
-    llama_cpp: Path | None = None,
+    llama_cpp: str | Path | None = None,
     progress: Progress | None = None,
 ) -> DemoResult:
     """Convert a model, measure both, let both type; model, `metrics.json`, plots and `report.html` stay in `output`.
@@ -59,7 +60,9 @@ def demo(
     Raises:
         InputError: no such model, or `llama_cpp` has no `xllamacpp`; before anything is converted.
     """
-    python = find_llama_cpp(llama_cpp)
+    check(active=active)
+    output, model = path(output), place(model)
+    python = find_llama_cpp(optional_path(llama_cpp))
     steps = Steps(progress)
     config = ConvertConfig(active=active, partition=PARTITIONS.get(model, "auto"), tokens=TOKENS)
     conversion = convert(model, output, config, overwrite=True, progress=steps.converting)

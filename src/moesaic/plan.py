@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from .errors import InputError
+from .given import check
 
 FEWEST = 3
 """Specialists beside a shared expert, at least."""
@@ -94,16 +95,6 @@ def parse_plan(text: str, intermediate_size: int, expert_width: int | None = Non
     return Plan(shared, active, groups, intermediate_size // groups)
 
 
-def check_share(active: float) -> None:
-    """Check that `active` is a share of an FFN.
-
-    Raises:
-        InputError: it is not above 0 and at most 1.
-    """
-    if not 0 < active <= 1:
-        raise InputError(f"--active is {active}; it is a share of the FFN, above 0 and at most 1, e.g. 0.5")
-
-
 def disjoint_plan(active: float, intermediate_size: int, expert_width: int | None = None, fine: bool = False) -> Plan:
     """Choose the disjoint plan whose ffn share is nearest to `active`, half of it shared.
 
@@ -113,7 +104,7 @@ def disjoint_plan(active: float, intermediate_size: int, expert_width: int | Non
     Raises:
         InputError: an impossible share or width.
     """
-    check_share(active)
+    check(active=active)
     if expert_width is not None:
         if expert_width < 1 or intermediate_size % expert_width:
             widths = [w for w in range(1, intermediate_size + 1) if intermediate_size % w == 0]
@@ -155,7 +146,7 @@ def specialists_plan(active: float, memory_factor: float, intermediate_size: int
     Raises:
         InputError: an impossible share, or a memory budget that leaves nothing to vary.
     """
-    check_share(active)
+    check(active=active, memory_factor=memory_factor)
     spare = memory_factor - active
     if spare < 0.01:
         raise InputError(

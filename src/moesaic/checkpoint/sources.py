@@ -47,7 +47,7 @@ def resolve(model: str, console: Console | None = None) -> Path:
         if (folder := _from_hub(builtin.hub_id)) is not None:
             return folder
         if not gguf.is_file():
-            console.print(f"Fetching [bold]{model}[/] ({builtin.terms})")
+            console.print(f"Fetching {model} ({builtin.terms})", markup=False, emoji=False)
             fetch_gguf(model, gguf, console)
         return _from_gguf(gguf, console)
     if path.is_dir():
@@ -103,7 +103,7 @@ def _from_gguf(gguf: Path, console: Console) -> Path:
         if file.read(4) != b"GGUF":
             raise InputError(f"'{gguf}' is not a GGUF file")
     require("reading .gguf", "export", "gguf", "accelerate")
-    console.print(f"Dequantising {gguf.name} once into the cache (about a minute)")
+    console.print(f"Dequantising {gguf.name} once into the cache (about a minute)", markup=False, emoji=False)
     place = {"gguf_file": gguf.name, "trust_remote_code": False}
     try:
         model = AutoModelForCausalLM.from_pretrained(

@@ -25,8 +25,9 @@ def progress(console: Console, title: str, unit: str, plural: str = "s") -> Iter
     """
     rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what does not fit is cut there, never the time left
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=14), MofNCompleteColumn(), TextColumn(unit + plural),
-        TimeRemainingColumn(), TextColumn("left"), TextColumn("{task.fields[note]}", table_column=rest),
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=14), MofNCompleteColumn(),
+        TextColumn(unit + plural), TimeRemainingColumn(), TextColumn("left"),
+        TextColumn("{task.fields[note]}", markup=False, table_column=rest),
     )  # fmt: skip
     bar = Progress(*columns, console=console, speed_estimate_period=120, expand=True)
     task = bar.add_task(title, total=None, note="")
@@ -37,7 +38,9 @@ def progress(console: Console, title: str, unit: str, plural: str = "s") -> Iter
         if not console.is_terminal:
             if time.monotonic() - spoken >= QUIET_SECONDS:
                 spoken = time.monotonic()
-                console.print(f"{title}: {done} of {count} {unit}{plural}, {note}".rstrip(", "), highlight=False)
+                console.print(
+                    f"{title}: {done} of {count} {unit}{plural}, {note}".rstrip(", "), highlight=False, markup=False
+                )
             return
         bar.update(task, completed=done, total=count, note=note)
         bar.start()

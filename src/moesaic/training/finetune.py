@@ -23,6 +23,7 @@ from ..errors import InputError, WorkError
 from ..evaluation.cost import at_experts_per_token
 from ..formats.converted import ChosenFormat, choose_format, saved_settings
 from ..formats.export import COPIED, export
+from ..given import optional_path, path, place
 from ..machine import machine, peak_rss_bytes, versions
 from ..moe.modeling import MODEL_TYPE, moe_blocks
 from ..report.plots import write_training
@@ -70,10 +71,9 @@ def finetune(
         InputError: something given cannot work; nothing costly was done.
         WorkError: no gradient reached what should learn.
     """
-    output = Path(output).expanduser()
     run = prepare(
-        model, output, config or FinetuneConfig(), resume=resume, overwrite=overwrite,
-        cache=Path(teacher_cache).expanduser() if teacher_cache else None,
+        place(str(model)), path(output), config or FinetuneConfig(), resume=resume, overwrite=overwrite,
+        cache=optional_path(teacher_cache),
     )  # fmt: skip
     student = run.load()
     before = measure(student, run)
