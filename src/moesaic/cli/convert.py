@@ -58,10 +58,11 @@ def convert(
     }  # fmt: skip
     config = ConvertConfig.read(recipe, {name: value for name, value in given.items() if value is not None})
     if dry_run:
-        check_output(out, overwrite)
-        conversions = candidates(model, config)
-        conversions[0].check_space(out)
-        dry = describe(conversions)
+        with options.status("checking"):
+            check_output(out, overwrite)
+            conversions = candidates(model, config)
+            conversions[0].check_space(out)
+            dry = describe(conversions)
         print_result(dry, as_json, lambda: tables.show_facts(stderr, "Dry run: nothing was written", dry.to_dict()))
         return
     with progress(stderr, "converting", "layer") as tick:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.status import Status
 from rich.text import Text
 
 from .. import given, registry
 from ..errors import InputError
 from ..report.console import plain_console
+from ..report.progress import silent_bars
 from ..results import Result
 
 if TYPE_CHECKING:
@@ -171,10 +172,12 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(int(given.number("threads", threads, given.Limit(1, THREADS_PER_CORE * cores()))))
 
 
-def status(text: str) -> Status:
-    """Show what goes on while it takes, with the names in it as they are."""
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """Show what goes on while it takes, with the names in it as they are, and no bars of libraries."""
     spinner = "dots" if stderr.encoding.startswith("utf") else "line"
-    return stderr.status(Text(text), spinner=spinner)
+    with silent_bars(), stderr.status(Text(text), spinner=spinner):
+        yield
 
 
 def load_model(
@@ -193,7 +196,8 @@ def load_model(
     check_dtype(dtype)
     where = choose_device(device)
     check_experts(experts, where)
-    folder = resolve(model, stderr)  # may take long, so after the checks
+    with silent_bars():
+        folder = resolve(model, stderr)  # may take long, so after the checks
     wanted = None if dtype == "auto" else choose_dtype(dtype, folder)
     with status(f"loading {model}"):
         return load(folder, dtype=wanted, device=where, experts=experts, for_scoring=for_scoring)

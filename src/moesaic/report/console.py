@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from rich.console import Console
+from rich.text import Text
 
 
 def plain_console() -> Console:
@@ -18,6 +19,18 @@ def plain_console() -> Console:
 def command(*words: object) -> str:
     """Write a command as it can be pasted into a shell, e.g. `moesaic generate 'my models/out [v2]' Hello`."""
     return shlex.join(map(str, words))
+
+
+def offer(console: Console, words: str, indent: str, width: int | None = None) -> None:
+    """Print a command; where it is too wide it goes on in the next line as a shell has it, so that it can be pasted."""
+    width = width or console.width
+    lines = [indent]
+    for word in shlex.split(words):
+        if lines[-1].strip() and len(f"{lines[-1]} {shlex.quote(word)} \\") > width:
+            lines[-1] += " \\"
+            lines.append(f"{indent}  ")
+        lines[-1] += f"{' ' * bool(lines[-1].strip())}{shlex.quote(word)}"
+    console.print(Text("\n".join(lines)), soft_wrap=True)
 
 
 def here(name: str) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..results import DemoResult
-from .console import command, here
+from .console import command, here, offer
 
 WIDTH = 80
 SAME = 0.03
@@ -104,7 +104,7 @@ def show_demo(console: Console, result: DemoResult) -> None:
     console.print(Text("\nNext", style="bold"))
     for words, why in next_commands(result):
         console.print(Text(f"   # {why}", style="dim"), width=width)
-        console.print(Text(f"   {words}"), soft_wrap=True)
+        offer(console, words, "   ", width)
     console.print(Text(f"\nThe whole report: {result.conversion.output}/report.html", style="bold"), width=width)
 
 

@@ -45,7 +45,7 @@ def progress(console: Console, title: str, unit: str, plural: str = "s") -> Iter
         bar.update(task, completed=done, total=count, note=note)
         bar.start()
 
-    with _silent_bars(lambda: bar.live.is_started):
+    with silent_bars(lambda: bar.live.is_started):
         try:
             yield tick
         finally:
@@ -54,7 +54,7 @@ def progress(console: Console, title: str, unit: str, plural: str = "s") -> Iter
 
 
 @contextmanager
-def _silent_bars(busy: Callable[[], bool]) -> Iterator[None]:
+def silent_bars(busy: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Disable every bar of tqdm, which all libraries use; downloads from the hub show theirs until we are `busy`."""
     make: Callable[..., None] = tqdm.__init__
 

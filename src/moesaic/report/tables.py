@@ -19,7 +19,7 @@ from ..results import (
     Inspection,
     Plans,
 )
-from .console import command, here
+from .console import command, here, offer
 
 
 class _Grid(Table):
@@ -44,11 +44,6 @@ def _grid(title: str, *columns: str, wrapped: int = 0) -> Table:
 
 def _say(console: Console, text: str, style: str = "") -> None:
     console.print(Text(text), style=style)
-
-
-def _offer(console: Console, *words: object) -> None:
-    """Print a command on a line of its own, never broken, so that it can be copied."""
-    console.print(Text(f"  {command(*words)}"), soft_wrap=True)
 
 
 def show_facts(console: Console, title: str, facts: Mapping[str, object]) -> None:
@@ -82,7 +77,7 @@ def show_conversion(console: Console, m: ConversionResult) -> None:
         _say(console, "this model collapsed; it was kept because of --force", "bold red")
     _say(console, f"{m.seconds:.0f} s, peak memory {m.peak_rss_bytes / 1e9:.2f} GB. Next:")
     for verb, *prompt in (("generate", "def quicksort(arr):"), ("evaluate",), ("benchmark",)):
-        _offer(console, "moesaic", verb, here(m.output), *prompt)
+        offer(console, command("moesaic", verb, here(m.output), *prompt), "  ")
 
 
 def show_training(console: Console, f: FinetuneResult) -> None:
@@ -127,7 +122,7 @@ def show_plans(console: Console, found: Plans) -> None:
         "decode, prefill: at most so much faster than dense, by bytes and by FLOPs. Format: "
         f"{first.format} ({first.format_reason or 'runs in ' + ', '.join(first.engines)}). The first:",
     )
-    _offer(console, "moesaic", "convert", here(found.model), "OUT", *first.options.split())
+    offer(console, command("moesaic", "convert", here(found.model), "OUT", *first.options.split()), "  ")
 
 
 def show_evaluation(console: Console, r: EvaluationResult) -> None:
