@@ -7,13 +7,13 @@ import re
 from dataclasses import dataclass
 
 from .errors import InputError
-from .given import check
+from .given import LIMITS, check
 
 FEWEST = 3
 """Specialists beside a shared expert, at least."""
 COARSE, FINE = (4, 16, 64), (48, 64, 128)
 """Groups of a disjoint cut: fewest, wanted, most."""
-PLAN = re.compile(r"S(\d+)A(\d+)E(\d+)")
+PLAN = re.compile(r"S(\d{1,9})A(\d{1,9})E(\d{1,9})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ def parse_plan(text: str, intermediate_size: int, expert_width: int | None = Non
             raise InputError(
                 f"plan '{text}' with --expert-width {expert_width} runs {(shared + active) * expert_width} neurons, "
                 f"the FFN has {intermediate_size}"
+            )
+        factor, most = groups * expert_width / intermediate_size, LIMITS["memory_factor"].most
+        if factor > most:
+            raise InputError(
+                f"plan '{text}' with --expert-width {expert_width} is {factor:,.0f} times the FFN; {most} times at most"
             )
         return Plan(shared, active, groups, expert_width)
     if expert_width is not None and groups * expert_width != intermediate_size:

@@ -31,11 +31,11 @@ class Stopped(BaseException):
 
     def __str__(self) -> str:
         """Say what happened, and for a verb that keeps what is finished how it goes on."""
-        verb = next((word for word in sys.argv[1:] if word in RESUMABLE), None)
-        word = WORDS[signal.Signals(self.number)]
-        if verb is None or "--help" in sys.argv:
+        word, given = WORDS[signal.Signals(self.number)], sys.argv[1:]
+        to_gguf = "export" in given and any("gguf" in argument for argument in given)
+        if not set(RESUMABLE) & set(given) or to_gguf or "--dry-run" in given:
             return word
-        where = " without --no-resume" if "--no-resume" in sys.argv else ""
+        where = " without --no-resume" if "--no-resume" in given else ""
         return f"{word}; the same command{where} goes on where it stopped"
 
 

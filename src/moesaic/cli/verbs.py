@@ -6,7 +6,6 @@ standard output holds exactly one JSON object; everything for people goes to sta
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -16,7 +15,6 @@ from ..errors import InputError, WorkError
 from ..registry import import_module
 from . import benchmark, convert, demo, evaluate, export, finetune, frontier, generate, inspect, plan, quiet, streams
 from .options import stderr
-from .signals import Stopped, stoppable
 
 app = typer.Typer(
     help="Make Mixture-of-Experts models cheap to get and cheap to run, on the engines people already use.",
@@ -29,24 +27,13 @@ for verb in (plan, convert, finetune, export, generate, evaluate, benchmark, ins
     app.command()(getattr(verb, verb.__name__.rpartition(".")[2]))
 
 
-def main() -> None:
-    """Run the command line; errors become one line and an exit code."""
-    streams.prepare()
-    with stoppable():
-        try:
-            code = _run()
-        except Stopped as stop:
-            _say(str(stop), "yellow")
-            code = stop.code
-    sys.exit(code)
-
-
-def _run() -> int:
-    """Run the verb and return the exit code.
+def run() -> int:
+    """Run the verb; errors become one line and an exit code.
 
     Raises:
         Stopped: by a signal.
     """
+    streams.prepare()
     try:
         try:
             app(standalone_mode=True)
@@ -55,13 +42,9 @@ def _run() -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except (InputError, WorkError, OSError) as error:  # OSError: a disk fills up, a file goes away under our hands
-        _say(str(error), "", "error: ")
+        stderr.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         return 2 if isinstance(error, InputError) else 1
     return 0
-
-
-def _say(text: str, style: str, before: str = "") -> None:
-    stderr.print(Text.assemble((before, "bold red"), (text, style)), soft_wrap=True)
 
 
 def _show_version(wanted: bool) -> None:
