@@ -22,13 +22,12 @@ def flush() -> None:
     """Write what standard output still holds, now that its errors can be told.
 
     Raises:
-        OSError: it cannot be written; a reader who has gone away is none.
+        OSError: it cannot be written.
     """
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except OSError as error:
+    except OSError:
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, sys.stdout.fileno())  # or Python would try again at its end, and complain
-        if not isinstance(error, BrokenPipeError):
-            raise
+        raise

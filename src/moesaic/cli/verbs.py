@@ -41,6 +41,8 @@ def run() -> int:
             streams.flush()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
+    except BrokenPipeError:  # who read has gone away, which needs no word
+        return 1
     except (InputError, WorkError, OSError) as error:  # OSError: a disk fills up, a file goes away under our hands
         stderr.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         return 2 if isinstance(error, InputError) else 1

@@ -26,7 +26,7 @@ def progress(console: Console, title: str, unit: str, plural: str = "s") -> Iter
     rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what does not fit is cut there, never the time left
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(bar_width=14), MofNCompleteColumn(),
-        TextColumn(unit + plural), TimeRemainingColumn(), TextColumn("left"),
+        TextColumn(unit + plural, markup=False), TimeRemainingColumn(), TextColumn("left"),
         TextColumn("{task.fields[note]}", markup=False, table_column=rest),
     )  # fmt: skip
     bar = Progress(*columns, console=console, speed_estimate_period=120, expand=True)
