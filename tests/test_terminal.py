@@ -23,7 +23,7 @@ from rich.text import Text
 import moesaic
 from moesaic import ConvertConfig
 from moesaic.checkpoint.builtin import tiny_folder
-from moesaic.cli.options import status, stderr
+from moesaic.cli.options import status
 from moesaic.cli.signals import Stopped, stoppable
 from moesaic.evaluation.inspect import prompt_tokens
 from moesaic.formats.gguf.dense import write_dense_gguf
@@ -80,15 +80,16 @@ def test_names_in_brackets_are_printed_as_they_are(run, monkeypatch, tmp_path):
 
 
 def test_bars_and_notes_are_printed_as_they_are(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
     with progress(console, "[/x]", "[/layer]") as tick:
         tick(1, 2, "[red]note[/red] [/]")
     assert "[red]note[/red] [/]" in console.file.getvalue()
-    monkeypatch.setattr(stderr, "file", io.StringIO())
-    monkeypatch.setattr(stderr, "_force_terminal", True)
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)  # which takes brackets for styles
+    monkeypatch.setattr("moesaic.cli.options.stderr", console)
     with status("loading [/x] [red]model[/red]"):
         time.sleep(0.2)
-    assert "loading [/x] [red]model[/red]" in stderr.file.getvalue()
+    assert "loading [/x] [red]model[/red]" in console.file.getvalue()
     assert plain_console().render_str("[red]x[/red] :cat:").plain == "[red]x[/red] :cat:"
 
 
