@@ -1,6 +1,7 @@
 """Tiny dense models of every family, made from configurations; nothing is downloaded."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # pytest-xdist runs a worker a core
@@ -88,6 +89,24 @@ def folders(tmp_path_factory):
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command line here: (exit code, standard output, standard error)."""
+    from moesaic import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["moesaic", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
 
 
 def random_sample(tokens=200, hidden=16, neurons=48, seed=0, dtype=torch.float32):

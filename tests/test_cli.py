@@ -2,33 +2,16 @@
 
 import io
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
-from moesaic import cli
 from moesaic.report import tables
 from moesaic.results import EvaluationResult, FrontierResult, FrontierSummary
 
 SMALL = ["--tokens", "1024", "--plan", "S1A2E8"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["moesaic", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +148,7 @@ def test_generate_evaluate_benchmark_inspect(run, converted):
         (["generate", "tiny", ""], "prompt is empty"),
         (["evaluate", "tiny", "--protocol", "x"], "choose from: gptq"),
         (["evaluate", "tiny", "--tasks", "missing.jsonl"], "no task file"),
-        (["benchmark", "tiny", "--batch", "1,x"], "list of numbers from 1 up"),
+        (["benchmark", "tiny", "--batch", "1,x"], "list of numbers from 1 to 4,096"),
         (["benchmark", "tiny"], "holds no moesaic.yaml"),
         (["inspect", "nowhere"], "holds no moesaic.yaml"),
     ],

@@ -64,7 +64,8 @@ def __getattr__(name: str) -> object:
     return found
 
 
-if PurePath(sys.argv[0]).stem != "moesaic":  # the command line shows its help without waiting for torch
+_is_command = PurePath(sys.argv[0]).stem == "moesaic" or "moesaic.cli" in sys.orig_argv
+if not _is_command:  # the command line shows its help, and hears Ctrl-C, without waiting for torch
     from .moe import modeling as _registered  # noqa: F401  transformers' auto classes know our models from now on
 
 

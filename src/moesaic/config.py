@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
-from . import registry
+from . import given, registry
 from .errors import InputError
+from .given import shown
 from .results import Json
 
+LARGEST, DEEPEST = 1_000_000, 20
+"""Bytes and levels of a recipe, at most."""
 
-def _checked(stage: str, given: object) -> object:
-    return given if given is None or isinstance(given, str) else registry.build(stage, given)
+
+def _checked(stage: str, method: object) -> object:
+    if method is None or isinstance(method, str):
+        return method
+    if not is_dataclass(method) or isinstance(method, type):
+        raise InputError(f"--{stage} is {shown(method)}; give a name, one of {', '.join(registry.names(stage))}")
+    return registry.build(stage, method)
 
 
-def _written(stage: str, given: object) -> str | None:
-    return None if given is None else registry.text(stage, given)
+def _written(stage: str, method: object) -> str | None:
+    return None if method is None else registry.text(stage, method)
 
 
 def _field(stage: str) -> tuple[BeforeValidator, PlainSerializer]:
@@ -35,6 +52,34 @@ FormatField = Annotated[object, *_field("format")]
 MethodField = Annotated[object, *_field("method")]
 
 
+def read_yaml(file: Path) -> Any:
+    """Read a small UTF-8 file of YAML, with or without a byte order mark.
+
+    Raises:
+        InputError: no such file, one that is too large or no YAML in UTF-8, aliases, with which a few lines can be made
+            to fill the memory, or parts that are nested deeper than any recipe needs.
+    """
+    if not file.is_file():
+        what = "it is a folder; give a file in it" if file.is_dir() else "there is no such file"
+        raise InputError(f"no recipe '{file}': {what}")
+    if file.stat().st_size > LARGEST:
+        raise InputError(f"'{file}' is no recipe: it has more than {LARGEST:,} bytes")
+    depth = 0
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise InputError(f"'{file}' has an alias, *{event.anchor}; write out what it stands for")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise InputError(f"'{file}' is nested deeper than {DEEPEST} levels; write one 'setting: value' a line")
+        return yaml.safe_load(text)
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"'{file}' is not YAML in UTF-8: {' '.join(str(error).split())}") from error
+
+
 class Settings(BaseModel):
     """Settings that come from Python, from options, or from a YAML recipe."""
 
@@ -43,42 +88,63 @@ class Settings(BaseModel):
     section: ClassVar[str]
     """Where they stand in a saved `moesaic.yaml`."""
 
-    @classmethod
-    def read(cls, recipe: Path | None, given: Json) -> Self:
-        """Take settings from a YAML recipe (or a saved `moesaic.yaml`), overridden by those that are given.
+    def __init__(self, **settings: object) -> None:
+        """Take settings from Python, checked as those of the command line are.
 
         Raises:
-            InputError: no such file, an unknown setting (with the nearest name) or a value that does not fit.
+            InputError: an unknown setting (with the nearest name), or a value that does not fit.
         """
+        for name in settings:
+            if name not in type(self).model_fields:
+                hint = registry.nearest(str(name), type(self).model_fields)
+                raise InputError(f"there is no setting {shown(name)}.{hint}")
         try:
-            return cls.model_validate(cls.combine(cls._recipe(recipe), given))
+            super().__init__(**settings)
         except ValidationError as error:
             first = error.errors()[0]
             if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
                 raise cause from error
             name = "--" + str(first["loc"][0]).replace("_", "-")
-            raise InputError(f"{name} is {first['input']!r}: {first['msg'].lower()}") from error
+            raise InputError(f"{name} is {shown(first['input'])}: {first['msg'].lower()}") from error
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _within_limits(cls, value: object, info: ValidationInfo) -> object:
+        name = info.field_name or ""
+        return given.number(name, value) if name in given.LIMITS and value is not None else value
+
+    @field_validator("teacher", "calibration", "data", check_fields=False)
+    @classmethod
+    def _without_tilde(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if isinstance(value, tuple):
+            return tuple(given.place(source) for source in value)
+        return None if value is None else given.place(value)
 
     @classmethod
-    def combine(cls, recipe: Json, given: Json) -> Json:
+    def read(cls, recipe: Path | None, settings: Json) -> Self:
+        """Take settings from a YAML recipe (or a saved `moesaic.yaml`), overridden by those that are given.
+
+        Raises:
+            InputError: no such file, an unknown setting (with the nearest name) or a value that does not fit.
+        """
+        return cls(**cls.combine({} if recipe is None else cls._recipe(given.path(recipe)), settings))
+
+    @classmethod
+    def combine(cls, recipe: Json, settings: Json) -> Json:
         """Override the settings of a recipe by those that are given."""
-        return recipe | given
+        return recipe | settings
 
     @classmethod
-    def _recipe(cls, recipe: Path | None) -> Json:
-        if recipe is None:
-            return {}
-        if not recipe.is_file():
-            raise InputError(f"no recipe '{recipe}'")
-        try:
-            content = yaml.safe_load(recipe.read_text()) or {}
-            content = dict(content.get(cls.section, content))
-        except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"'{recipe}' is not a YAML mapping of settings: {error}") from error
+    def _recipe(cls, recipe: Path) -> Json:
+        content = read_yaml(recipe)
+        content = content.get(cls.section, content) if isinstance(content, dict) else content
+        if not isinstance(content, dict | None):
+            raise InputError(f"'{recipe}' is no recipe: it holds {shown(content)}; write one 'setting: value' a line")
+        content = dict(content or {})
         for name in content:
             if name not in cls.model_fields:
                 hint = registry.nearest(str(name), cls.model_fields)
-                raise InputError(f"'{recipe}' has an unknown setting '{name}'.{hint}")
+                raise InputError(f"'{recipe}' has an unknown setting {shown(name)}.{hint}")
         return content
 
     def to_yaml(self) -> str:
@@ -93,7 +159,7 @@ class ConvertConfig(Settings):
 
     active: float | None = None
     """The ffn share: the part of each FFN's neurons that one token runs; the shape follows from it."""
-    memory_factor: float = Field(1.0, gt=0)
+    memory_factor: float = 1.0
     """Size of all experts relative to the dense FFN; `specialists` alone use more than 1, and `auto` may decline it."""
     plan: str | None = None
     """A fixed disjoint shape such as `S3A3E8`, instead of `active`."""
@@ -110,13 +176,13 @@ class ConvertConfig(Settings):
     recovery: RecoveryField = "closed-form"
     calibration: tuple[str, ...] = ()
     """Text files, .jsonl files or `datasets` names; none means the bundled text."""
-    tokens: int = Field(16_384, gt=0)
+    tokens: int = 16_384
     """Calibration tokens."""
-    window: int = Field(256, gt=1)
+    window: int = 256
     """Tokens in one calibration sequence."""
-    first_tokens: int | None = Field(None, ge=0)
+    first_tokens: int | None = None
     """Tokens, each a text's first, that recovery fits beside the others; None: an eighth of `tokens`, 0 after a BOS."""
-    held_out_tokens: int = Field(4_096, gt=0)
+    held_out_tokens: int = 4_096
     """Tokens of bundled held-out text for the perplexity that is compared with the dense model's."""
     format: FormatField = "auto"
     """`moesaic` (which holds everything), `glm4_moe` and other stock architectures, or `auto`: the first that fits."""
@@ -127,12 +193,12 @@ class ConvertConfig(Settings):
     """Perplexity above this many times the dense model's is a collapse."""
 
     @classmethod
-    def combine(cls, recipe: Json, given: Json) -> Json:
+    def combine(cls, recipe: Json, settings: Json) -> Json:
         """Override the settings of a recipe; a given share takes the place of a plan, and a given plan of a share."""
         for name, other in (("plan", "active"), ("active", "plan")):
-            if name in given:
+            if name in settings:
                 recipe.pop(other, None)
-        return recipe | given
+        return recipe | settings
 
 
 class FinetuneConfig(Settings):
@@ -148,37 +214,37 @@ class FinetuneConfig(Settings):
     """The dense model; None is the one that the model was converted from."""
     data: tuple[str, ...] = ()
     """Text files, .jsonl files (`text`, or `prompt` and `response`) or `datasets` names; none: the bundled text."""
-    samples: int = Field(2_000, gt=0)
+    samples: int = 2_000
     """Sequences that training may use; fewer if the data has fewer."""
-    window: int = Field(512, gt=1)
+    window: int = 512
     """Tokens in a sequence."""
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = None
     """Steps in all; None is what `minutes` allow, or else one pass over the samples."""
-    minutes: float | None = Field(None, gt=0)
+    minutes: float | None = None
     """Minutes in all; a step that has begun is finished."""
-    batch: int = Field(2, gt=0)
+    batch: int = 2
     """Sequences in a step, over all processes."""
-    learning_rate: float | None = Field(None, ge=0)
+    learning_rate: float | None = None
     """Of all but the routers; None is the method's own."""
-    router_learning_rate: float | None = Field(None, ge=0)
+    router_learning_rate: float | None = None
     """Of the routers; None is the method's own."""
-    warmup: float = Field(0.05, ge=0, le=1)
+    warmup: float = 0.05
     """Share of the training in which the learning rate rises; then it falls as a cosine to a tenth."""
-    top_k: int = Field(64, gt=0)
+    top_k: int = 64
     """Of the teacher's logits, the largest that are kept; the rest of the probability is one more class."""
-    match: float = Field(0.0, ge=0)
+    match: float = 0.0
     """Weight of the relative squared distance of each layer's output from the teacher's."""
     balance: Literal["none", "bias", "loss"] = "none"
     """Evening out the experts' load: by the selection bias (CMoE, DeepSeek-V3), by a loss (Switch), or not."""
-    balance_step: float = Field(1e-3, gt=0)
+    balance_step: float = 1e-3
     """Of `bias`: how far it moves in a step (CMoE's γ)."""
-    balance_weight: float = Field(0.01, gt=0)
+    balance_weight: float = 0.01
     """Of `loss`: its weight in nats a token (Switch's α)."""
-    held_out: int = Field(12, gt=0)
+    held_out: int = 12
     """Sequences of the data that are not trained on and decide which state is kept."""
-    evaluations: int = Field(6, gt=0)
+    evaluations: int = 6
     """How often the held-out loss is measured on the way."""
-    patience: int = Field(3, gt=0)
+    patience: int = 3
     """Evaluations in a row without a new least held-out loss after which training stops."""
     shard: bool = False
     """Whether processes hold a part of each parameter (FSDP) instead of all of them (DDP)."""
@@ -186,9 +252,10 @@ class FinetuneConfig(Settings):
     seed: int = 0
 
     @classmethod
-    def combine(cls, recipe: Json, given: Json) -> Json:
+    def combine(cls, recipe: Json, settings: Json) -> Json:
         """Override the settings of a recipe; `rank` and `alpha` are short for options of the method."""
-        content = recipe | given
+        content = recipe | settings
+        given.check(rank=content.get("rank"), alpha=content.get("alpha"))
         adapters = [f"{name}={content.pop(name)}" for name in ("rank", "alpha") if name in content]
         if adapters:
             method = registry.text("method", content.get("method", cls().method))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint.builtin import known_as
+from .checkpoint.facts import METRICS_FILE
 from .comparison.llama_cpp import find_llama_cpp, llama_cpp_speed
 from .config import ConvertConfig
 from .conversion.convert import convert
 from .errors import InputError, WorkError
 from .evaluation.benchmark import benchmark
 from .evaluation.inspect import prompt_tokens
+from .files import write_json
 from .formats.loading import load
+from .given import check, optional_path, path, place
 from .report.demo_page import write_demo_page
 from .report.plots import write_speed
 from .results import DemoResult, Typed
@@ -40,11 +42,11 @@ Progress = Callable[[int, int, str], None]
 
 
 def demo(
-    output: Path,
+    output: str | Path,
     model: str = "demo",
     active: float = 0.5,
     *,
-    llama_cpp: Path | None = None,
+    llama_cpp: str | Path | None = None,
     progress: Progress | None = None,
 ) -> DemoResult:
     """Convert a model, measure both, let both type; model, `metrics.json`, plots and `report.html` stay in `output`.
@@ -59,7 +61,9 @@ def demo(
     Raises:
         InputError: no such model, or `llama_cpp` has no `xllamacpp`; before anything is converted.
     """
-    python = find_llama_cpp(llama_cpp)
+    check(active=active)
+    output, model = path(output), place(model)
+    python = find_llama_cpp(optional_path(llama_cpp))
     steps = Steps(progress)
     config = ConvertConfig(active=active, partition=PARTITIONS.get(model, "auto"), tokens=TOKENS)
     conversion = convert(model, output, config, overwrite=True, progress=steps.converting)
@@ -89,7 +93,7 @@ def demo(
         model=model, name=known_as(model), active=active, conversion=conversion, speed=speed, typed=typed,
         llama_cpp=found, llama_cpp_missing=missing,
     )  # fmt: skip
-    (output / "metrics.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    write_json(output / METRICS_FILE, result.to_dict())
     write_speed(result.to_dict(), output)
     write_demo_page(result, output / "report.html")
     steps.report("llama.cpp", 1, "done")

@@ -7,12 +7,13 @@ import re
 from dataclasses import dataclass
 
 from .errors import InputError
+from .given import LIMITS, check
 
 FEWEST = 3
 """Specialists beside a shared expert, at least."""
 COARSE, FINE = (4, 16, 64), (48, 64, 128)
 """Groups of a disjoint cut: fewest, wanted, most."""
-PLAN = re.compile(r"S(\d+)A(\d+)E(\d+)")
+PLAN = re.compile(r"S(\d{1,9})A(\d{1,9})E(\d{1,9})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ def parse_plan(text: str, intermediate_size: int, expert_width: int | None = Non
                 f"plan '{text}' with --expert-width {expert_width} runs {(shared + active) * expert_width} neurons, "
                 f"the FFN has {intermediate_size}"
             )
+        factor, most = groups * expert_width / intermediate_size, LIMITS["memory_factor"].most
+        if factor > most:
+            raise InputError(
+                f"plan '{text}' with --expert-width {expert_width} is {factor:,.0f} times the FFN; {most} times at most"
+            )
         return Plan(shared, active, groups, expert_width)
     if expert_width is not None and groups * expert_width != intermediate_size:
         fits = intermediate_size % expert_width == 0
@@ -94,16 +100,6 @@ def parse_plan(text: str, intermediate_size: int, expert_width: int | None = Non
     return Plan(shared, active, groups, intermediate_size // groups)
 
 
-def check_share(active: float) -> None:
-    """Check that `active` is a share of an FFN.
-
-    Raises:
-        InputError: it is not above 0 and at most 1.
-    """
-    if not 0 < active <= 1:
-        raise InputError(f"--active is {active}; it is a share of the FFN, above 0 and at most 1, e.g. 0.5")
-
-
 def disjoint_plan(active: float, intermediate_size: int, expert_width: int | None = None, fine: bool = False) -> Plan:
     """Choose the disjoint plan whose ffn share is nearest to `active`, half of it shared.
 
@@ -113,7 +109,7 @@ def disjoint_plan(active: float, intermediate_size: int, expert_width: int | Non
     Raises:
         InputError: an impossible share or width.
     """
-    check_share(active)
+    check(active=active)
     if expert_width is not None:
         if expert_width < 1 or intermediate_size % expert_width:
             widths = [w for w in range(1, intermediate_size + 1) if intermediate_size % w == 0]
@@ -155,7 +151,7 @@ def specialists_plan(active: float, memory_factor: float, intermediate_size: int
     Raises:
         InputError: an impossible share, or a memory budget that leaves nothing to vary.
     """
-    check_share(active)
+    check(active=active, memory_factor=memory_factor)
     spare = memory_factor - active
     if spare < 0.01:
         raise InputError(

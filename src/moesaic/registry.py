@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from .errors import InputError
+from .given import LIMITS, OPTION, shown
 
 
 class Stage(NamedTuple):
@@ -160,7 +161,7 @@ def build(stage: str, given: object, *, imported_only: bool = False) -> Any:
     """
     if not isinstance(given, str):
         _checked(stage, type(given).__name__, type(given))
-        return given
+        return _within_limits(stage, given)
     name, arguments = split(stage, given)
     cls = method_class(stage, name, imported_only=imported_only)
     known = {field.name for field in fields(cls) if field.init}  # pyrefly: ignore[bad-argument-type]
@@ -171,15 +172,31 @@ def build(stage: str, given: object, *, imported_only: bool = False) -> Any:
             raise InputError(f"{stage} '{name}' has no option '{key}'.{hint}")
         try:
             options[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            raise InputError(f"option {key} of {stage} '{name}' is '{text}', expected a number or True/False") from None
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            raise InputError(
+                f"option {key} of {stage} '{name}' is {shown(text)}, expected a number or True/False"
+            ) from None
     try:
-        return TypeAdapter(cls).validate_python(options)
+        return _within_limits(stage, TypeAdapter(cls).validate_python(options))
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(
-            f"option {first['loc'][-1]} of {stage} '{name}' is {first['input']!r}: {first['msg']}"
+            f"option {first['loc'][-1]} of {stage} '{name}' is {shown(first['input'])}: {first['msg']}"
         ) from error
+
+
+def _within_limits(stage: str, method: Any) -> Any:
+    """Return a method whose numbers are all within `LIMITS`, or at least finite and no larger than `OPTION`.
+
+    Raises:
+        InputError: one is not.
+    """
+    for field in fields(method):
+        value, limit = getattr(method, field.name), LIMITS.get(field.name, OPTION)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not limit.holds(value):
+            name = spec_name(type(method))
+            raise InputError(f"option {field.name} of {stage} '{name}' is {shown(value)}; give {limit}")
+    return method
 
 
 def _options(arguments: str) -> list[tuple[str, str]]:
@@ -215,12 +232,14 @@ def text(stage: str, given: object) -> str:
 def spec(method: object) -> str:
     """Write a method as the text from which `build` makes an equal one; options at their defaults are left out."""
     cls = type(method)
-    package, _, module = cls.__module__.rpartition(".")
-    name = (
-        module.replace("_", "-")
-        if package in {stage.package for stage in STAGES.values()}
-        else f"{cls.__module__}:{cls.__qualname__}"
-    )
+    name = spec_name(cls)
     options = [f for f in fields(cls) if f.init]  # pyrefly: ignore[bad-argument-type]
     changed = ",".join(f"{f.name}={v!r}" for f in options if (v := getattr(method, f.name)) != _default(f))
     return f"{name}:{changed}" if changed else name
+
+
+def spec_name(cls: type) -> str:
+    """Name a method's class: its file in our packages, else `module:Class`."""
+    package, _, module = cls.__module__.rpartition(".")
+    ours = package in {stage.package for stage in STAGES.values()}
+    return module.replace("_", "-") if ours else f"{cls.__module__}:{cls.__qualname__}"

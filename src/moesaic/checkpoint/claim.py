@@ -60,13 +60,18 @@ def clear(folder: Path) -> None:
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Keep a folder to work in to this process; if nothing was put there, it is gone afterwards.
+def claim(folder: Path, *, working: bool = True) -> Iterator[None]:
+    """Keep a folder to this process; if nothing was put there, it is gone afterwards.
+
+    Args:
+        folder: the folder, which is made if need be.
+        working: whether it is one to work in beside an output, and so must be ours; else it is the output itself.
 
     Raises:
         InputError: it is a user's own, cannot be made, or another process works in it.
     """
-    check_ours(folder)
+    if working:
+        check_ours(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +93,7 @@ def claim(folder: Path) -> Iterator[None]:
         (folder / LOCK).unlink(missing_ok=True)
         lock.release()
         with suppress(OSError):  # what is not empty stays
-            for path in made or [folder]:
+            for path in made or [folder] * working:
                 path.rmdir()
 
 

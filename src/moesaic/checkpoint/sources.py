@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import InputError
+from ..given import place
 from ..registry import nearest
 from .builtin import BUILTINS, NAMES, cache_folder, tiny_folder
 from .gguf_source import from_gguf
@@ -41,7 +42,8 @@ def resolve(model: str, console: Console | None = None) -> Path:
         WorkError: a download failed or is corrupt.
     """
     console = console or Console(stderr=True)
-    path = Path(model).expanduser()
+    model = place(model)
+    path = Path(model)
     if model == "tiny":
         return tiny_folder()
     if model in BUILTINS:
@@ -49,7 +51,7 @@ def resolve(model: str, console: Console | None = None) -> Path:
         if (folder := _from_hub(builtin.hub_id)) is not None:
             return folder
         if not gguf.is_file():
-            console.print(f"Fetching [bold]{model}[/] ({builtin.terms})")
+            console.print(f"Fetching {model} ({builtin.terms})", markup=False, emoji=False)
             fetch_gguf(model, gguf, console)
         return from_gguf(gguf, console)
     if path.is_dir():

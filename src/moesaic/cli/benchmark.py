@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .. import given
 from ..report import tables
 from ..report.progress import progress
 from . import options
@@ -15,10 +16,10 @@ from .options import print_result, stderr
 def benchmark(
     model: options.ModelArgument,
     against: options.Against = None,
-    prompt: Annotated[int, typer.Option(help="prompt tokens", min=2)] = 512,
-    new: Annotated[int, typer.Option(help="new tokens", min=1)] = 32,
+    prompt: Annotated[int, typer.Option(help="prompt tokens")] = 512,
+    new: Annotated[int, typer.Option(help="new tokens")] = 32,
     batch: Annotated[str, typer.Option(help="sequences decoded at once, comma-separated")] = "1",
-    rounds: Annotated[int, typer.Option(help="timed rounds", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="timed rounds")] = 5,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     threads: options.Threads = None,
@@ -30,11 +31,14 @@ def benchmark(
     from ..evaluation.benchmark import benchmark as run
     from ..evaluation.inspect import prompt_tokens
     from ..formats.converted import dense_origin
+    from ..serving.generate import check_length
 
     options.check_plot(plot)
-    sizes = options.numbers(batch, "--batch")
+    sizes = options.whole_numbers(batch, "--batch", given.LIMITS["batch"])
+    given.check(prompt=prompt, new=new, rounds=rounds)
     against = against or dense_origin(model)
     loaded, tokenizer = options.load_model(model, device, dtype, threads, experts)
+    check_length(loaded, prompt, new, "--new")
     tokens_BL = prompt_tokens(tokenizer, prompt, max(sizes))
     dense, _ = options.load_model(against, device, str(loaded.dtype).removeprefix("torch."), threads)
     with progress(stderr, "measuring", "measurement") as tick:

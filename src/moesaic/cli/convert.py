@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,25 +20,22 @@ def convert(
         float | None, typer.Option(help="size of all experts relative to the dense FFN [default: 1]")
     ] = None,
     plan: Annotated[str | None, typer.Option(help="fixed shape, e.g. S3A3E8: 3 shared + 3 of 8 groups run")] = None,
-    expert_width: Annotated[int | None, typer.Option(help="neurons in a group", min=1)] = None,
+    expert_width: Annotated[int | None, typer.Option(help="neurons in a group")] = None,
     fine: options.Fine = None,
     partition: options.Partition = None,
     router: options.Router = None,
     selection: options.Selection = None,
     recovery: options.Recovery = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(help="text, .jsonl, .csv or .parquet file or datasets name; repeat for more [default: bundled]"),
-    ] = None,
+    calibration: options.Calibration = None,
     tokens: Annotated[int | None, typer.Option(help="calibration tokens [default: 16384]")] = None,
     window: Annotated[int | None, typer.Option(help="tokens of one calibration sequence [default: 256]")] = None,
     first_tokens: Annotated[
         int | None, typer.Option(help="tokens seen as a text's first [default: an eighth of --tokens; 0 after a BOS]")
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML with any of these settings; options override it")] = None,
+    recipe: options.Recipe = None,
     format: options.Format = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... [default: auto]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16, float32 [default: auto]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16, float32, float64 [default: auto]")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random [default: 0]")] = None,
     resume: Annotated[bool, typer.Option(help="go on with an unfinished conversion")] = True,
     overwrite: options.Overwrite = False,
@@ -62,10 +58,11 @@ def convert(
     }  # fmt: skip
     config = ConvertConfig.read(recipe, {name: value for name, value in given.items() if value is not None})
     if dry_run:
-        check_output(out, overwrite)
-        conversions = candidates(model, config)
-        conversions[0].check_space(out)
-        dry = describe(conversions)
+        with options.status("checking"):
+            check_output(out, overwrite)
+            conversions = candidates(model, config)
+            conversions[0].check_space(out)
+            dry = describe(conversions)
         print_result(dry, as_json, lambda: tables.show_facts(stderr, "Dry run: nothing was written", dry.to_dict()))
         return
     with progress(stderr, "converting", "layer") as tick:

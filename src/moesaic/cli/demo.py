@@ -14,13 +14,15 @@ from .options import print_result, stderr
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="folder for the result")] = Path("demo-output"),
-    model: Annotated[str, typer.Option(help="the model to show")] = "demo",
+    out: Annotated[Path, typer.Option(help="folder for the result", callback=options.expand)] = Path("demo-output"),
+    model: Annotated[str, typer.Option(help="the model to show", callback=options.expand)] = "demo",
     active: Annotated[float, typer.Option(help="share of each FFN that one token runs")] = 0.5,
     llama_cpp: Annotated[
         Path | None,
         typer.Option(
-            metavar="PYTHON", help="a Python that has xllamacpp, to measure llama.cpp too [default: this one]"
+            metavar="PYTHON",
+            help="a Python that has xllamacpp, to measure llama.cpp too [default: this one]",
+            callback=options.expand,
         ),
     ] = None,
     as_json: options.Json = False,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .. import given
 from ..report import tables
 from ..report.progress import progress
 from . import options
@@ -15,13 +15,11 @@ from .options import print_result, stderr
 
 def evaluate(
     model: options.ModelArgument,
-    text: Annotated[
-        Path | None, typer.Option(help="raw text; for gptq rows too (.jsonl, ...) [default: bundled held-out text]")
-    ] = None,
+    text: options.TextFile = None,
     protocol: Annotated[str, typer.Option(help="gptq, llama.cpp or lm-eval")] = "gptq",
     window: Annotated[int, typer.Option(help="tokens in a window")] = 2_048,
     max_tokens: Annotated[int | None, typer.Option(help="stop after so many tokens")] = None,
-    tasks: Annotated[Path | None, typer.Option(help="multiple-choice items, .jsonl")] = None,
+    tasks: options.Tasks = None,
     items: options.Items = None,
     harness: Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated (needs moesaic[eval])")] = None,
     device: options.Device = "auto",
@@ -34,6 +32,7 @@ def evaluate(
     from ..evaluation.evaluate import check_request
     from ..evaluation.evaluate import evaluate as run
 
+    given.check(items=items)
     check_request(text, protocol, window, max_tokens, tasks, harness)
     loaded, tokenizer = options.load_model(model, device, dtype, threads, experts, for_scoring=True)
     with progress(stderr, "evaluating", "step") as tick:

@@ -14,8 +14,8 @@ from .options import print_result, stderr
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="a converted model's folder", metavar="MODEL")],
-    out: Annotated[Path, typer.Argument(help="folder (or .gguf file) to make", metavar="OUT")],
+    model: options.ConvertedArgument,
+    out: Annotated[Path, typer.Argument(help="folder (or .gguf file) to make", metavar="OUT", callback=options.expand)],
     format: options.Target = "auto",
     to: Annotated[str | None, typer.Option(hidden=True, help="the old name of --format")] = None,
     outtype: options.Outtype = None,

@@ -14,23 +14,27 @@ from .options import print_result, stderr
 
 
 def finetune(
-    model: Annotated[str, typer.Argument(help="a converted model's folder", metavar="MODEL")],
+    model: options.ConvertedArgument,
     out: options.OutArgument,
-    teacher: Annotated[str | None, typer.Option(help="the dense model [default: what MODEL was made of]")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="the dense model [default: what MODEL was made of]", callback=options.expand)
+    ] = None,
     data: options.Data = None,
     method: options.Method = None,
     objective: options.Objective = None,
-    steps: Annotated[int | None, typer.Option(help="steps [default: one pass over the samples]", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="steps [default: one pass over the samples]")] = None,
     minutes: Annotated[float | None, typer.Option(help="stop after so many minutes")] = None,
-    samples: Annotated[int | None, typer.Option(help="sequences to train on [default: 2000]", min=1)] = None,
-    window: Annotated[int | None, typer.Option(help="tokens in a sequence [default: 512]", min=2)] = None,
-    batch: Annotated[int | None, typer.Option(help="sequences in a step [default: 2]", min=1)] = None,
+    samples: Annotated[int | None, typer.Option(help="sequences to train on [default: 2000]")] = None,
+    window: Annotated[int | None, typer.Option(help="tokens in a sequence [default: 512]")] = None,
+    batch: Annotated[int | None, typer.Option(help="sequences in a step [default: 2]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="[default: the method's]")] = None,
-    rank: Annotated[int | None, typer.Option(help="of low-rank adapters [default: 8]", min=1)] = None,
-    alpha: Annotated[int | None, typer.Option(help="of low-rank adapters [default: 32]", min=1)] = None,
+    rank: Annotated[int | None, typer.Option(help="of low-rank adapters [default: 8]")] = None,
+    alpha: Annotated[int | None, typer.Option(help="of low-rank adapters [default: 32]")] = None,
     balance: options.Balance = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML with any of these settings; options override it")] = None,
-    teacher_cache: Annotated[Path | None, typer.Option(help="keep the teacher's logits there, for other runs")] = None,
+    recipe: options.Recipe = None,
+    teacher_cache: Annotated[
+        Path | None, typer.Option(help="keep the teacher's logits there, for other runs", callback=options.expand)
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... [default: auto]")] = None,
     shard: Annotated[bool | None, typer.Option(help="cut parameters over the processes (FSDP)")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random [default: 0]")] = None,

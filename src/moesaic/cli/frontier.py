@@ -7,31 +7,32 @@ from typing import Annotated
 
 import typer
 
+from ..given import LIMITS, Limit
 from ..report import tables
 from ..report.progress import progress
 from . import options
 from .options import print_result, stderr
 
+PER_CENT = Limit(1, 100, whole=False)
+
 
 def frontier(
     model: options.ModelArgument,
-    out: Annotated[Path, typer.Option(help="folder for rows and chart; finished rows are kept")] = Path("frontier"),
+    out: Annotated[
+        Path, typer.Option(help="folder for rows and chart; finished rows are kept", callback=options.expand)
+    ] = Path("frontier"),
     active: Annotated[str, typer.Option(help="per cent of each FFN that run, comma-separated")] = "25,50,75",
     memory_factor: Annotated[str, typer.Option(help="sizes of all experts relative to the dense FFN")] = "1",
     methods: Annotated[
         str, typer.Option(help="comma-separated, or all that fit")
     ] = "default,static+closed-form,flap,cmoe",
     seeds: Annotated[str, typer.Option(help="seeds, comma-separated")] = "0",
-    text: Annotated[
-        Path | None, typer.Option(help="raw text, or file of rows [default: bundled held-out text]")
-    ] = None,
+    text: options.TextFile = None,
     max_tokens: Annotated[int | None, typer.Option(help="stop the perplexity after so many tokens")] = None,
-    tasks: Annotated[Path | None, typer.Option(help="multiple-choice items, .jsonl")] = None,
+    tasks: options.Tasks = None,
     items: options.Items = None,
-    calibration: Annotated[
-        list[str] | None, typer.Option(help="text files or rows; repeat for more [default: bundled]")
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="calibration tokens", min=1)] = 16_384,
+    calibration: options.Calibration = None,
+    tokens: Annotated[int, typer.Option(help="calibration tokens")] = 16_384,
     speed: Annotated[bool, typer.Option(help="measure decode speed")] = True,
     html: Annotated[bool, typer.Option("--html", help="write frontier.html too: all methods, interactive")] = False,
     as_json: options.Json = False,
@@ -46,9 +47,9 @@ def frontier(
     )  # fmt: skip
     with progress(stderr, "frontier", "conversion") as tick:
         result = run(
-            model, out, active=[share / 100 for share in options.numbers(active, "--active", float, most=100)],
-            memory_factors=options.numbers(memory_factor, "--memory-factor", float, least=0.01),
-            methods=methods.split(","), seeds=options.numbers(seeds, "--seeds", least=0),
+            model, out, active=[share / 100 for share in options.numbers(active, "--active", PER_CENT)],
+            memory_factors=options.numbers(memory_factor, "--memory-factor", LIMITS["memory_factor"]),
+            methods=methods.split(","), seeds=options.whole_numbers(seeds, "--seeds", LIMITS["seed"]),
             measurement=measurement, html=html, progress=tick,
         )  # fmt: skip
     print_result(result, as_json, lambda: tables.show_frontier(stderr, result, str(out)))

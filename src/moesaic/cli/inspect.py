@@ -13,7 +13,7 @@ from .options import print_result, stderr
 
 
 def inspect(
-    out: Annotated[Path, typer.Argument(help="a converted model's folder", metavar="OUT")],
+    out: Annotated[Path, typer.Argument(help="a converted model's folder", metavar="OUT", callback=options.expand)],
     as_json: options.Json = False,
 ) -> None:
     """Show plan, method, per-layer errors and expert loads of a converted model."""

@@ -2,30 +2,67 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
-from .. import registry
+from .. import given, registry
 from ..errors import InputError
+from ..files import to_json
+from ..report.console import plain_console
+from ..report.progress import silent_bars
 from ..results import Result
 
 if TYPE_CHECKING:
     from ..formats.loading import Loaded
 
+THREADS_PER_CORE = 4
 PICTURES = (".png", ".svg", ".pdf")
-Number = TypeVar("Number", int, float)
-stderr = Console(stderr=True)
+stderr = plain_console()
 """Standard error: everything that people read; standard output has the result alone."""
+
+
+def expand(value: Path | str | list[str] | None) -> Path | str | list[str] | None:
+    """Expand `~` in what a path, a name or a list of them was given as.
+
+    Raises:
+        InputError: no such home folder, or a name that is not UTF-8.
+    """
+    if isinstance(value, Path):
+        return given.path(value)
+    if isinstance(value, str):
+        return given.place(value)
+    return value if value is None else [given.place(name) for name in value]
+
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(help="hub id, folder, .gguf file, or built in: tiny, demo, demo-1.5b, gemma-270m", metavar="MODEL"),
+    typer.Argument(
+        help="hub id, folder, .gguf file, or built in: tiny, demo, demo-1.5b, gemma-270m",
+        metavar="MODEL",
+        callback=expand,
+    ),
+]
+ConvertedArgument = Annotated[str, typer.Argument(help="a converted model's folder", metavar="MODEL", callback=expand)]
+TextFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="raw text; for gptq rows too (.jsonl, .csv, ...) [default: bundled held-out text]", callback=expand
+    ),
+]
+Tasks = Annotated[Path | None, typer.Option(help="multiple-choice items, .jsonl", callback=expand)]
+Recipe = Annotated[
+    Path | None, typer.Option(help="YAML with any of these settings; options override it", callback=expand)
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="text, .jsonl, .csv or .parquet file or datasets name; repeat for more [default: bundled]", callback=expand
+    ),
 ]
 FORMATS = ", ".join(name.replace("-", "_") for name in registry.names("format"))
 Partition = Annotated[
@@ -52,12 +89,13 @@ Objective = Annotated[
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        help=".txt, .jsonl (text, or prompt and response) or datasets name; repeat for more [default: bundled]"
+        help="text, rows (.jsonl, .csv, ...; also chats) or datasets name; repeat for more [default: bundled]",
+        callback=expand,
     ),
 ]
 Balance = Annotated[str | None, typer.Option(help="of the experts' load: none, bias or loss [default: none]")]
 Overwrite = Annotated[bool, typer.Option(help="replace OUT if it exists")]
-OutArgument = Annotated[Path, typer.Argument(help="folder to make", metavar="OUT")]
+OutArgument = Annotated[Path, typer.Argument(help="folder to make", metavar="OUT", callback=expand)]
 Format = Annotated[
     str | None, typer.Option(help=f"auto (one that engines load, if any) or one of: {FORMATS} [default: auto]")
 ]
@@ -66,11 +104,16 @@ Outtype = Annotated[
     str | None,
     typer.Option(help="of GGUF: f32, f16 [default], bf16, q8_0, q4_0, ...; K-quants with llama-quantize on the PATH"),
 ]
-Against = Annotated[str | None, typer.Option(help="the dense model [default: what MODEL was converted from]")]
-Plot = Annotated[Path | None, typer.Option(help="draw the FFN block under the machine's roofline: .png, .svg or .pdf")]
+Against = Annotated[
+    str | None, typer.Option(help="the dense model [default: what MODEL was converted from]", callback=expand)
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(help="draw the FFN block under the machine's roofline: .png, .svg or .pdf", callback=expand),
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object; all else goes to standard error")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32 or float64")]
 ScoringDtype = Annotated[
     str,
     typer.Option(help="auto (the checkpoint's, or float32 where a CPU is faster in it), bfloat16, float16, float32"),
@@ -79,24 +122,32 @@ Experts = Annotated[
     str | None,
     typer.Option(help="how experts run: eager, batched_mm, grouped_mm, moesaic, moesaic_triton [default: moesaic]"),
 ]
-Items = Annotated[int | None, typer.Option(help="of each task, at most so many items", min=1)]
-Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cores)", min=1)]
+Items = Annotated[int | None, typer.Option(help="of each task, at most so many items")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cores)")]
 
 
-def numbers(text: str, option: str, kind: type[Number] = int, least: float = 1, most: float = math.inf) -> list[Number]:
+def numbers(text: str, option: str, limit: given.Limit) -> list[float]:
     """Read a comma-separated list of numbers.
 
     Raises:
-        InputError: something else, or a number below `least` or above `most`.
+        InputError: something else, or a number that is not within the limit.
     """
     try:
-        found = [kind(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < least or max(found) > most:
-        limits = f"from {least} up" if math.isinf(most) else f"from {least} to {most}"
-        raise InputError(f"{option} '{text}' is not a list of numbers {limits}, such as 1,8,32")
-    return found
+        return [given.number(option, part.strip(), limit) for part in text.split(",")]
+    except InputError:
+        pass
+    raise InputError(
+        f"{option} '{text}' is not a list of numbers from {limit.least:,} to {limit.most:,}, such as 1,8,32"
+    )
+
+
+def whole_numbers(text: str, option: str, limit: given.Limit) -> list[int]:
+    """Read a comma-separated list of whole numbers.
+
+    Raises:
+        InputError: something else, or a number that is not within the limit.
+    """
+    return [int(number) for number in numbers(text, option, limit)]
 
 
 def check_plot(path: Path | None) -> None:
@@ -113,6 +164,29 @@ def check_plot(path: Path | None) -> None:
         raise InputError(f"--plot {path} is no file ending in {', '.join(PICTURES)} in a folder that exists")
 
 
+def set_threads(threads: int | None) -> None:
+    """Let torch use so many CPU threads; None leaves it to torch.
+
+    Raises:
+        InputError: none, or so many more than there are cores that the system may refuse them.
+    """
+    if threads is None:
+        return
+    import torch
+
+    from ..machine import cores
+
+    torch.set_num_threads(int(given.number("threads", threads, given.Limit(1, THREADS_PER_CORE * cores()))))
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """Show what goes on while it takes, with the names in it as they are, and no bars of libraries."""
+    spinner = "dots" if stderr.encoding.startswith("utf") else "line"
+    with silent_bars(), stderr.status(Text(text), spinner=spinner):
+        yield
+
+
 def load_model(
     model: str, device: str, dtype: str, threads: int | None, experts: str | None = None, for_scoring: bool = False
 ) -> Loaded:
@@ -121,25 +195,24 @@ def load_model(
     Raises:
         InputError: no such model, device, dtype or experts implementation.
     """
-    import torch
-
     from ..checkpoint.sources import resolve
     from ..formats.loading import check_experts, load
-    from ..models.devices import choose_device, choose_dtype
+    from ..models.devices import check_dtype, choose_device, choose_dtype
 
-    if threads:
-        torch.set_num_threads(threads)
-    check_experts(experts)
+    set_threads(threads)
+    check_dtype(dtype)
     where = choose_device(device)
-    folder = resolve(model, stderr)  # may take long, so after the checks
+    check_experts(experts, where)
+    with silent_bars():
+        folder = resolve(model, stderr)  # may take long, so after the checks
     wanted = None if dtype == "auto" else choose_dtype(dtype, folder)
-    with stderr.status(f"loading {model}"):
+    with status(f"loading {model}"):
         return load(folder, dtype=wanted, device=where, experts=experts, for_scoring=for_scoring)
 
 
 def print_result(result: Result, as_json: bool, show: Callable[[], None]) -> None:
     """Print a result: one JSON object on standard output, or what `show` prints on standard error."""
     if as_json:
-        print(json.dumps(result.to_dict()))
+        print(to_json(result.to_dict()))
     else:
         show()

@@ -20,6 +20,6 @@ def plan(
     """List shapes near a budget: memory, possible speed, and which engines run each."""
     from ..conversion.plans import plans
 
-    with stderr.status("counting"):
+    with options.status("counting"):
         found = plans(model, active, memory_factor)
     print_result(found, as_json, lambda: tables.show_plans(stderr, found))

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 
 from ..checkpoint.builtin import known_as
+from ..checkpoint.claim import claim
 from ..conversion.auto import candidates
 from ..conversion.convert import convert
 from ..errors import InputError
 from ..evaluation.evaluate import check_request, evaluate
+from ..files import write_json
 from ..formats.loading import load
+from ..given import check, optional_path, path, place
 from ..machine import machine, versions
-from ..plan import check_share, parse_plan
+from ..plan import parse_plan
 from ..report.frontier_page import write_frontier_page
 from ..report.frontier_plot import write_frontier
 from ..results import EvaluationResult, FrontierResult, FrontierRow, ShapeSpeed
 from .bounds import top_neurons
 from .recipes import ALL, NEURONS, chosen, may_overlap
-from .rows import Measurement, Point, Shape, path, read_frontier, shape_of, summarise
+from .rows import Measurement, Point, Shape, read_frontier, shape_of, summarise
 from .speed import shape_speed
 
 RESULT = "frontier.json"
@@ -64,11 +66,29 @@ def frontier(
         InputError: an unknown method, a shape that does not fit (with `methods=["all"]`: no shape that does; `unfit`
             says why), or bad files; before anything is converted.
     """
-    measurement, output = measurement or Measurement(), Path(output).expanduser()
-    check_request(path(measurement.text), "gptq", 2_048, measurement.max_tokens, path(measurement.tasks), None)
+    measurement, output, model = measurement or Measurement(), path(output), place(model)
+    check_request(
+        optional_path(measurement.text), "gptq", 2_048, measurement.max_tokens, optional_path(measurement.tasks), None
+    )
     points, unfit = _points(model, active, memory_factors, methods, seeds, measurement)
     result = replace(_resume(model, output, measurement), unfit=unfit)
-    report = progress or (lambda count, all, note: None)
+    with claim(output, working=False):  # another one would write over our rows
+        result = _fill(result, model, points, measurement, output, progress or (lambda count, all, note: None))
+    write_frontier(result.summary, known_as(model), output)
+    if html:
+        write_frontier_page(result, output / "frontier.html", known_as(model))
+    return result
+
+
+def _fill(
+    result: FrontierResult,
+    model: str,
+    points: Sequence[Point],
+    measurement: Measurement,
+    output: Path,
+    report: Callable[[int, int, str], None],
+) -> FrontierResult:
+    """Measure what is not measured yet, each row stored when it is there."""
     if result.dense is None:
         report(0, len(points), "dense")
         result = _save(replace(result, dense=_evaluate(model, measurement)), output)
@@ -83,11 +103,7 @@ def frontier(
         result = _measure_speeds(model, result, output, lambda shape: said(f"speed of {shape}"))
     rows = _take_speeds(result.rows, result.speeds, measurement)
     report(len(points), len(points), "done")
-    result = _save(replace(result, rows=rows, summary=summarise(rows)), output)
-    write_frontier(result.summary, known_as(model), output)
-    if html:
-        write_frontier_page(result, output / "frontier.html", known_as(model))
-    return result
+    return _save(replace(result, rows=rows, summary=summarise(rows)), output)
 
 
 def _points(
@@ -99,8 +115,11 @@ def _points(
     measurement: Measurement,
 ) -> tuple[list[Point], dict[str, str]]:
     """List the conversions to make, checked, and why methods of `all` do not fit."""
-    for share in active:
-        check_share(share)
+    for name, given in {"active": active, "memory_factors": memory_factors, "methods": methods, "seeds": seeds}.items():
+        if not given:
+            raise InputError(f"--{name.replace('_', '-').removesuffix('s')} is empty; give one at least")
+    for share, factor, seed in zip_longest(active, memory_factors, seeds):
+        check(active=share, memory_factor=factor, seed=seed)
     points: list[Point] = []
     unfit: dict[str, str] = {}
     for seed, share, name in product(seeds, active, chosen(methods)):
@@ -144,9 +163,7 @@ def _resume(model: str, output: Path, measurement: Measurement) -> FrontierResul
 
 def _save(result: FrontierResult, output: Path) -> FrontierResult:
     output.mkdir(parents=True, exist_ok=True)
-    partial = output / f"{RESULT}.writing"
-    partial.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
-    partial.replace(output / RESULT)
+    write_json(output / RESULT, result.to_dict())
     return result
 
 
@@ -155,8 +172,8 @@ def _evaluate(model: str | Path, measurement: Measurement, keep: float | None = 
     loaded, tokenizer = load(model, for_scoring=True)
     with nullcontext() if keep is None else top_neurons(loaded, keep):
         return evaluate(
-            loaded, tokenizer, text=path(measurement.text), max_tokens=measurement.max_tokens,
-            tasks=path(measurement.tasks), items=measurement.items,
+            loaded, tokenizer, text=optional_path(measurement.text), max_tokens=measurement.max_tokens,
+            tasks=optional_path(measurement.tasks), items=measurement.items,
         )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..config import ConvertConfig
+from ..files import read_json
+from ..given import check, path
 from ..plan import nearest_plan
 from ..results import FrontierResult, FrontierRow, FrontierSummary, Json
 from .recipes import METHODS, ORACLE
@@ -29,6 +30,14 @@ class Measurement:
     calibration: tuple[str, ...] = ()
     tokens: int = 16_384
     speed: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            InputError: one is out of its limits.
+        """
+        check(max_tokens=self.max_tokens, items=self.items, tokens=self.tokens)
 
     def setting(self) -> Json:
         """Say what decides the numbers, wherever the files lie: names and SHA-256 in place of paths."""
@@ -64,16 +73,11 @@ class Point:
         )  # fmt: skip
 
 
-def path(name: str | None) -> Path | None:
-    """Make a path of a name, or None of none."""
-    return None if name is None else Path(name)
-
-
 def hashed_name(source: str | None) -> str | None:
     """Name a file and its SHA-256; what is no file (a dataset) by its name alone."""
-    if source is None or not isfile(source):
+    if source is None or not isfile(file := path(source)):
         return source
-    return f"{Path(source).name} sha256:{hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]}"
+    return f"{file.name} sha256:{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
 
 
 class Shape(NamedTuple):
@@ -96,9 +100,7 @@ def read_frontier(file: Path) -> FrontierResult:
     Raises:
         ValueError, TypeError, KeyError: it is none.
     """
-    values = json.loads(file.read_text())
-    if not isinstance(values, dict):
-        raise TypeError("it is no JSON object")
+    values = read_json(file)
     speeds = [
         {name: s[name] for name in ("plan", "expert_width", "machine", "speedup")} for s in values.get("speeds", [])
     ]

@@ -22,6 +22,7 @@ from ..formats.base import Format
 from ..formats.converted import Converted
 from ..formats.export import rewrite, write_embeddings_and_head, write_metrics
 from ..formats.verify import check
+from ..given import path
 from ..machine import give_back_memory, machine, peak_rss_bytes, versions
 from ..moe.modeling import MODEL_TYPE
 from ..report.plots import write_plots
@@ -63,7 +64,7 @@ def convert(
         WorkError: a self-test failed or the result collapsed.
     """
     start = time.monotonic()
-    output = Path(output).expanduser()
+    output = path(output)
     with claim_output(output, overwrite):
         conversions = candidates(str(model), config or ConvertConfig(), begun_dtype(output) if resume else None)
         conversions[0].check_space(output)

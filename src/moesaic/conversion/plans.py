@@ -17,6 +17,7 @@ from ..evaluation.cost import active_weights, body_weights
 from ..formats.base import Format, MoesaicModelConfig
 from ..formats.converted import choose_format
 from ..formats.gguf_support import K_BLOCK, gguf_format
+from ..given import check, place
 from ..models.families import check_convertible, check_text_only, decoder_layers
 from ..models.integrity import model_on_meta, read_config
 from ..moe.modeling import moesaic_config
@@ -46,6 +47,8 @@ def plans(model: str, active: float = 0.5, memory_factor: float = 1.0) -> Plans:
     Raises:
         InputError: no such model, or a budget that no shape fits.
     """
+    check(active=active, memory_factor=memory_factor)
+    model = place(model)
     hub = HUB_ID.fullmatch(model) and model not in NAMES and not Path(model).exists()
     folder = Path(model) if hub else resolve(model)  # of a repository only the configuration is fetched
     config = read_config(folder)

@@ -23,10 +23,9 @@ from ..models.families import decoder_layers
 from ..models.moe_block import Routing, find_block
 from ..results import BenchmarkResult, Roof, Speed
 from .cost import active_block_weights, active_weights, body_weights, ffn_of
+from .sizes import PROMPT_TOKENS, check_sizes
 
 BLOCK_TOKENS = (1, 8, 32, 512)
-PROMPT_TOKENS = 2_048
-"""Of all sequences that are decoded at once: prompts of many sequences are cut to that, or they would take minutes."""
 FEW = 32
 """Tokens up to which a block is limited by the bytes that it reads, beyond by FLOPs."""
 Timer = Callable[[], float]
@@ -62,8 +61,10 @@ def benchmark(
         progress: called with (finished, all) measurements.
 
     Raises:
-        InputError: the models have different dtypes.
+        InputError: the models have different dtypes, a number is out of its limits, or prompts and new tokens are
+            beyond the models' context or the free memory.
     """
+    check_sizes(model, dense, tokens_BL, new, batches, rounds)
     if model.dtype != dense.dtype:
         raise InputError(f"the models have different dtypes, {model.dtype} and {dense.dtype}; choose one with --dtype")
     tokens_L = tokens_BL[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..given import check, optional_path
 from ..machine import versions
 from ..results import EvaluationResult, TaskScore
 from .perplexity import check_protocol, perplexity
@@ -20,11 +21,11 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    text: Path | None = None,
+    text: str | Path | None = None,
     protocol: str = "gptq",
     window: int = 2_048,
     max_tokens: int | None = None,
-    tasks: Path | None = None,
+    tasks: str | Path | None = None,
     items: int | None = None,
     harness: str | None = None,
     progress: Callable[..., None] | None = None,
@@ -46,6 +47,8 @@ def evaluate(
     Raises:
         InputError: bad text, window, protocol or task file, or the harness is not installed; before any costly work.
     """
+    text, tasks = optional_path(text), optional_path(tasks)
+    check(window=window, max_tokens=max_tokens, items=items)
     questions = read_tasks(tasks, items) if tasks else []
     run_harness = _harness() if harness else None
     report = progress or (lambda done, count, note="": None)
@@ -63,13 +66,20 @@ def evaluate(
 
 
 def check_request(
-    text: Path | None, protocol: str, window: int, max_tokens: int | None, tasks: Path | None, harness: str | None
+    text: str | Path | None,
+    protocol: str,
+    window: int,
+    max_tokens: int | None,
+    tasks: str | Path | None,
+    harness: str | None,
 ) -> None:
     """Check a request, whatever the model is, before one is loaded.
 
     Raises:
         InputError: bad text, window, protocol or task file, or the harness is not installed.
     """
+    text, tasks = optional_path(text), optional_path(tasks)
+    check(window=window, max_tokens=max_tokens)
     check_protocol(text, protocol, window, max_tokens)
     if tasks:
         read_tasks(tasks)

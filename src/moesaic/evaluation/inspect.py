@@ -12,6 +12,7 @@ from ..calibration.text import bundled
 from ..checkpoint.facts import saved_result, saved_settings
 from ..errors import InputError
 from ..formats.converted import Converted
+from ..given import check, path
 from ..results import Inspection
 
 MOE_FIELDS = (
@@ -26,7 +27,7 @@ def inspect(folder: str | Path) -> Inspection:
     Raises:
         InputError: not a folder that `convert` made.
     """
-    folder = Path(folder).expanduser()
+    folder = path(folder)
     saved = saved_settings(folder)
     converted = Converted(folder)
     checkpoint = converted.checkpoint
@@ -45,11 +46,15 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, length: int, batch: int = 
     """Cut `batch` different prompts from the bundled held-out text, int64 [batch, length].
 
     Raises:
-        InputError: the text has fewer tokens.
+        InputError: the text has fewer tokens, or a number that is none.
     """
+    check(prompt=length, batch=batch)
     text = "\n\n".join(document.text for document in bundled("heldout"))
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     if len(ids) < length + batch:
-        raise InputError(f"--prompt {length} is more than the {len(ids)} tokens of the bundled text")
+        raise InputError(
+            f"{batch} prompts of --prompt {length} are more than the {len(ids):,} tokens of the bundled text hold; "
+            f"give {max(2, len(ids) - batch)} at most"
+        )
     first = torch.linspace(0, len(ids) - length, batch).long()
     return ids[first[:, None] + torch.arange(length)]

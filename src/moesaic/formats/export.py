@@ -16,6 +16,7 @@ from ..checkpoint.sources import resolve
 from ..checkpoint.writer import CONFIG_FILE, OUTER, ResumableOutput, check_space, claim_output
 from ..errors import InputError, StorageError, WorkError
 from ..files import read_json, write_json
+from ..given import path
 from ..models.families import EMBEDDINGS, HEAD
 from ..moe.modeling import MODEL_TYPE
 from ..report.card import CardFacts, write_card
@@ -64,7 +65,7 @@ def export(
         WorkError: a layer is not held without loss or the check failed; nothing is left behind.
         StorageError: the disk is full; the same command goes on.
     """
-    output, folder = Path(output).expanduser(), resolve(str(model))
+    output, folder = path(output), resolve(str(model))
     source = Converted(folder)
     if format == "gguf" or (format == "auto" and output.suffix == ".gguf"):
         from .gguf.writer import write_gguf  # needs moesaic[export]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +17,15 @@ from ..errors import InputError
 from ..models.devices import choose_device, compute_dtype
 from ..models.families import auto_class
 from ..models.integrity import check_contents, check_finite, model_on_meta, read_config
+from ..moe.kernels import TRITON, interpreted
 from ..moe.modeling import DEFAULT_EXPERTS, MODEL_TYPE
 from .converted import Converted
 from .fields import is_stock
+
+EVERYWHERE = ("eager", "batched_mm", "grouped_mm", DEFAULT_EXPERTS)
+"""Experts implementations that run on every device."""
+GPU_ONLY = {TRITON: ("triton",), "deepgemm": ("kernels",), "sonicmoe": ("kernels",)}
+"""Those that run on GPUs alone, and the packages that they need."""
 
 
 class Loaded(NamedTuple):
@@ -52,8 +59,8 @@ def load(
     Raises:
         InputError: no such model, a folder that is damaged, or experts that cannot run that way.
     """
-    check_experts(experts)
     device = choose_device(str(device))
+    check_experts(experts, device)
     folder = resolve(str(model))
     checkpoint = Checkpoint(folder)
     if dtype is None:
@@ -72,15 +79,22 @@ def load(
     return Loaded(loaded.to(device).eval(), load_tokenizer(folder))  # pyrefly: ignore[bad-argument-type]
 
 
-def check_experts(name: str | None) -> None:
-    """Check that there is an experts implementation of that name.
+def check_experts(name: str | None, device: torch.device) -> None:
+    """Check that there is an experts implementation of that name, and that it can run on the device.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, it needs another device, or a package that is not installed.
     """
     known = ["eager", *sorted(ExpertsInterface().keys())]
-    if name is not None and name not in known:
+    if name is None or name in EVERYWHERE:
+        return
+    if name not in known:
         raise InputError(f"--experts {name} is not one of {', '.join(known)}")
+    if name in GPU_ONLY and device.type != "cuda" and not (name == TRITON and interpreted()):
+        raise InputError(f"--experts {name} needs a GPU, and the device is {device}; here run {', '.join(EVERYWHERE)}")
+    missing = [package for package in GPU_ONLY.get(name, ()) if find_spec(package) is None]
+    if missing:
+        raise InputError(f"--experts {name} needs {missing[0]}; install it with: pip install {missing[0]}")
 
 
 def choose_experts(model: PreTrainedModel, name: str | None) -> None:

@@ -12,6 +12,10 @@ from torch.nn.functional import linear
 from ..checkpoint.reader import Checkpoint
 from ..errors import InputError
 
+CHOICES = ("bfloat16", "float16", "float32", "float64")
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in CHOICES}
+DTYPES |= {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Those that models can calculate in, by name."""
 FASTER = 1.25
 """How much faster float32 must be to be worth twice the memory."""
 
@@ -25,23 +29,47 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # meta has no values
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"--device {name} cannot be used here: {reason}; choose from: {', '.join(devices())}"
+        ) from error
+    if device.type == "cpu" and device.index is not None:
+        raise InputError(f"--device {name} has a number, and there is one cpu; choose from: {', '.join(devices())}")
+    return device
+
+
+def devices() -> list[str]:
+    """List the names of devices that a user can choose here."""
+    found = ["auto", "cpu"]
+    if torch.cuda.is_available():
+        found += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    return found + ["mps"] * torch.backends.mps.is_available()
 
 
 def choose_dtype(name: str, source: Path) -> torch.dtype:
     """Choose the dtype of the weights; `auto` is the checkpoint's.
 
     Raises:
-        InputError: not a floating-point dtype's name.
+        InputError: none of `DTYPES`, or a checkpoint of another.
     """
-    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    dtype = Checkpoint(source).dtype() if name == "auto" else getattr(torch, names.get(name, name), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f"--dtype {name} is not one of auto, bfloat16, float16, float32")
+    check_dtype(name)
+    dtype = Checkpoint(source).dtype() if name == "auto" else DTYPES[name]
+    if dtype not in DTYPES.values():
+        raise InputError(f"the weights of '{source}' are of {dtype}; choose one with --dtype: {', '.join(CHOICES)}")
     return dtype
+
+
+def check_dtype(name: str) -> None:
+    """Check that a dtype is one to calculate in.
+
+    Raises:
+        InputError: it is not.
+    """
+    if name != "auto" and name not in DTYPES:
+        raise InputError(f"--dtype {name} is not one of auto, {', '.join(CHOICES)}")
 
 
 @cache

@@ -10,6 +10,7 @@ Shapes: T tokens, D hidden size, E experts, K active experts, P = T K pairs of t
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Any
 
@@ -102,6 +103,11 @@ def few_by_triton(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     if not (few and _plain(self) and supports(self)):
         return experts_forward(self, hidden_states, top_k_index, top_k_weights)
     return triton_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+def interpreted() -> bool:
+    """Tell whether Triton's interpreter runs its kernels, on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def register() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from ..results import ConversionResult, Json
+from .console import command, here
 
 CARD = """\
 ---
@@ -56,7 +58,7 @@ This is `{{ architecture }}` of stock transformers; engines load it without moes
 
 ```bash
 {%- for engine in engines %}
-{{ commands[engine] | replace("FOLDER", folder) }}{{ flags.get(engine, "") }}
+{{ commands[engine] }}{{ flags.get(engine, "") }}
 {%- endfor %}
 ```
 
@@ -64,7 +66,7 @@ When it was written, stock transformers gave the log-probabilities of moesaic's 
 {{ m.check.tokens }} random tokens and {{ m.check.layers }} layers, a median difference of
 {{ "%.1e" | format(m.check.median_difference) }} nats and the same most likely token in
 {{ "%.1f" | format(100 * m.check.agreement) }} %. The other commands were not run.
-{%- if gguf %} For llama.cpp: `moesaic export {{ folder }} {{ folder }}.gguf --format gguf`.
+{%- if gguf %} For llama.cpp: `{{ to_gguf }}`.
 {%- else %} llama.cpp has nothing for it.
 {%- endif %}
 {% else %}
@@ -72,8 +74,8 @@ When it was written, stock transformers gave the log-probabilities of moesaic's 
 import moesaic  # registers the architecture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{{ folder }}")
-tokenizer = AutoTokenizer.from_pretrained("{{ folder }}")
+model = AutoModelForCausalLM.from_pretrained({{ name }})
+tokenizer = AutoTokenizer.from_pretrained({{ name }})
 ```
 {% endif %}
 
@@ -82,13 +84,6 @@ files are here too, if it had any.
 """
 METADATA = ("base_model", "license", "license_name", "license_link")
 """Of the card, what `moesaic.yaml` says of the dense model."""
-COMMANDS = {
-    "transformers": "python -c 'from transformers import pipeline; "
-    'print(pipeline("text-generation", "FOLDER")("The first"))\'',
-    "vllm": "vllm serve FOLDER",
-    "sglang": "python -m sglang.launch_server --model-path FOLDER",
-    "mlx": 'python -m mlx_lm generate --model FOLDER --prompt "The first"',
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +99,7 @@ class CardFacts:
 
 def write_card(metrics: ConversionResult, resolved: Json, facts: CardFacts, folder: Path) -> None:
     """Write `README.md` into a finished conversion or export; `resolved` is what `moesaic.yaml` says."""
+    name = Path(metrics.output).name
     metadata: Json = {
         "library_name": "transformers" if metrics.engines else "moesaic",
         "pipeline_tag": "text-generation",
@@ -112,8 +108,26 @@ def write_card(metrics: ConversionResult, resolved: Json, facts: CardFacts, fold
     metadata["tags"] = ["mixture-of-experts", "moesaic"]
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(CARD)
     text = template.render(
-        m=metrics, c=resolved["config"], model=resolved["model"], folder=Path(metrics.output).name, gguf=facts.gguf,
-        engines=metrics.engines, commands=COMMANDS, flags=facts.flags, architecture=facts.architecture,
+        m=metrics, c=resolved["config"], model=resolved["model"], name=in_python(name), gguf=facts.gguf,
+        to_gguf=command("moesaic", "export", here(name), f"{here(name)}.gguf", "--format", "gguf"),
+        engines=metrics.engines, commands=commands(name), flags=facts.flags, architecture=facts.architecture,
         resolved=resolved, metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def commands(folder: str) -> dict[str, str]:
+    """Write what runs a model in a folder, by engine, as it can be pasted into a shell."""
+    folder = here(folder)
+    code = f'from transformers import pipeline; print(pipeline("text-generation", {in_python(folder)})("The first"))'
+    return {
+        "transformers": command("python", "-c", code),
+        "vllm": command("vllm", "serve", folder),
+        "sglang": command("python", "-m", "sglang.launch_server", "--model-path", folder),
+        "mlx": command("python", "-m", "mlx_lm", "generate", "--model", folder) + ' --prompt "The first"',
+    }
+
+
+def in_python(name: str) -> str:
+    """Write a name as text between double quotes, in Python."""
+    return json.dumps(name, ensure_ascii=False)

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..results import DemoResult
+from .console import command, here, offer
 
 WIDTH = 80
 SAME = 0.03
@@ -70,12 +71,15 @@ def verdicts(result: DemoResult) -> list[tuple[bool, str]]:
 
 def next_commands(result: DemoResult) -> list[tuple[str, str]]:
     """List what to do now: (command, why)."""
-    out = result.conversion.output
+    out = here(result.conversion.output)
     return [
-        (f"moesaic finetune {out} {out}-tuned --minutes 15", "win quality back by a short training"),
-        (f"moesaic convert {result.model} three-quarters --active 0.75", "lose less: three quarters of each FFN run"),
-        (f"moesaic generate {out} 'def quicksort(arr):'", "type with it"),
-        (f"moesaic export {out} {out}.gguf --format gguf", "take it to llama.cpp"),
+        (command("moesaic", "finetune", out, f"{out}-tuned", "--minutes", 15), "win quality back by a short training"),
+        (
+            command("moesaic", "convert", result.model, "three-quarters", "--active", 0.75),
+            "lose less: three quarters of each FFN run",
+        ),
+        (command("moesaic", "generate", out, "def quicksort(arr):"), "type with it"),
+        (command("moesaic", "export", out, f"{out}.gguf", "--format", "gguf"), "take it to llama.cpp"),
     ]
 
 
@@ -98,9 +102,9 @@ def show_demo(console: Console, result: DemoResult) -> None:
     if result.llama_cpp_missing:
         console.print(Text(f"   {result.llama_cpp_missing}"), width=width)
     console.print(Text("\nNext", style="bold"))
-    for command, why in next_commands(result):
+    for words, why in next_commands(result):
         console.print(Text(f"   # {why}", style="dim"), width=width)
-        console.print(Text(f"   {command}"), width=width)
+        offer(console, words, "   ", width)
     console.print(Text(f"\nThe whole report: {result.conversion.output}/report.html", style="bold"), width=width)
 
 

@@ -25,8 +25,9 @@ def progress(console: Console, title: str, unit: str, plural: str = "s") -> Iter
     """
     rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what does not fit is cut there, never the time left
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=14), MofNCompleteColumn(), TextColumn(unit + plural),
-        TimeRemainingColumn(), TextColumn("left"), TextColumn("{task.fields[note]}", table_column=rest),
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=14), MofNCompleteColumn(),
+        TextColumn(unit + plural, markup=False), TimeRemainingColumn(), TextColumn("left"),
+        TextColumn("{task.fields[note]}", markup=False, table_column=rest),
     )  # fmt: skip
     bar = Progress(*columns, console=console, speed_estimate_period=120, expand=True)
     task = bar.add_task(title, total=None, note="")
@@ -37,12 +38,14 @@ def progress(console: Console, title: str, unit: str, plural: str = "s") -> Iter
         if not console.is_terminal:
             if time.monotonic() - spoken >= QUIET_SECONDS:
                 spoken = time.monotonic()
-                console.print(f"{title}: {done} of {count} {unit}{plural}, {note}".rstrip(", "), highlight=False)
+                console.print(
+                    f"{title}: {done} of {count} {unit}{plural}, {note}".rstrip(", "), highlight=False, markup=False
+                )
             return
         bar.update(task, completed=done, total=count, note=note)
         bar.start()
 
-    with _silent_bars(lambda: bar.live.is_started):
+    with silent_bars(lambda: bar.live.is_started):
         try:
             yield tick
         finally:
@@ -51,7 +54,7 @@ def progress(console: Console, title: str, unit: str, plural: str = "s") -> Iter
 
 
 @contextmanager
-def _silent_bars(busy: Callable[[], bool]) -> Iterator[None]:
+def silent_bars(busy: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Disable every bar of tqdm, which all libraries use; downloads from the hub show theirs until we are `busy`."""
     make: Callable[..., None] = tqdm.__init__
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.style import StyleType
 from rich.table import Table
+from rich.text import Text
 
 from ..results import (
     BenchmarkResult,
@@ -17,18 +19,36 @@ from ..results import (
     Inspection,
     Plans,
 )
+from .console import command, here, offer
 
 
-def _grid(title: str, *columns: str) -> Table:
-    grid = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold")
+class _Grid(Table):
+    """A table whose cells are printed as they are, whatever the console makes of brackets."""
+
+    def add_row(
+        self, *renderables: RenderableType | None, style: StyleType | None = None, end_section: bool = False
+    ) -> None:
+        cells = [Text(cell) if isinstance(cell, str) else cell for cell in renderables]
+        super().add_row(*cells, style=style, end_section=end_section)
+
+
+def _grid(title: str, *columns: str, wrapped: int = 0) -> Table:
+    """Make a table; where it is too wide only the column of number `wrapped` gets narrower."""
+    grid = _Grid(title=Text(title, style="bold") if title else None, title_justify="left", header_style="bold")
     for number, column in enumerate(columns):
-        grid.add_column(column, justify="right" if number else "left", no_wrap=True)
+        grid.add_column(
+            column, justify="right" if number else "left", no_wrap=number != wrapped, overflow="fold"
+        )  # fmt: skip
     return grid
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(text), style=style)
 
 
 def show_facts(console: Console, title: str, facts: Mapping[str, object]) -> None:
     """Two columns: what, value."""
-    grid = _grid(title, "", "")
+    grid = _grid(title, "", "", wrapped=1)
     for name, value in facts.items():
         if value is None:
             continue
@@ -47,17 +67,17 @@ def show_conversion(console: Console, m: ConversionResult) -> None:
     console.print(grid)
     if m.trials:
         losses = ", ".join(f"{t.partition} {t.plan} {t.held_out_loss:.3f}" for t in m.trials)
-        console.print(f"{m.partition} was chosen by the loss on held-out calibration tokens: {losses}")
+        _say(console, f"{m.partition} was chosen by the loss on held-out calibration tokens: {losses}")
     loaders = f"{', '.join(m.engines)} load it" if m.engines else "transformers loads it after import moesaic"
-    console.print(f"written as {m.format}: {m.format_reason or loaders}")
+    _say(console, f"written as {m.format}: {m.format_reason or loaders}")
     unreached = {r.layer: r.unreached_experts for r in m.layers if r.unreached_experts}
     if unreached:
-        console.print(f"[yellow]no calibration token reached these experts (layer: experts):[/] {unreached}")
+        _say(console, f"no calibration token reached these experts (layer: experts): {unreached}", "yellow")
     if m.collapsed:
-        console.print("[bold red]this model collapsed; it was kept because of --force[/]")
-    console.print(f"{m.seconds:.0f} s, peak memory {m.peak_rss_bytes / 1e9:.2f} GB. Next:")
-    for verb in ("generate {} 'def quicksort(arr):'", "evaluate {}", "benchmark {}"):
-        console.print(f"  moesaic {verb.format(m.output)}", highlight=False)
+        _say(console, "this model collapsed; it was kept because of --force", "bold red")
+    _say(console, f"{m.seconds:.0f} s, peak memory {m.peak_rss_bytes / 1e9:.2f} GB. Next:")
+    for verb, *prompt in (("generate", "def quicksort(arr):"), ("evaluate",), ("benchmark",)):
+        offer(console, command("moesaic", verb, here(m.output), *prompt), "  ")
 
 
 def show_training(console: Console, f: FinetuneResult) -> None:
@@ -77,18 +97,18 @@ def show_training(console: Console, f: FinetuneResult) -> None:
         grid.add_row(label, f"{getattr(before, name):.{digits}f}", f"{getattr(after, name):.{digits}f}")
     console.print(grid)
     learned = ", ".join(f"{part} {count:,}" for part, count in f.trainable_parameters.items())
-    console.print(f"learned: {learned}; {f.tokens:,} tokens in {f.seconds:.0f} s")
+    _say(console, f"learned: {learned}; {f.tokens:,} tokens in {f.seconds:.0f} s")
     if not f.improved:
-        console.print("[yellow]held-out loss did not fall, so the model as it came was written[/]")
+        _say(console, "held-out loss did not fall, so the model as it came was written", "yellow")
     if f.format_reason:
-        console.print(f"written as {f.format}: {f.format_reason}")
+        _say(console, f"written as {f.format}: {f.format_reason}")
 
 
 def show_plans(console: Console, found: Plans) -> None:
     """Print a row for each shape, and how to make the first."""
     grid = _grid(
         f"{found.model}: running about {found.active:.0%} of {found.intermediate_size} neurons",
-        "partition", "plan", "width", "active", "memory", "decode", "prefill", "GGUF",
+        "partition", "plan", "width", "active", "memory", "decode", "prefill", "GGUF", wrapped=7,
     )  # fmt: skip
     for c in found.choices:
         grid.add_row(
@@ -97,20 +117,18 @@ def show_plans(console: Console, found: Plans) -> None:
         )  # fmt: skip
     console.print(grid)
     first = found.choices[0]
-    console.print(
+    _say(
+        console,
         "decode, prefill: at most so much faster than dense, by bytes and by FLOPs. Format: "
-        f"{first.format} ({first.format_reason or 'runs in ' + ', '.join(first.engines)}). The first:"
+        f"{first.format} ({first.format_reason or 'runs in ' + ', '.join(first.engines)}). The first:",
     )
-    console.print(f"  moesaic convert {found.model} OUT {first.options}", highlight=False, soft_wrap=True)
+    offer(console, command("moesaic", "convert", here(found.model), "OUT", *first.options.split()), "  ")
 
 
 def show_evaluation(console: Console, r: EvaluationResult) -> None:
     """Perplexity with its protocol, then tasks."""
-    console.print(
-        f"perplexity [bold]{r.perplexity:.4f}[/]  ({r.protocol}, {r.tokens:,} tokens, window {r.window}, "
-        f"{r.text}, sha256 {r.data_sha256[:12]})",
-        highlight=False,
-    )
+    measured = f"({r.protocol}, {r.tokens:,} tokens, window {r.window}, {r.text}, sha256 {r.data_sha256[:12]})"
+    console.print(Text.assemble("perplexity ", (f"{r.perplexity:.4f}", "bold"), f"  {measured}"))
     if r.tasks:
         grid = _grid("Zero-shot", "task", "acc", "± stderr", "acc_norm", "n")
         for task, v in r.tasks.items():
@@ -120,7 +138,10 @@ def show_evaluation(console: Console, r: EvaluationResult) -> None:
 
 
 def _short(number: float) -> str:
-    return f"{number / 1000:.1f}k" if number >= 10_000 else f"{number:.0f}" if number >= 100 else f"{number:.1f}"
+    for least, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= 10 * least:
+            return f"{number / least:.0f}{unit}" if number >= 100 * least else f"{number / least:.1f}{unit}"
+    return f"{number:.0f}" if number >= 100 else f"{number:.1f}"
 
 
 def show_benchmark(console: Console, r: BenchmarkResult) -> None:
@@ -138,7 +159,7 @@ def show_benchmark(console: Console, r: BenchmarkResult) -> None:
                 f"{v.speedup:.2f}x", f"{v.limit:.2f}x", f"{v.share_of_limit:.0%}",
             )  # fmt: skip
     console.print(grid)
-    console.print(r.protocol, style="dim")
+    _say(console, r.protocol, "dim")
 
 
 def show_inspection(console: Console, f: Inspection) -> None:
@@ -172,11 +193,8 @@ def show_frontier(console: Console, f: FrontierResult, folder: str) -> None:
     """Print a row for each method under its budget, best first; what was not measured has no column."""
     setting, dense, rows = f.setting, f.dense, f.summary
     assert dense is not None
-    console.print(
-        f"[bold]{setting['model']}[/]: perplexity over dense, {dense.perplexity:.2f} "
-        f"({dense.protocol}, {dense.tokens:,} tokens of {dense.text})",
-        highlight=False,
-    )
+    measured = f"{dense.perplexity:.2f} ({dense.protocol}, {dense.tokens:,} tokens of {dense.text})"
+    console.print(Text.assemble((str(setting["model"]), "bold"), f": perplexity over dense, {measured}"))
     columns: dict[str, Callable[[FrontierSummary], str]] = {
         "plan": lambda r: r.plan or "-",
         "memory": lambda r: f"{r.memory or 1:.2g} x",
@@ -194,8 +212,8 @@ def show_frontier(console: Console, f: FrontierResult, folder: str) -> None:
             grid.add_row(r.method, *(cell(r) for cell in columns.values()))
     console.print(grid)
     for name, reason in f.unfit.items():
-        console.print(f"left out: {name}: {reason}", style="yellow", highlight=False, markup=False)
-    console.print(f"The rows (frontier.json) and their chart are in {folder}/", style="bold")
+        _say(console, f"left out: {name}: {reason}", "yellow")
+    _say(console, f"The rows (frontier.json) and their chart are in {folder}/", "bold")
 
 
 def _spread(value: float, deviation: float | None) -> str:

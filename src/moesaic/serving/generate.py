@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import given
+from ..calibration.windows import check_tokens
 from ..errors import InputError
+from ..models.families import embedding_rows
 
 
 @torch.inference_mode()
@@ -36,8 +39,10 @@ def complete(
         The new text, without the prompt.
 
     Raises:
-        InputError: `chat`, and the model has no chat template.
+        InputError: an empty prompt, one that is longer than the model's context with the tokens to add, a setting that
+            is no such number, or `chat` where the model has no chat template.
     """
+    check_request(prompt, max_new_tokens, temperature, seed)
     if chat and not tokenizer.chat_template:
         raise InputError("this model has no chat template; drop --chat")
     inputs: Any
@@ -48,9 +53,38 @@ def complete(
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    check_length(model, inputs["input_ids"].shape[1], max_new_tokens)
+    check_tokens(inputs["input_ids"], embedding_rows(model), tokenizer)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     generation: Any = model  # its class mixes `generate` in
     tokens = generation.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)
     return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def check_request(prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Check a request, whatever the model is, before one is loaded.
+
+    Raises:
+        InputError: an empty prompt, one that is no text, or a setting that is no such number.
+    """
+    if not given.text(prompt, "the prompt").strip():
+        raise InputError("the prompt is empty; give some text")
+    given.check(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+
+def check_length(model: PreTrainedModel, prompt: int, new: int, option: str = "--max-new-tokens") -> None:
+    """Check that so many tokens of a prompt and so many new ones are within the model's context.
+
+    Raises:
+        InputError: they are not.
+    """
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not longest or prompt + new <= longest:
+        return
+    way = f"give {option} {longest - prompt} at most" if prompt < longest else "give a shorter prompt"
+    raise InputError(
+        f"the prompt has {prompt:,} tokens and {option} {new} adds to it, which is more than the model's context of "
+        f"{longest:,}; {way}"
+    )

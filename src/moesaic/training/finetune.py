@@ -28,6 +28,7 @@ from ..evaluation.cost import at_experts_per_token
 from ..files import write_json
 from ..formats.converted import ChosenFormat, choose_format
 from ..formats.export import COPIED, export
+from ..given import optional_path, path, place
 from ..machine import machine, peak_rss_bytes, versions
 from ..moe.modeling import MODEL_TYPE, moe_blocks
 from ..report.plots import write_training
@@ -75,14 +76,14 @@ def finetune(
         InputError: something given cannot work; nothing costly was done.
         WorkError: no gradient reached what should learn.
     """
-    output = Path(output).expanduser()
+    output = path(output)
     drop_finished(output)
     check_output(output, overwrite)
     main = os.environ.get("RANK", "0") == "0"  # of several processes the first one writes
     with claim(training_folder(output)) if main else nullcontext():
         run = prepare(
-            model, output, config or FinetuneConfig(), resume=resume, overwrite=overwrite,
-            cache=Path(teacher_cache).expanduser() if teacher_cache else None,
+            place(str(model)), output, config or FinetuneConfig(), resume=resume, overwrite=overwrite,
+            cache=optional_path(teacher_cache),
         )  # fmt: skip
         return run_training(run, clock, progress)
 

@@ -1,21 +1,19 @@
 """The application: what every verb has in common, and errors as one line and an exit code.
 
-Exit codes: 0 done, 1 the work failed (self-test, collapse), 2 bad input. With `--json` standard output holds exactly
-one JSON object; everything for people goes to standard error.
+Exit codes: 0 done, 1 the work failed (self-test, collapse), 2 bad input, 130 Ctrl-C, 143 SIGTERM. With `--json`
+standard output holds exactly one JSON object; everything for people goes to standard error.
 """
 
 from __future__ import annotations
 
-import logging
-import sys
-import warnings
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from ..errors import InputError, WorkError
 from ..registry import import_module
-from . import benchmark, convert, demo, evaluate, export, finetune, frontier, generate, inspect, plan
+from . import benchmark, convert, demo, evaluate, export, finetune, frontier, generate, inspect, plan, quiet, streams
 from .options import stderr
 
 app = typer.Typer(
@@ -29,20 +27,26 @@ for verb in (plan, convert, finetune, export, generate, evaluate, benchmark, ins
     app.command()(getattr(verb, verb.__name__.rpartition(".")[2]))
 
 
-def main() -> None:
-    """Run the command line; errors become one line and an exit code."""
+def run() -> int:
+    """Run the verb; errors become one line and an exit code.
+
+    Raises:
+        Stopped: by a signal.
+    """
+    streams.prepare()
     try:
-        app(standalone_mode=True)
+        try:
+            app(standalone_mode=True)
+        finally:
+            streams.flush()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    except BrokenPipeError:  # who read has gone away, which needs no word
+        return 1
     except (InputError, WorkError, OSError) as error:  # OSError: a disk fills up, a file goes away under our hands
-        stderr.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        stderr.print("interrupted")
-        sys.exit(130)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
+        stderr.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
+        return 2 if isinstance(error, InputError) else 1
+    return 0
 
 
 def _show_version(wanted: bool) -> None:
@@ -54,7 +58,7 @@ def _show_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _quiet(
+def _begin(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print versions and stop")
     ] = False,
@@ -63,14 +67,7 @@ def _quiet(
         typer.Option("--import", help="import a module of your own first, for what a model has of it; repeat for more"),
     ] = None,
 ) -> None:
-    """Keep libraries' progress bars and notices out of our output."""
+    """Keep libraries' progress bars and notices out of our output, and import what is asked for."""
+    quiet.libraries()
     for name in modules or ():
         import_module(name)
-    import transformers
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("gguf").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=transformers.__name__)
