@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.families import attention, ffn_name, gated_ffn
+from ..models.integrity import check_numbers
 from ..models.layerwise import LayerwiseModel
 from .activations import CHUNK_TOKENS, LayerActivations
 
@@ -116,8 +117,12 @@ def calibrate(
         hidden_NLD: what enters it.
         domain_N: the number of each sequence's domain.
         opening: tokens that open a text; their weights follow the same rule on the same scale.
+
+    Raises:
+        WorkError: the FFN's inputs or outputs are NaN or infinite.
     """
     input_TD, output_TD, _ = tapped(stream, index, layer, hidden_NLD)
+    check_numbers({"the FFN's inputs": input_TD, "the FFN's outputs": output_TD}, f"layer {index}", stream.dtype)
     norm_T = output_TD.float().norm(dim=1)
     least = max(MIN_NORM * norm_T.median().item(), 1e-30)
     weight_T = norm_T.clamp(min=least).reciprocal()

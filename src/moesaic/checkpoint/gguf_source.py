@@ -164,7 +164,7 @@ def rope_scaling(reader: GGUFReader, config: Any, factors: bool) -> dict[str, An
     if factors:
         [tensor] = [t for t in reader.tensors if t.name == ROPE_FACTORS]
         theirs = torch.tensor(tensor.data).flatten().double()
-        rope = LLAMA3 | {"factor": float(theirs.max())}
+        rope = LLAMA3 | {"factor": round(float(theirs.max()), 4)}  # float32 in the file
         scaled = type(config)(**config.to_dict() | {"rope_parameters": dict(config.rope_parameters) | rope})
         plain, _ = ROPE_INIT_FUNCTIONS["llama3"](scaled, torch.device("cpu"))
         steps = torch.arange(0, 2 * len(theirs), 2).double() / (2 * len(theirs))

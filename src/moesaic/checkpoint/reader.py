@@ -100,7 +100,9 @@ class Checkpoint:
         files = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise InputError(f"'{self.folder / INDEX}' has no weight_map of file names; download it again")
-        outside = sorted({file for file in files.values() if not file or Path(file).name != file or "\\" in file})
+        outside = sorted(
+            {file for file in files.values() if file in ("", "..") or Path(file).name != file or "\\" in file}
+        )
         if outside:
             raise InputError(
                 f"'{self.folder / INDEX}' names '{outside[0]}', which is not a file of that folder; what lies "

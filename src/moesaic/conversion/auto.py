@@ -19,10 +19,11 @@ from ..calibration.windows import token_windows
 from ..checkpoint.writer import ResumableOutput
 from ..config import ConvertConfig
 from ..errors import InputError
+from ..models.integrity import check_numbers
 from ..results import Trial
 from .layer import convert_layer
 from .prepare import Conversion, prepare
-from .states import check_numbers, embed, run_dense
+from .states import embed, run_dense
 
 CANDIDATES = (("specialists", False), ("coactivation", False), ("coactivation", True))
 """Partitions and whether they are cut fine, which is tried where the configuration says `fine`."""

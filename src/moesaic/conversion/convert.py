@@ -24,6 +24,7 @@ from ..formats.export import rewrite, write_embeddings_and_head, write_metrics
 from ..formats.verify import check
 from ..given import path
 from ..machine import give_back_memory, machine, peak_rss_bytes, versions
+from ..models.integrity import check_numbers
 from ..moe.modeling import MODEL_TYPE
 from ..report.plots import write_plots
 from ..results import ConversionResult, Json, LayerRecord, PerplexityProtocol, Trial
@@ -31,7 +32,7 @@ from .auto import Progress, candidates, choose
 from .layer import convert_layer
 from .plans import sizes
 from .prepare import Conversion, begun_dtype, fingerprint
-from .states import HiddenStates, check_numbers, embed
+from .states import HiddenStates, embed
 from .temperature import Temperature, fit_temperature
 
 

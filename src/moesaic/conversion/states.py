@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..errors import WorkError
+from ..models.integrity import check_numbers
 from ..models.layerwise import LayerwiseModel
 from .tokens import ConversionTokens
 
@@ -41,22 +41,6 @@ class HiddenStates:
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """Put together what `tensors` gave."""
         return cls(**tensors)
-
-
-def check_numbers(named: Mapping[str, Tensor], where: str, dtype: torch.dtype) -> None:
-    """Check that what was calculated is finite.
-
-    Raises:
-        WorkError: something is NaN or infinite; the message names it and where.
-    """
-    for name, tensor in named.items():
-        if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
-            short = str(dtype).removeprefix("torch.")
-            wide = " bfloat16 or" if dtype == torch.float16 else ""
-            raise WorkError(
-                f"{where}: {name} {'is' if tensor.dim() == 0 else 'are'} NaN or infinite in {short}. The weights are "
-                f"finite, so the numbers grew too large on the way: calculate with --dtype{wide} float32"
-            )
 
 
 def embed(layerwise: LayerwiseModel, tokens: ConversionTokens, *, dense: bool = True) -> HiddenStates:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..checkpoint.reader import Checkpoint, some
 from ..compat import names_in_model, needed_and_unread, parameters_on_meta, tied_weights
-from ..errors import InputError
+from ..errors import InputError, WorkError
 from .families import auto_class
 
 SIZES = {"num_hidden_layers": 1, "hidden_size": 1, "vocab_size": 1, "max_position_embeddings": 2}
@@ -153,4 +153,20 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: object) -> None:
             raise InputError(
                 f"'{where}': {name} holds {count} of {tensor.numel():,} values that are NaN or infinite; download the "
                 "model again, or repair it"
+            )
+
+
+def check_numbers(named: Mapping[str, Tensor], where: str, dtype: torch.dtype) -> None:
+    """Check that what was calculated is finite.
+
+    Raises:
+        WorkError: something is NaN or infinite; the message names it and where.
+    """
+    for name, tensor in named.items():
+        if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+            short = str(dtype).removeprefix("torch.")
+            wide = " bfloat16 or" if dtype == torch.float16 else ""
+            raise WorkError(
+                f"{where}: {name} {'is' if tensor.dim() == 0 else 'are'} NaN or infinite in {short}. The weights are "
+                f"finite, so the numbers grew too large on the way: calculate with --dtype{wide} float32"
             )
