@@ -16,11 +16,12 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     MixtralConfig,
+    Qwen2VLConfig,
     SiglipVisionConfig,
 )
 
 from conftest import QUICK, SMALL, small_model
-from moesaic import InputError, convert, plans
+from moesaic import InputError, convert, load, plans
 from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.checkpoint.reader import INDEX, Checkpoint
 from moesaic.models.layerwise import LayerwiseModel
@@ -76,9 +77,21 @@ def test_the_text_tower_of_a_vision_language_model_streams_too(name, tmp_path):
         logits = model(input_ids=tokens).logits[:, :-1]
     expected = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(2, -1)
     torch.testing.assert_close(run_all(LayerwiseModel(tmp_path, torch.float32, CPU), tokens), expected)
-    with pytest.raises(InputError, match="takes images too"):
-        convert(tmp_path, tmp_path / "out", QUICK)
-    with pytest.raises(InputError, match="takes images too"):
+    assert plans(str(tmp_path)).intermediate_size == SMALL["intermediate_size"]
+    text = convert(tmp_path, tmp_path / "out", QUICK.model_copy(update={"recovery": "none", "plan": "S4A4E8"}))
+    with torch.no_grad():  # all experts on: what is written is the text part, under a text model's names
+        assert torch.allclose(load(tmp_path / "out").model(tokens).logits[:, :-1], logits, atol=2e-3)
+    assert text.dense_parameters < sum(p.numel() for p in model.parameters())
+
+
+def test_a_vision_language_model_whose_text_part_is_no_model_of_its_own_is_refused(tmp_path):
+    config = Qwen2VLConfig(
+        text_config=TEXT, vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2}
+    )
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no model of its text part alone"):
+        LayerwiseModel(tmp_path, torch.float32, CPU)
+    with pytest.raises(InputError, match="no model of its text part alone"):
         plans(str(tmp_path))
 
 

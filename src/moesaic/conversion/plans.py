@@ -18,7 +18,7 @@ from ..formats.base import Format, MoesaicModelConfig
 from ..formats.converted import choose_format
 from ..formats.gguf_support import K_BLOCK, gguf_format
 from ..given import check, place
-from ..models.families import check_convertible, check_text_only, decoder_layers
+from ..models.families import check_convertible, decoder_layers, text_config
 from ..models.integrity import model_on_meta, read_config
 from ..moe.modeling import moesaic_config
 from ..partition import Partitioner
@@ -51,8 +51,7 @@ def plans(model: str, active: float = 0.5, memory_factor: float = 1.0) -> Plans:
     model = place(model)
     hub = HUB_ID.fullmatch(model) and model not in NAMES and not Path(model).exists()
     folder = Path(model) if hub else resolve(model)  # of a repository only the configuration is fetched
-    config = read_config(folder)
-    check_text_only(config)
+    config = text_config(read_config(folder))
     dense = model_on_meta(config, folder)
     check_convertible(decoder_layers(dense))
     size = config.intermediate_size

@@ -21,7 +21,6 @@ from ..formats.converted import choose_format
 from ..formats.loading import load_tokenizer
 from ..machine import versions
 from ..models.devices import choose_device, choose_dtype, compute_dtype
-from ..models.families import check_text_only
 from ..models.layerwise import LayerwiseModel
 from ..moe.modeling import DEFAULT_EXPERTS, moesaic_config
 from ..partition import Partitioner
@@ -144,7 +143,6 @@ def prepare(
     source = resolve(str(model))
     device, dtype = choose_device(config.device), choose_dtype(config.dtype, source)
     layerwise = layerwise or LayerwiseModel(source, compute or compute_dtype(dtype, device), device)
-    check_text_only(layerwise.model.config)
     plan = choose_plan(config, partitioner, layerwise.config.intermediate_size)
     model_config = moesaic_config(
         layerwise.config, plan, router.gate_name, registry.spec(selection),

@@ -140,17 +140,19 @@ def auto_class(config: PreTrainedConfig) -> AutoClass:
     return found[-1] if config.get_text_config() is not config else found[0]
 
 
-def check_text_only(config: PreTrainedConfig) -> None:
-    """Check that a model takes text alone: others can be run layer by layer, but not converted.
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Find the configuration of the causal language model in a model; of most, their own.
 
     Raises:
-        InputError: it takes more than text.
+        InputError: the model takes images too, and transformers has no model of its text part alone.
     """
-    if config.get_text_config() is not config:
+    found = config.get_text_config()
+    if found is not config and not has_class_for(AutoModelForCausalLM, type(found)):  # pyrefly: ignore[bad-argument-type]
         raise InputError(
-            f"the model is a {config.model_type}, which takes images too; text-only decoder models convert. Give the "
-            "text model that it is built on"
+            f"the model is a {config.model_type}, which takes images too, and transformers has no model of its text "
+            f"part alone ({found.model_type}); give the text model that it is built on"
         )
+    return found
 
 
 def text_tower(model: PreTrainedModel) -> nn.Module:

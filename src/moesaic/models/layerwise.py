@@ -5,6 +5,7 @@ Shapes: N sequences, L tokens in one, D hidden size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from ..checkpoint.reader import Checkpoint
 from ..compat import tied_weights
-from .families import check_convertible, decoder_layers, layers_prefix, text_tower
+from .families import check_convertible, decoder_layers, layers_prefix, text_config, text_tower
 from .integrity import check_contents, check_finite, model_on_meta, read_config
 
+log = logging.getLogger("moesaic")
 BATCH_TOKENS = 2_048
 """Tokens that run through a layer at once: enough for products at full speed, few for memory."""
 
@@ -43,23 +46,49 @@ def batches(sequences_NL: Tensor) -> tuple[Tensor, ...]:
     return sequences_NL.split(max(1, BATCH_TOKENS // sequences_NL.shape[1]))
 
 
+def text_model(whole: PreTrainedModel, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Make the causal language model in a model that takes more than text, without weights; or return the model.
+
+    Raises:
+        InputError: transformers has no such model alone.
+    """
+    config = text_config(whole.config)
+    if config is whole.config:
+        return whole
+    config.tie_word_embeddings = bool(tied_weights(whole))
+    return model_on_meta(config, folder, dtype)
+
+
+def text_names(whole: PreTrainedModel, text: PreTrainedModel, found: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Name the tensors of the text part as the causal language model alone does; those of other parts are left out."""
+    ours, theirs = (layers_prefix(model).removesuffix("layers.") for model in (text, whole))
+    named = {ours + n.removeprefix(theirs) if n.startswith(theirs) else n: sources for n, sources in found.items()}
+    return {name: sources for name, sources in named.items() if name in text.state_dict()}
+
+
 class LayerwiseModel:
     """A checkpoint whose decoder layers are loaded when used; everything around them stays in memory.
 
     The family's own forward runs with stubs for layers, which yields what each layer is called with (masks, rotary
-    embeddings) and, given the last hidden states, the logits: no family's forward is written again.
+    embeddings) and, given the last hidden states, the logits: no family's forward is written again. Of a
+    vision-language model it is the text part.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint = Checkpoint(folder)
         self.dtype, self.device = dtype, device
-        self.model: Any = model_on_meta(read_config(folder), folder, dtype)
+        whole = model_on_meta(read_config(folder), folder, dtype)
+        found = check_contents(whole, self.checkpoint)
+        self.model: Any = text_model(whole, folder, dtype)
+        if self.model is not whole:
+            log.warning("%s takes images too; its text part alone is converted", whole.config.model_type)
+            found = text_names(whole, self.model, found)
         self.model.eval()
         self.layers = list(decoder_layers(self.model))
         check_convertible(self.layers)
         self.stubs = [Stub() for _ in self.layers]
         self.prefix = layers_prefix(self.model)
-        self.on_disk = {name: found for name, (found, *_) in check_contents(self.model, self.checkpoint).items()}
+        self.on_disk = {name: source for name, (source, *_) in found.items()}
         """The checkpoint's names by the model's."""
         text_tower(self.model).layers = nn.ModuleList(self.stubs)
 

@@ -41,7 +41,7 @@ class Teacher:
         self.name, self.source, self.device, self.dtype = name, resolve(name), device, dtype
         self.top_k = min(top_k, student.vocab_size)
         self.checkpoint = Checkpoint(self.source)
-        size = self.checkpoint.config.get("vocab_size")
+        size = self.field("vocab_size")
         own = load_tokenizer(self.source)
         if size != student.vocab_size or own.get_vocab() != tokenizer.get_vocab():
             raise InputError(
@@ -52,6 +52,11 @@ class Teacher:
         self.folder = Path()
         self._model: PreTrainedModel | None = None
 
+    def field(self, name: str) -> object:
+        """Read a field of the teacher's configuration, or of its text part's."""
+        config = self.checkpoint.config
+        return (config | (config.get("text_config") or {})).get(name)
+
     def check_layers(self, student: MoesaicModelConfig) -> None:
         """Check that each layer has its like in the student.
 
@@ -59,7 +64,7 @@ class Teacher:
             InputError: layers are of another number or width.
         """
         for field in ("num_hidden_layers", "hidden_size"):
-            own, wanted = self.checkpoint.config.get(field), getattr(student, field)
+            own, wanted = self.field(field), getattr(student, field)
             if own != wanted:
                 raise InputError(
                     f"the teacher '{self.name}' has {field} {own}, the model {wanted}, so their layers cannot be "
