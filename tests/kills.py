@@ -13,7 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}
+OPERATIONS = {
+    "open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink"
+}  # fmt: skip
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CONTENTS: dict[str, bytes] = {}
 """By their hash, so that a state costs little."""
@@ -74,8 +76,9 @@ class Watch:
     def see(self, event, arguments):
         if self.busy or (event == "open" and not arguments[2] & WRITES):
             return
-        names = [self.name(path, None if event == "open" else arguments[-1]) for path in arguments[:2] if isinstance(path, str | bytes | os.PathLike)]
-        names = [name for name in names if name is not None]
+        paths = [path for path in arguments[:2] if isinstance(path, str | bytes | os.PathLike)]
+        found = [self.name(path, None if event == "open" else arguments[-1]) for path in paths]
+        names = [name for name in found if name is not None]
         if names:
             self.keep(f"{event} {' -> '.join(names)}", event != "open" and any("/" not in name for name in names))
 

@@ -1,10 +1,9 @@
 """A run that is killed at any file operation is finished by the same call, byte by byte, and leaves nothing behind.
 
-`kills.py` says how all points are found. Here some of them are tried; with MOESAIC_ALL_KILLS=1 all are (many minutes).
+`kills.py` says how all points are found. Here some of them are tried; with MOESAIC_ALL_KILLS=1 all are (half an hour).
 """
 
 import os
-from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,147 +14,129 @@ import moesaic
 from conftest import QUICK
 from kills import moments, put, tree
 from moesaic import FinetuneConfig, InputError, WorkError
+from moesaic.results import Check
 
 ALL = os.environ.get("MOESAIC_ALL_KILLS") == "1"
-FEW = 6
-"""Points tried of each case, beside those at OUT itself, where not all are."""
+FEW = 4
+"""Points tried of each case, beside those at the renames of OUT, where not all are."""
 SMALL = QUICK.model_copy(update={"plan": "S1A2E8", "tokens": 512, "partition": "random"})
-TRAINING = FinetuneConfig(window=32, samples=8, batch=2, held_out=4, steps=3, evaluations=2, device="cpu")
+TEXT = "The first of many words is followed by the second, and so on to the last of them. "
+FOUND = Check(max_abs_logit_error=0.0, median_difference=0.0, agreement=1.0, tokens=1, layers=1)
+CASES = [
+    f"{verb}{over}" for over in ("", ", overwrite")
+    for verb in ("convert", "convert, not stock", "export", "export moesaic", "export gguf", "finetune")
+] + ["finetune, cache"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def still(monkeypatch):
-    """Let no time pass and no memory be used, so that equal runs write equal bytes; and draw no plots."""
-    for name in ("conversion.convert", "conversion.layer", "training.finetune"):
-        module = import_module(f"moesaic.{name}")
-        if hasattr(module, "time"):
-            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))
-        if hasattr(module, "peak_rss_bytes"):
-            monkeypatch.setattr(module, "peak_rss_bytes", lambda: 1 << 30)
-    convert, finetune = (import_module(f"moesaic.{name}") for name in ("conversion.convert", "training.finetune"))
+    """Let no time pass and no memory be used, so that equal runs write equal bytes; leave out what only reads."""
+    convert, layer, export, finetune = (
+        import_module(f"moesaic.{name}")
+        for name in ("conversion.convert", "conversion.layer", "formats.export", "training.finetune")
+    )
+    for module in (convert, layer):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    for module in (convert, layer, finetune):
+        monkeypatch.setattr(module, "peak_rss_bytes", lambda: 1 << 30)
+    for module in (convert, export):
+        monkeypatch.setattr(module, "check", lambda source, made: FOUND)
+    monkeypatch.setattr(finetune, "perplexity", lambda run, model, protocol: 9.0)
     monkeypatch.setattr(convert, "write_plots", lambda facts, folder: (folder / "expert_load.png").write_text("plot"))
     monkeypatch.setattr(finetune, "write_training", lambda rows, facts, path: path.write_text("plot"))
 
 
 @pytest.fixture(scope="module")
-def sources(folders, tmp_path_factory):
-    """Models to start from: dense, converted, and another one converted, all of them small."""
-    root = tmp_path_factory.mktemp("sources")
+def models(folders, tmp_path_factory):
+    """A folder with what calls start from: `converted`, and `older` and `older.gguf`, which are overwritten."""
+    root = tmp_path_factory.mktemp("models")
     moesaic.convert(folders("llama"), root / "converted", SMALL)
     moesaic.convert(folders("llama"), root / "older", SMALL.model_copy(update={"seed": 1}))
     moesaic.export(root / "older", root / "older.gguf")
-    return SimpleNamespace(dense=folders("llama"), root=root)
+    (root / "text.txt").write_text("\n\n".join(f"{number}. {TEXT}" * 8 for number in range(60)))
+    return root
 
 
-def fails_as_stock(monkeypatch):
-    def fail(source, made):
-        raise WorkError("not what was asked for")
+def calls(dense, models, root):
+    """What is called, by verb, with OUT and `overwrite`."""
+    source = models / "converted"
+    training = FinetuneConfig(
+        window=32, samples=8, batch=2, held_out=4, steps=3, evaluations=2, device="cpu", teacher=str(dense),
+        data=(str(models / "text.txt"),),
+    )  # fmt: skip
 
-    monkeypatch.setattr(import_module("moesaic.conversion.convert"), "check", fail)
+    def finetune(cache=None):
+        return lambda out, overwrite: moesaic.finetune(
+            source, out, training, overwrite=overwrite, clock=lambda: 0.0, teacher_cache=cache
+        )
 
-
-def verbs(sources, root):
-    """What is called, by verb: a function of OUT and `overwrite`."""
-    converted, cache = sources.root / "converted", root / "cache"
-    config = TRAINING.model_copy(update={"teacher": str(sources.dense)})
     return {
-        "convert": lambda out, overwrite: moesaic.convert(sources.dense, out, SMALL, overwrite=overwrite),
-        "export stock": lambda out, overwrite: moesaic.export(converted, out, overwrite=overwrite),
-        "export moesaic": lambda out, overwrite: moesaic.export(converted, out, "moesaic", overwrite=overwrite),
-        "export gguf": lambda out, overwrite: moesaic.export(converted, out, "gguf", overwrite=overwrite),
-        "finetune": lambda out, overwrite: moesaic.finetune(
-            converted, out, config, overwrite=overwrite, clock=lambda: 0.0
-        ),
-        "finetune cached": lambda out, overwrite: moesaic.finetune(
-            converted, out, config, overwrite=overwrite, clock=lambda: 0.0, teacher_cache=cache
-        ),
+        "convert": lambda out, overwrite: moesaic.convert(dense, out, SMALL, overwrite=overwrite),
+        "export": lambda out, overwrite: moesaic.export(source, out, overwrite=overwrite),
+        "export moesaic": lambda out, overwrite: moesaic.export(source, out, "moesaic", overwrite=overwrite),
+        "export gguf": lambda out, overwrite: moesaic.export(source, out, "gguf", overwrite=overwrite),
+        "finetune": finetune(),
+        "finetune, cache": finetune(root / "cache"),
     }
 
 
-CASES = [
-    "convert", "convert over", "convert unstock", "convert unstock over", "export stock", "export stock over",
-    "export moesaic", "export moesaic over", "export gguf", "export gguf over", "finetune", "finetune over",
-    "finetune cached",
-]  # fmt: skip
-
-
-def chosen(points):
-    """All points, or some: those at OUT itself, and others evenly spread."""
-    if ALL:
-        return points
-    return [p for i, p in enumerate(points) if p.at_the_top or i % max(1, len(points) // FEW) == 0]
-
-
-def part(state, name):
-    """What a state says of a file or folder."""
-    return {key: value for key, value in state.items() if Path(key).parts[0] == name}
+def fail(source, made):
+    raise WorkError("not what was asked for")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_was_killed_is_finished_by_the_same_call(sources, tmp_path, monkeypatch, case):
-    root = tmp_path / "root"
-    verb, over = case.replace(" over", "").replace(" unstock", ""), case.endswith(" over")
-    if "unstock" in case:
-        fails_as_stock(monkeypatch)
-    call = verbs(sources, root)[verb]
-    name = "out.gguf" if "gguf" in case else "out"
-    for ending in (".replaced", ".failed"):
-        folder = root / f"{name}{ending}"
-        folder.mkdir(parents=True)
-        (folder / "mine.txt").write_text("years of work")
+def test_what_was_killed_is_finished_by_the_same_call(folders, models, tmp_path, monkeypatch, case):
+    root, over = tmp_path / "root", case.endswith(", overwrite")
+    call = calls(folders("llama"), models, root)[case.removesuffix(", overwrite").removesuffix(", not stock")]
+    if "not stock" in case:
+        monkeypatch.setattr(import_module("moesaic.conversion.convert"), "check", fail)
+    out, older = (root / "out.gguf", "older.gguf") if "gguf" in case else (root / "out", "older")
+    for name in (f"{out.name}.replaced", f"{out.name}.failed"):
+        (root / name).mkdir(parents=True)
+        (root / name / "mine.txt").write_text("years of work")
     mine = tree(root)
-    old = {}
-    if over:
-        older = tree(sources.root)
-        source = "older.gguf" if "gguf" in case else "older"
-        old = {key.replace(source, name, 1): value for key, value in older.items() if Path(key).parts[0] == source}
-    start = mine | old
-    put(root, start)
-    points, operations = moments(root, lambda: call(root / name, over))
+    old = {key.replace(older, out.name, 1): value for key, value in part(tree(models), older).items()} if over else {}
+    put(root, mine | old)
+    points, operations = moments(root, lambda: call(out, over))
     expected = points[-1].state
-    new = part(expected, name)
-    assert {Path(key).parts[0] for key in expected} - {Path(key).parts[0] for key in mine} <= {name, "cache"}
-    assert expected | mine == expected
-    wrong = Counter()
-    for point in chosen(points):
-        put(root, point.state)
-        says = ""
-        if over:
-            says = says or refused(call, root / name, old, new)
-        says = says or resumed(call, root / name, over, expected, new)
-        if says:
-            wrong[f"{point.before}: {says}"] += 1
-    print(f"\n{case}: {operations} operations, {len(points)} points, {len(chosen(points))} tried, {len(wrong)} wrong")
+    assert part(expected, out.name) != old
+    assert part(expected, out.name) | part(expected, "cache") | mine == expected
+    some = [p for i, p in enumerate(points) if ALL or p.at_the_top or i % max(1, len(points) // FEW) == 0]
+    wrong = [f"{point.before}: {said}" for point in some if (said := after(point.state, call, out, old, expected))]
+    print(f"\n{case}: {operations} operations, {len(points)} points, {len(some)} tried, {len(wrong)} wrong")
     assert not wrong, "\n".join(wrong)
 
 
-def refused(call, out, old, new):
-    """Call without `overwrite`, which is refused and leaves OUT whole, old or new; say what is wrong."""
+def after(state, call, out, old, expected):
+    """Call again after a kill, first without `overwrite` where an old OUT was; say what is then wrong."""
+    put(out.parent, state)
+    new = part(expected, out.name)
+    if old:
+        try:
+            call(out, False)
+            return "made, though OUT existed"
+        except Exception as error:
+            if not isinstance(error, InputError) or "exists" not in str(error):
+                return f"without --overwrite: {error!r}"
+        found = part(tree(out.parent), out.name)
+        if found not in (old, new):
+            return f"OUT is neither old nor new: {differences(found, new)}"
     try:
-        call(out, False)
-    except InputError as error:
-        if "exists" not in str(error):
-            return f"refused: {error}"
+        call(out, bool(old))
     except Exception as error:
-        return f"failed without --overwrite: {error!r}"
-    else:
-        return "was made though OUT existed"
-    found = part(tree(out.parent), out.name)
-    return "" if found in (old, new) else f"OUT is neither old nor new: {differences(found, new)}"
-
-
-def resumed(call, out, over, expected, new):
-    """Call again; say what is then not as expected."""
-    try:
-        call(out, over)
-    except InputError as error:
-        if over or "exists" not in str(error):
-            return f"refused: {error}"
-    except Exception as error:
-        return f"failed: {error!r}"
+        if old or not isinstance(error, InputError) or "exists" not in str(error):
+            return repr(error)
     return differences(tree(out.parent), expected)
 
 
+def part(state, name):
+    """What a state says of a file or folder and of what is in it."""
+    return {key: value for key, value in state.items() if Path(key).parts[0] == name}
+
+
 def differences(found, expected):
-    names = [key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key)]
-    return ", ".join(f"{key} {'other' if key in found and key in expected else 'left' if key in found else 'missing'}" for key in sorted(names)[:6])
+    names = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+    return ", ".join(
+        f"{key} {'is missing' if key not in found else 'is other' if key in expected else 'is left'}"
+        for key in names[:6]
+    )

@@ -14,6 +14,8 @@ from ..errors import InputError
 from ..files import WRITING
 
 LOCK = ".moesaic.lock"
+INNER = "moesaic"
+"""The folder in `OUT.partial` where what does not hold as a stock architecture is written in our own format."""
 MARKS = {LOCK, "state.json", "fingerprint.json", "moesaic.yaml", "frontier.json"}
 """Files by which a folder of moesaic's is known."""
 
@@ -37,6 +39,8 @@ def is_ours(folder: Path) -> bool:
     if folder.is_symlink() or not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
+    if names == {INNER}:
+        return is_ours(folder / INNER)
     return bool(names & MARKS) or all(name.endswith(WRITING) for name in names)
 
 
@@ -50,13 +54,25 @@ def check_ours(folder: Path) -> None:
         raise InputError(f"'{folder}' is in the way and was not made by moesaic; move it or choose another OUT")
 
 
-def clear(folder: Path) -> None:
-    """Remove everything in a folder of ours but the lock that keeps it to this process."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
+def clear(folder: Path, keep: str = "", last: str = "") -> None:
+    """Remove everything in a folder of ours but `keep` and the lock that keeps it to this process."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
+        if path.name not in (LOCK, keep):
+            _remove_one(path)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of ours, its marks last: what a kill leaves of it is known as ours, and removed the next time."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name in MARKS):
+        _remove_one(path)
+    folder.rmdir()
+
+
+def _remove_one(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 @contextmanager
