@@ -18,7 +18,11 @@ import moesaic
 from kills import moments, put, tree
 from moesaic import FinetuneConfig, InputError, WorkError
 from moesaic.checkpoint.builtin import tiny_folder
-from moesaic.results import Check
+from moesaic.checkpoint.sources import resolve
+from moesaic.comparison.frontier import frontier
+from moesaic.comparison.rows import Measurement
+from moesaic.results import Check, EvaluationResult
+from test_sources import write_gguf
 
 ALL = os.environ.get("MOESAIC_ALL_KILLS") == "1"
 FEW = 3
@@ -26,6 +30,9 @@ FEW = 3
 SMALL = conftest.QUICK.model_copy(update={"plan": "S1A2E8", "tokens": 512, "partition": "random"})
 TEXT = "The first of many words is followed by the second, and so on to the last of them. "
 FOUND = Check(max_abs_logit_error=0.0, median_difference=0.0, agreement=1.0, tokens=1, layers=1)
+EVALUATION = EvaluationResult(
+    perplexity=9.0, tokens=1, protocol="gptq", window=1, text="text", data_sha256="", tasks={}, versions={}
+)  # fmt: skip
 CASES = [
     f"{verb}{over}" for over in ("", ", overwrite")
     for verb in ("convert", "convert, not stock", "export", "export moesaic", "export gguf", "finetune")
@@ -107,36 +114,62 @@ def test_what_was_killed_is_finished_by_the_same_call(models, tmp_path, monkeypa
     mine = tree(root)
     old = {key.replace(older, out.name, 1): value for key, value in part(tree(models), older).items()} if over else {}
     put(root, mine | old)
-    points, operations = moments(root, lambda: call(out, over))
+    check_all(case, root, lambda over=over: call(out, over), out.name, mine, old)
+
+
+def check_all(case, root, call, name, mine, old=None):
+    """Kill a call at all points or at some, and see that the same call ends where one that was not killed ends."""
+    points, operations = moments(root, call)
     expected = points[-1].state
-    assert part(expected, out.name) != old
-    assert part(expected, out.name) | part(expected, "cache") | mine == expected
+    assert part(expected, name) != old
+    assert part(expected, name) | part(expected, "cache") | mine == expected  # nothing is left beside OUT
     some = [p for i, p in enumerate(points) if ALL or p.at_the_top or i % max(1, len(points) // FEW) == 0]
-    wrong = [f"{point.before}: {said}" for point in some if (said := after(point.state, call, out, old, expected))]
+    wrong = [f"{p.before}: {said}" for p in some if (said := after(p.state, call, root, name, old, expected))]
     print(f"\n{case}: {operations} operations, {len(points)} points, {len(some)} tried, {len(wrong)} wrong")
     assert not wrong, "\n".join(wrong)
 
 
-def after(state, call, out, old, expected):
+def test_a_killed_frontier_goes_on(models, tmp_path, monkeypatch):
+    module = import_module("moesaic.comparison.frontier")
+    monkeypatch.setattr(
+        module, "write_frontier", lambda summary, name, folder: (folder / "frontier.svg").write_text("")
+    )
+    monkeypatch.setattr(module, "evaluate", lambda *model, **asked: EVALUATION)
+    measurement = Measurement(tokens=2_048, speed=False)
+    (tmp_path / "root").mkdir()
+    check_all("frontier", tmp_path / "root", lambda: frontier(
+        str(models / "dense"), tmp_path / "root" / "out", active=[0.5], methods=["cmoe"], measurement=measurement
+    ), "out", {})  # fmt: skip
+
+
+def test_a_killed_dequantising_starts_anew(tmp_path, monkeypatch):
+    root = tmp_path / "cache"
+    root.mkdir()
+    monkeypatch.setenv("MOESAIC_CACHE", str(root))
+    write_gguf(tmp_path / "m.gguf", conftest.small_model("qwen2"), AutoTokenizer.from_pretrained(tiny_folder()))
+    check_all("gguf as source", root, lambda: resolve(str(tmp_path / "m.gguf")), "dequantised", {})
+
+
+def after(state, call, root, name, old, expected):
     """Call again after a kill, first without `overwrite` where an old OUT was; say what is then wrong."""
-    put(out.parent, state)
-    new = part(expected, out.name)
+    put(root, state)
+    new = part(expected, name)
     if old:
         try:
-            call(out, False)
+            call(over=False)
             return "made, though OUT existed"
         except Exception as error:
             if not isinstance(error, InputError) or "exists" not in str(error):
                 return f"without --overwrite: {error!r}"
-        found = part(tree(out.parent), out.name)
+        found = part(tree(root), name)
         if found not in (old, new):
             return f"OUT is neither old nor new: {differences(found, new)}"
     try:
-        call(out, bool(old))
+        call()
     except Exception as error:
         if old or not isinstance(error, InputError) or "exists" not in str(error):
             return repr(error)
-    return differences(tree(out.parent), expected)
+    return differences(tree(root), expected)
 
 
 def part(state, name):
