@@ -55,24 +55,23 @@ def check_ours(folder: Path) -> None:
 
 
 def clear(folder: Path, keep: str = "", last: str = "") -> None:
-    """Remove everything in a folder of ours but `keep` and the lock that keeps it to this process."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
+    """Remove everything in a folder of ours but `keep` and the lock that keeps it to this process; marks go late.
+
+    So what a kill leaves of it is known as ours.
+    """
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == last, path.name in MARKS)):
         if path.name not in (LOCK, keep):
-            _remove_one(path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of ours, its marks last: what a kill leaves of it is known as ours, and removed the next time."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name in MARKS):
-        _remove_one(path)
+    """Remove a folder of ours, in the same order."""
+    clear(folder)
+    (folder / LOCK).unlink(missing_ok=True)
     folder.rmdir()
-
-
-def _remove_one(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 @contextmanager
