@@ -174,7 +174,7 @@ def test_what_was_begun_in_one_dtype_goes_on_in_it(folders, tmp_path, monkeypatc
     assert same_weights(tmp_path / "whole", tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["versions", "device", "tokens", "model", "format"])
+@pytest.mark.parametrize("name", ["version", "device", "tokens", "model", "format"])
 def test_all_that_decides_numbers_is_compared_on_resume(folders, tmp_path, name):
     with pytest.raises(Killed):
         convert(folders("llama"), tmp_path / "out", QUICK, progress=kill_at(1))

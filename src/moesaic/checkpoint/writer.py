@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import WRITING, read_json, write_json, write_whole
 from ..results import Json, Result
-from .claim import LOCK, check_ours, claim, clear, is_ours, real_path
+from .claim import INNER, LOCK, claim, clear, is_ours, real_path, remove
 from .reader import INDEX
 
 STATE = "state.json"
@@ -32,18 +32,27 @@ log = logging.getLogger("moesaic")
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Check that OUT can be written, before any work; what a kill at the very end left behind is put right first.
+    """Check that OUT can be written, before any work; nothing is changed.
 
     Raises:
         InputError: OUT exists and may not be replaced, or it cannot be made there.
     """
-    place, partial = real_path(output), partial_folder(output)
-    check_ours(partial)
-    put_right(output)
+    place = real_path(output)
     if place.exists() and not overwrite:
         raise InputError(f"'{output}' exists; choose another folder or pass --overwrite")
-    if place.exists() and not (place / CONFIG_FILE).is_file():
+    empty = place.is_dir() and not any(place.iterdir())  # as a kill amid the removal of one leaves it
+    if place.exists() and not empty and not (place / CONFIG_FILE).is_file():
         raise InputError(f"'{output}' was not made by moesaic and is not replaced; choose another folder")
+    check_parent(output)
+
+
+def check_parent(output: Path) -> None:
+    """Check that a folder can be made there.
+
+    Raises:
+        InputError: it cannot.
+    """
+    place = real_path(output)
     parent = next(p for p in place.parents if p.exists())
     if not parent.is_dir():
         raise InputError(f"'{parent}' is a file, so '{output}' cannot be made; choose another folder")
@@ -70,12 +79,15 @@ def check_space(output: Path, needed: int) -> None:
 def claim_output(output: Path, overwrite: bool) -> Iterator[None]:
     """Keep OUT to this process while it is made, having checked that it can be.
 
+    What a kill at the very end left behind is put right first.
+
     Raises:
         InputError: it cannot, or another process makes it.
     """
-    check_output(output, overwrite)
+    check_parent(output)
     with claim(partial_folder(output)):
-        check_output(output, overwrite)  # another process may have finished it in between
+        put_right(output)
+        check_output(output, overwrite)
         yield
 
 
@@ -93,18 +105,18 @@ def beside(output: Path, ending: str) -> Path:
 def put_right(output: Path) -> None:
     """Finish what a kill amid the last renames left undone: the old OUT comes back, or goes if the new one is there."""
     place, partial = real_path(output), partial_folder(output)
-    folder = place if (place / STATE).is_file() and (place / CONFIG_FILE).is_file() else partial
-    if (state := read_state(folder)) is None:
-        return
-    replaced = place.with_name(state.replaced) if state.replaced else None
-    if replaced and not is_ours(replaced):
-        replaced = None
-    if folder == place:
-        if replaced:
-            shutil.rmtree(replaced)
+    finished = (place / STATE).is_file() and (place / CONFIG_FILE).is_file()
+    for folder in (place,) if finished else (partial, partial / INNER):
+        state = read_state(folder)
+        replaced = place.with_name(state.replaced) if state and state.replaced else None
+        if not replaced or not is_ours(replaced):
+            continue
+        if finished:
+            remove(replaced)
+        elif not os.path.lexists(place):
+            replaced.rename(place)
+    if finished:
         drop_unfinished(place)
-    elif replaced and not os.path.lexists(place):
-        replaced.rename(place)
 
 
 def drop_unfinished(folder: Path) -> None:
@@ -146,15 +158,16 @@ class ResumableOutput:
         output: OUT.
         fingerprint: what unfinished work must agree in to be gone on with.
         resume: whether it is gone on with at all.
-        folder: where OUT is built, if it is not `OUT.partial`.
+        inner: whether OUT is built within `OUT.partial`, from what is there, which goes when OUT is whole.
 
     Raises:
         InputError: the unfinished work there is another one.
     """
 
-    def __init__(self, output: Path, fingerprint: dict[str, str], resume: bool, folder: Path | None = None) -> None:
+    def __init__(self, output: Path, fingerprint: dict[str, str], resume: bool, inner: bool = False) -> None:
         self.output = real_path(output)
-        self.folder = folder or partial_folder(output)
+        self.folder = partial_folder(output) / (INNER if inner else "")
+        self.inner = inner
         self.folder.mkdir(parents=True, exist_ok=True)
         self.state = State(fingerprint=fingerprint)
         found = read_state(self.folder) if resume else None
@@ -259,6 +272,8 @@ class ResumableOutput:
         write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         if check:
             check(self.folder)
+        if self.inner:
+            clear(self.folder.parent, keep=INNER)
         if self.output.exists():
             names = (f"{self.output.name}.replaced{n or ''}" for n in itertools.count())
             free = next(name for name in names if not os.path.lexists(self.output.with_name(name)))

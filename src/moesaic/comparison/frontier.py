@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -11,7 +10,7 @@ from itertools import product, zip_longest
 from pathlib import Path
 
 from ..checkpoint.builtin import known_as
-from ..checkpoint.claim import claim
+from ..checkpoint.claim import claim, remove
 from ..conversion.auto import candidates
 from ..conversion.convert import convert
 from ..errors import InputError
@@ -188,7 +187,7 @@ def _measure(model: str, point: Point, measurement: Measurement, dense: float, o
         work = output / "-".join(["work", *map(str, asdict(point).values())])
         metrics = convert(model, work, point.config(measurement), overwrite=True, force=True)
         found = _evaluate(work, measurement)
-        shutil.rmtree(work)
+        remove(work)
     mean = found.tasks.get("mean")
     row = FrontierRow(
         **asdict(point), plan=None, ffn_active=point.active, machine=machine(), versions=versions(), dtype=found.dtype,

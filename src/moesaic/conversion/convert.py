@@ -144,9 +144,8 @@ def finish(conversion: Conversion, partial: ResumableOutput, result: ConversionR
             raise
         own: Format = registry.build("format", MODEL_TYPE)
         write_metrics(partial.folder, result.to_dict() | {"format_reason": str(error)}, own, None)
-        inner = ResumableOutput(partial.output, conversion.fingerprint, resume=False, folder=partial.folder / "moesaic")
+        inner = ResumableOutput(partial.output, conversion.fingerprint, resume=False, inner=True)
         rewrite(Converted(partial.folder), own, inner, result.output, lambda done, count, note: None)
-        shutil.rmtree(partial.folder)
     file = partial.output / "metrics.json"
     return ConversionResult.from_dict(read_json(file), str(file))
 

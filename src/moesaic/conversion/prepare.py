@@ -77,7 +77,7 @@ class Conversion:
             "format": self.format.name,
             "device": self.layerwise.device.type,
             COMPUTE_DTYPE: str(self.layerwise.dtype).removeprefix("torch."),
-            "versions": " ".join(f"{name} {version}" for name, version in versions().items()),
+            "version": " ".join(f"{name} {version}" for name, version in versions().items()),
         }
 
     def bytes_needed(self) -> int:

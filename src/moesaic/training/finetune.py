@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from .. import registry
 from ..calibration.text import bundled
 from ..calibration.windows import token_windows
-from ..checkpoint.claim import claim, clear
+from ..checkpoint.claim import claim
 from ..checkpoint.facts import METRICS_FILE, copy_terms, saved_result, saved_settings
-from ..checkpoint.writer import CONFIG_FILE, check_output
+from ..checkpoint.writer import CONFIG_FILE, check_parent, claim_output
 from ..config import ConvertConfig, FinetuneConfig
 from ..errors import InputError, WorkError
 from ..evaluation.cost import at_experts_per_token
@@ -38,12 +38,10 @@ from .data import Samples
 from .load import held_out_loss, summary
 from .parameters import put_back
 from .prepare import Finetuning, prepare
-from .state import LOG, StepRecord, TrainingState, drop_finished, training_folder
+from .state import LOG, PROJECT, StepRecord, TrainingState, drop, drop_finished, training_folder
 from .trainer import Trainer
 
 CURVE = "training.png"
-PROJECT = "moesaic"
-"""What trackers know a training by; TensorBoard's files are in a folder of that name."""
 
 
 def finetune(
@@ -77,10 +75,13 @@ def finetune(
         WorkError: no gradient reached what should learn.
     """
     output = path(output)
-    drop_finished(output)
-    check_output(output, overwrite)
+    check_parent(output)
     main = os.environ.get("RANK", "0") == "0"  # of several processes the first one writes
     with claim(training_folder(output)) if main else nullcontext():
+        if main:
+            drop_finished(output)
+            with claim_output(output, overwrite):
+                pass  # what a kill left of it is put right, and no other process makes it
         run = prepare(
             place(str(model)), output, config or FinetuneConfig(), resume=resume, overwrite=overwrite,
             cache=optional_path(teacher_cache),
@@ -256,9 +257,7 @@ def write(run: Finetuning, trained: PreTrainedModel, result: FinetuneResult, sta
     )  # fmt: skip
     write_json(made / METRICS_FILE, metrics.to_dict())
     export(made, run.output, chosen.format, resume=False, overwrite=True)
-    if (run.folder.path / PROJECT).is_dir():
-        shutil.copytree(run.folder.path / PROJECT, run.output / "tensorboard", dirs_exist_ok=True)
-    clear(run.folder.path)
+    drop(run.output)
     return result
 
 

@@ -103,7 +103,7 @@ def prepare(
         "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
         "device": accelerator.device.type,
         "dtype": str(dtype).removeprefix("torch."),
-        "versions": " ".join(f"{name} {version}" for name, version in versions().items()),
+        "version": " ".join(f"{name} {version}" for name, version in versions().items()),
     }
     folder = RunFolder(output, fingerprint, resume, accelerator.is_main_process)
     accelerator.wait_for_everyone()

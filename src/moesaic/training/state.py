@@ -16,13 +16,15 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..checkpoint.claim import clear, is_ours, real_path
+from ..checkpoint.claim import clear, real_path
 from ..checkpoint.writer import beside, sha256
 from ..errors import InputError
 from ..files import read_json, to_json, write_json, write_whole
 from ..results import ExpertLoad, Json, Result
 
 FINGERPRINT, STATE, LOG = "fingerprint.json", "state.pt", "metrics.jsonl"
+PROJECT = "moesaic"
+"""What trackers know a training by; TensorBoard's files are in a folder of that name."""
 log = logging.getLogger("moesaic")
 
 
@@ -41,11 +43,18 @@ def begun_dtype(output: Path) -> torch.dtype | None:
 
 
 def drop_finished(output: Path) -> None:
-    """Remove the training folder of a training that was written, which a kill at the very end left behind."""
-    folder, written = training_folder(output), real_path(output) / LOG
-    same = written.is_file() and (folder / LOG).is_file() and written.read_bytes() == (folder / LOG).read_bytes()
-    if same and is_ours(folder):
-        shutil.rmtree(folder)
+    """Empty the training folder of a training that was written, where a kill at the very end left that undone."""
+    own, written = training_folder(output) / LOG, real_path(output) / LOG
+    if written.is_file() and own.is_file() and written.read_bytes() == own.read_bytes():
+        drop(output)
+
+
+def drop(output: Path) -> None:
+    """Empty the training folder of a training that was written; its log, by which that is known, goes last."""
+    folder = training_folder(output)
+    if (folder / PROJECT).is_dir():
+        shutil.copytree(folder / PROJECT, real_path(output) / "tensorboard", dirs_exist_ok=True)
+    clear(folder, last=LOG)
 
 
 @dataclass(frozen=True, kw_only=True)

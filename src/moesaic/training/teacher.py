@@ -5,17 +5,19 @@ Shapes: N sequences, L tokens in one, V vocabulary, K logits kept.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoint.claim import LOCK
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
 from ..errors import InputError
+from ..files import write_whole
 from ..formats.base import MoesaicModelConfig
 from ..formats.loading import load, load_tokenizer
 from .data import Samples
@@ -94,10 +96,10 @@ class Teacher:
         found = self._kept(path, len(tokens_L))
         if found is None:
             log_probs_LK, tokens_LK = top_log_probs(self.model, tokens_L.to(self.device), self.top_k)
-            writing = path.with_name(f"{path.name}.{os.getpid()}")  # processes share the folder
-            found = {"log_probs": log_probs_LK.half().cpu(), "tokens": tokens_LK.int().cpu()}
-            save_file(found, writing)
-            writing.replace(path)
+            kept = {"log_probs": log_probs_LK.half().cpu(), "tokens": tokens_LK.int().cpu()}
+            with FileLock(self.folder / LOCK):  # processes share the folder
+                write_whole(path, lambda writing: save_file(kept, writing))
+            found = kept
         return found["log_probs"].to(self.device).float(), found["tokens"].to(self.device).long()
 
     def _kept(self, path: Path, length: int) -> dict[str, Tensor] | None:

@@ -68,11 +68,11 @@ def write_gguf(
         raise InputError(f"unknown outtype '{outtype}'.{registry.nearest(outtype, known)} One of: {', '.join(known)}")
     format = gguf_format(source.config, source.has_bias())
     quantiser = check_k_quant(source, format, outtype) if outtype in K_QUANTS else None
-    check_file(output, overwrite)
-    check_space(output, source.checkpoint.size() * (2 if quantiser else 1))
     report = progress or (lambda done, all, note: None)
     with claim(partial_folder(output)):
-        clear(partial_folder(output))
+        clear(partial_folder(output))  # also where the file is there already: a kill may have come right after that
+        check_file(output, overwrite)
+        check_space(output, source.checkpoint.size() * (2 if quantiser else 1))
         partial = partial_folder(output) / output.name
         try:
             fallbacks = _write(source, format, partial, "f16" if quantiser else outtype, report)
