@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import WRITING, read_json, write_json, write_whole
 from ..results import Json, Result
-from .claim import INNER, LOCK, claim, clear, is_ours, real_path, remove
+from .claim import INNER, LOCK, check_ours, claim, clear, is_ours, real_path, remove
 from .reader import INDEX
 
 STATE = "state.json"
@@ -38,6 +38,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         InputError: OUT exists and may not be replaced, or it cannot be made there.
     """
     place = real_path(output)
+    check_ours(partial_folder(output))
     if place.exists() and not overwrite:
         raise InputError(f"'{output}' exists; choose another folder or pass --overwrite")
     empty = place.is_dir() and not any(place.iterdir())  # as a kill amid the removal of one leaves it

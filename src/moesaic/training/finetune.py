@@ -256,7 +256,7 @@ def write(run: Finetuning, trained: PreTrainedModel, result: FinetuneResult, sta
         collapsed=not found / known.perplexity_dense <= ConvertConfig().collapse_ratio,
     )  # fmt: skip
     write_json(made / METRICS_FILE, metrics.to_dict())
-    export(made, run.output, chosen.format, resume=False, overwrite=True)
+    export(made, run.output, chosen.format, resume=False, overwrite=run.overwrite)
     drop(run.output)
     return result
 

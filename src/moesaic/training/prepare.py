@@ -47,6 +47,8 @@ class Finetuning:
 
     source: Converted
     output: Path
+    overwrite: bool
+    """Whether an OUT that is there is replaced."""
     config: FinetuneConfig
     method: Method
     tokenizer: PreTrainedTokenizerBase
@@ -109,7 +111,9 @@ def prepare(
     accelerator.wait_for_everyone()
     if teacher:
         teacher.keep_in(cache or training_folder(output) / "teacher", train)
-    return Finetuning(source, output, config, method, tokenizer, train, held, teacher, accelerator, folder, dtype)
+    return Finetuning(
+        source, output, overwrite, config, method, tokenizer, train, held, teacher, accelerator, folder, dtype
+    )
 
 
 def check_request(source: Converted, method: Method, config: FinetuneConfig, processes: int) -> None:
