@@ -45,10 +45,10 @@ DENSE = ("convert MODEL OUT --dry-run --device cpu --json", "plan MODEL --json",
 CONVERTED = ("inspect MODEL --json", "export MODEL OUT --json", "export MODEL OUT --format moesaic --json",
              "export MODEL OUT.gguf --json", f"finetune MODEL OUT {TRAIN}")  # fmt: skip
 TEXTS = [
-    "nan", "inf", "-0.0", "1e300", str(10**18), "-1", "0", "1", "2", "0.5", "", " ", "[x]", "[/x]", "\ud800", "\0", "é" * 300,
-    "~nobody/x", "../..", "x" * 5_000, "{a: [", '{"a": 1}', "no/such/folder/x", "a..b/c", "-x", "auto", "*", "a,b", "1,,2",
-    "cmoe:top_k=nan", "random", "S1A1E4", "S0A0E0", "lora", "cpu", "float16", "tiny", "/dev/null", "/proc/self/mem", "/",
-    ".", "owner/name", "a b/c d", "x.gguf", "x.png", "WRONG", "FOLDER", "EMPTY", "BINARY",
+    "nan", "inf", "-0.0", "1e300", str(10**18), "-1", "0", "1", "2", "0.5", "", " ", "[x]", "[/x]", "\ud800", "\0",
+    "é" * 300, "~nobody/x", "../..", "x" * 5_000, "{a: [", '{"a": 1}', "no/such/folder/x", "a..b/c", "-x", "auto", "*",
+    "a,b", "1,,2", "cmoe:top_k=nan", "random", "S1A1E4", "S0A0E0", "lora", "cpu", "float16", "tiny", "/dev/null",
+    "/proc/self/mem", "/", ".", "owner/name", "a b/c d", "x.gguf", "x.png", "WRONG", "FOLDER", "EMPTY", "BINARY",
 ]  # fmt: skip
 """Values of options; the last four are names of what is there."""
 BASES = {
@@ -56,7 +56,7 @@ BASES = {
     "evaluate": f"tiny {SCORE}", "generate": "tiny hi --max-new-tokens 2",
     "benchmark": "tiny --against tiny --prompt 8 --new 2 --rounds 1", "inspect": "CONVERTED",
     "export": "CONVERTED OUT", "finetune": f"CONVERTED OUT {TRAIN}", "demo": "--model tiny --out OUT",
-    "frontier": "tiny --out OUT --methods static --active 50 --tokens 512 --no-speed --items 2",
+    "frontier": "tiny --out OUT --methods static+closed-form --active 50 --tokens 512 --no-speed --items 2",
 }  # fmt: skip
 SLOW = {"demo", "frontier", "finetune"}
 

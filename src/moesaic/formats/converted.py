@@ -138,7 +138,7 @@ class Converted:
         prefix = self.prefix(index)
         tensors = self.checkpoint.items(self.checkpoint.names(prefix))
         named = {name.removeprefix(prefix): tensor for name, tensor in tensors}
-        check_finite(named.items(), self.checkpoint.folder)
+        check_finite(((prefix + name, tensor) for name, tensor in named.items()), self.checkpoint.folder)
         layer = self.format.moesaic_layer(named, self.config)
         if self.format.name != MODEL_TYPE:
             again = self.format.layer(layer, self.config)
