@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .documents import BLANK, Document, Message
 
 
@@ -60,10 +58,9 @@ def templated(document: Document, tokenizer: Any, opening: str) -> list[Piece]:
     messages = document.messages
     try:
         whole = rendered(messages, tokenizer, opening)
-    except (TemplateError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # a template is a program, and may raise anything
         raise InputError(
-            f"the model's chat template refuses a chat of '{document.domain}' ({reason}); leave out the one "
+            f"the model's chat template refuses a chat of '{document.domain}' ({first_line(error)}); leave out the one "
             f"that begins with {document.text[:40]!r}"
         ) from error
     found, done = [], 0
@@ -83,7 +80,7 @@ def turn(messages: Sequence[Message], tokenizer: Any, opening: str, whole: str) 
         after = rendered(messages, tokenizer, opening)
         before = rendered(messages[:-1], tokenizer, opening) if len(messages) > 1 else ""
         opened = rendered(messages[:-1], tokenizer, opening, opened=True) if len(messages) > 1 else ""
-    except (TemplateError, TypeError, ValueError):  # some templates refuse a part of a chat that they take whole
+    except Exception:  # some templates refuse a part of a chat that they take whole
         return 0, 0
     start = next((i for i, (a, b) in enumerate(zip(opened, after, strict=False)) if a != b), len(opened))
     return (start, len(after)) if whole.startswith(after) and start >= len(before) else (0, 0)

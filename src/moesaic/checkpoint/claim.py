@@ -24,9 +24,11 @@ def real_path(output: Path) -> Path:
     """Find where OUT is written: the folder itself, or the one that a link of that name leads to.
 
     Raises:
-        InputError: a link that leads nowhere.
+        InputError: a link that leads nowhere, or the root of all folders.
     """
     output = Path(os.path.abspath(output))  # without resolving links
+    if not output.name:
+        raise InputError(f"'{output}' cannot be replaced, and nothing can be made beside it; choose another folder")
     if not output.is_symlink():
         return output
     if not output.exists():

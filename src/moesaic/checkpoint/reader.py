@@ -150,6 +150,11 @@ class Checkpoint:
             return found
         return self.read(next(iter(self.headers))).dtype
 
+    def architecture(self) -> str:
+        """Name the model's class, as the config says; `unknown` where it says none."""
+        found = self.config.get("architectures")
+        return found[0] if isinstance(found, list) and found and isinstance(found[0], str) else "unknown"
+
     def shapes(self) -> dict[str, list[int]]:
         """List the shape of every tensor by name."""
         return {name: header.shape for name, header in self.headers.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..given import place
 from ..registry import nearest
 from .builtin import BUILTINS, NAMES, cache_folder, tiny_folder
@@ -80,8 +80,8 @@ def _from_hub(hub_id: str, complain: bool = False) -> Path | None:
         Checkpoint(folder)
         if any(folder.glob("tokenizer*")):
             return folder
-    except (OSError, InputError):
-        pass  # not downloaded yet, or only in part
+    except (OSError, ValueError):
+        pass  # not downloaded yet, only in part, or no name that the hub could have
     try:
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             raise OSError("HF_HUB_OFFLINE is set")
@@ -92,8 +92,7 @@ def _from_hub(hub_id: str, complain: bool = False) -> Path | None:
     except Exception as error:  # the hub client's errors share no base class over its transports
         if not complain:
             return None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"'{hub_id}' is no local folder, and the hub did not give it: {reason}. Check the name, log in with "
-            "'hf auth login' if it is gated, or give a local folder"
+            f"'{hub_id}' is no local folder, and the hub did not give it: {first_line(error)}. Check the name, log in "
+            "with 'hf auth login' if it is gated, or give a local folder"
         ) from error

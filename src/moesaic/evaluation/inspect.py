@@ -34,7 +34,7 @@ def inspect(folder: str | Path) -> Inspection:
     return Inspection(
         folder=str(folder),
         model=saved["model"],
-        architecture=(checkpoint.config.get("architectures") or ["unknown"])[0],
+        architecture=checkpoint.architecture(),
         bytes=checkpoint.size(),
         moe={name: found for name, found in converted.fields.items() if name in MOE_FIELDS},
         config=saved["config"],

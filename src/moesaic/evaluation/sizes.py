@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..errors import InputError
 from ..given import check
 from ..machine import free_memory
+from ..models.families import embedding_rows
 from ..serving.generate import check_length
 
 PROMPT_TOKENS = 2_048
@@ -33,6 +34,11 @@ def check_sizes(
         raise InputError(f"prompts of shape {tuple(tokens_BL.shape)} are too few for batches of {list(batches)}")
     for each in (model, dense):
         check_length(each, tokens_BL.shape[1], new, "--new")
+        if (last := int(tokens_BL.max())) >= (rows := embedding_rows(each)):
+            raise InputError(
+                f"the prompts have token {last}, but the embeddings of the {each.config.model_type} model have "
+                f"{rows:,} rows: it has another vocabulary; give the dense model that the other was converted from"
+            )
     config = model.config.get_text_config()
     most = max(batches)
     prompt = min(tokens_BL.shape[1], max(2, PROMPT_TOKENS // most))

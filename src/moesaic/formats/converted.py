@@ -15,16 +15,23 @@ from .. import registry
 from ..checkpoint.facts import saved_settings
 from ..checkpoint.reader import Checkpoint
 from ..compat import parameters_on_meta
-from ..errors import InputError
+from ..errors import InputError, first_line
+from ..files import AGAIN
 from ..models.families import EMBEDDINGS, HEAD, LAYERS
-from ..models.integrity import check_tensors, model_on_meta
+from ..models.integrity import SIZES, check_fields, check_finite, check_tensors, model_on_meta
 from ..moe.modeling import MODEL_TYPE, MoesaicConfig
 from .base import Format, MoesaicModelConfig
-from .fields import check_agreement, damaged, is_stock, moesaic_fields
+from .fields import check_agreement, is_stock, making_sense, moesaic_fields
 
 Config = TypeVar("Config")
 ROUNDING = 0.01
 """How far a weight may be from what was written and still count as rounded to another dtype."""
+PARTS = dict.fromkeys(
+    ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts",
+     "shared_expert_intermediate_size", "router_hidden_size"), (0, 1_000_000)
+)  # fmt: skip
+"""Fields of a configuration that say how the FFN is cut, and what they can be."""
+GENERATION = "generation_config.json"
 GATE_BIAS = "mlp.gate.e_score_correction_bias"
 
 
@@ -84,22 +91,17 @@ class Converted:
             )
         stock = is_stock(self.checkpoint)
         named = self.fields.pop("format", None) if stock else None
-        self.format: Format = registry.build("format", named or self.checkpoint.config["model_type"],
-                                             imported_only=True)  # fmt: skip
+        named = named or self.checkpoint.config.get("model_type")
+        self.format: Format = registry.build("format", named, imported_only=True)
         if self.fields.get("tie_word_embeddings") and not self._tied():
             self.fields = self.fields | {"tie_word_embeddings": False}
-        self.config: MoesaicModelConfig = self._read_config()
-        if stock:
-            check_agreement(self.checkpoint, self.format, self.config)
-        check_tensors(self.checkpoint, self._shapes(), f"the {self.format.name} model that config.json describes")
-
-    def _read_config(self) -> MoesaicModelConfig:
-        try:
-            return MoesaicConfig.from_dict(self.fields)
-        except InputError:
-            raise
-        except Exception as error:  # transformers raises many unrelated types for what a configuration may hold
-            raise damaged(self.checkpoint, error) from error
+        with making_sense(self.checkpoint):
+            self.config: MoesaicModelConfig = MoesaicConfig.from_dict(self.fields)
+            check_fields(self.config, SIZES | PARTS, folder)
+            if stock:
+                check_agreement(self.checkpoint, self.format, self.config)
+            shapes = self._shapes()
+        check_tensors(self.checkpoint, shapes, f"the {self.format.name} model that config.json describes")
 
     def _shapes(self) -> dict[str, list[int]]:
         """Say which tensors the folder must hold, in which shape."""
@@ -116,7 +118,7 @@ class Converted:
 
     def _tied(self) -> bool:
         """Tell whether the head is still the embeddings: a stock format holds both, and one may have been trained."""
-        if HEAD not in self.checkpoint:
+        if HEAD not in self.checkpoint or EMBEDDINGS not in self.checkpoint:
             return True
         head, embeddings = (tensor for _, tensor in self.checkpoint.items([HEAD, EMBEDDINGS]))
         return torch.equal(head, embeddings)
@@ -130,11 +132,13 @@ class Converted:
         """Read a decoder layer's tensors, by their name in the layer.
 
         Raises:
-            InputError: a stock architecture was changed, as by training, in what moesaic's own format has no place for.
+            InputError: a tensor is NaN or infinite somewhere; or a stock architecture was changed, as by training, in
+                what moesaic's own format has no place for.
         """
         prefix = self.prefix(index)
         tensors = self.checkpoint.items(self.checkpoint.names(prefix))
         named = {name.removeprefix(prefix): tensor for name, tensor in tensors}
+        check_finite(((prefix + name, tensor) for name, tensor in named.items()), self.checkpoint.folder)
         layer = self.format.moesaic_layer(named, self.config)
         if self.format.name != MODEL_TYPE:
             again = self.format.layer(layer, self.config)
@@ -151,11 +155,17 @@ class Converted:
         return f"{LAYERS}{index}."
 
     def embeddings_and_head(self) -> dict[str, Tensor]:
-        """Read embeddings, final norm, and the head if it is not the embeddings."""
+        """Read embeddings, final norm, and the head if it is not the embeddings.
+
+        Raises:
+            InputError: one is NaN or infinite somewhere.
+        """
         names = [name for name in self.checkpoint.names() if not name.startswith(LAYERS)]
         if self.config.tie_word_embeddings:
             names = [name for name in names if name != HEAD]
-        return dict(self.checkpoint.items(names))
+        found = dict(self.checkpoint.items(names))
+        check_finite(found.items(), self.checkpoint.folder)
+        return found
 
     def tensors(self, layers: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """Read all tensors, or those of the first `layers` layers and what is outside the layers."""
@@ -172,9 +182,21 @@ class Converted:
         state = {name: tensor.to(dtype) for name, tensor in self.tensors(layers)}
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        if (folder / GENERATION).is_file():
+            model.generation_config = read_generation(folder)
         return model
+
+
+def read_generation(folder: Path) -> GenerationConfig:
+    """Read how a model is to generate.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises many unrelated types for what a file may hold
+        raise InputError(f"'{folder / GENERATION}' is damaged: {first_line(error)}; {AGAIN}, or delete it") from error
 
 
 def shortened(config: Config, layers: int | None) -> Config:

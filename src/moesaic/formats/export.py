@@ -88,7 +88,7 @@ def export(
             found = rewrite(source, chosen, partial, str(output), progress or (lambda done, count, note: None))
         except StorageError:
             raise  # the finished layers wait for room
-        except WorkError:
+        except (InputError, WorkError):  # what is wrong with the model stays so
             clear(partial.folder)
             raise
     return ExportResult(output=str(output), target=chosen.name, bytes=Checkpoint(output).size(), **found.to_dict())
@@ -154,7 +154,7 @@ def write_metrics(folder: Path, metrics: Json, format: Format, found: Check | No
     # SGLang fuses one shared expert into the routed ones, and only one
     fused = format.name == "glm4_moe" and source.config.n_shared_experts != 1
     about = CardFacts(
-        architecture=(source.checkpoint.config.get("architectures") or ["unknown"])[0],
+        architecture=source.checkpoint.architecture(),
         gguf=gguf,
         flags={"sglang": " --disable-shared-experts-fusion"} if fused else {},
     )

@@ -7,12 +7,14 @@ as the vocabulary's size or the rope, is read from where engines read it, so tha
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 from transformers import CONFIG_MAPPING
 
 from ..checkpoint.reader import Checkpoint
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..moe.modeling import MODEL_TYPE, config_class
 from ..results import Json
 from .base import Format, MoesaicModelConfig
@@ -48,10 +50,8 @@ def moesaic_fields(checkpoint: Checkpoint) -> Json:
     own: Json = checkpoint.config[CONFIG_KEY]
     if own.get("model_type") != MODEL_TYPE:
         raise damaged(checkpoint, f"'{CONFIG_KEY}' has model_type {own.get('model_type')!r}, not '{MODEL_TYPE}'")
-    try:
+    with making_sense(checkpoint):
         visible, shared = as_read(checkpoint.config), shared_names(own)
-    except Exception as error:  # transformers raises many unrelated types for what a configuration may hold
-        raise damaged(checkpoint, error) from error
     return {name: value for name, value in visible.items() if name in shared} | own
 
 
@@ -71,10 +71,26 @@ def check_agreement(checkpoint: Checkpoint, format: Format, config: MoesaicModel
             )
 
 
+@contextmanager
+def making_sense(checkpoint: Checkpoint) -> Iterator[None]:
+    """Say of whatever goes wrong inside, where a configuration is made sense of, that it is damaged.
+
+    Raises:
+        InputError: something went wrong.
+    """
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # transformers raises many unrelated types for what a configuration may hold
+        raise damaged(checkpoint, error) from error
+
+
 def damaged(checkpoint: Checkpoint, reason: object) -> InputError:
     """Say that a configuration cannot be read, and why."""
-    first = (str(reason).splitlines() or [type(reason).__name__])[0]
-    return InputError(f"'{checkpoint.folder / 'config.json'}' is damaged: {first}; copy it from where it was made")
+    return InputError(
+        f"'{checkpoint.folder / 'config.json'}' is damaged: {first_line(reason)}; copy it from where it was made"
+    )
 
 
 def as_read(written: Json) -> Json:

@@ -13,10 +13,10 @@ from transformers.integrations.moe import ExpertsInterface
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
 from ..compat import has_experts
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..models.devices import choose_device, compute_dtype
 from ..models.families import auto_class
-from ..models.integrity import check_contents, check_finite, model_on_meta, read_config
+from ..models.integrity import check_contents, check_finite, check_runs, model_on_meta, read_config
 from ..moe.kernels import TRITON, interpreted
 from ..moe.modeling import DEFAULT_EXPERTS, MODEL_TYPE
 from .converted import Converted
@@ -72,11 +72,14 @@ def load(
         check_contents(model_on_meta(config, folder), checkpoint)
         try:
             loaded = auto_class(config).from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise InputError(f"transformers cannot load '{folder}': {str(error).splitlines()[0]}") from error
+        except Exception as error:  # transformers raises many unrelated types for what a file may hold
+            raise InputError(f"transformers cannot load '{folder}': {first_line(error)}") from error
     check_finite(loaded.named_parameters(), folder)
+    tokenizer = load_tokenizer(folder)
     choose_experts(loaded, experts)
-    return Loaded(loaded.to(device).eval(), load_tokenizer(folder))  # pyrefly: ignore[bad-argument-type]
+    ready: PreTrainedModel = loaded.to(device).eval()  # pyrefly: ignore[bad-argument-type]
+    check_runs(ready, folder)
+    return Loaded(ready, tokenizer)
 
 
 def check_experts(name: str | None, device: torch.device) -> None:
@@ -122,8 +125,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # pyrefly: ignore[bad-assignment]
         return found
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # transformers and tokenizers raise many unrelated types for what a file may hold
         raise InputError(
-            f"no usable tokenizer in '{folder}' ({reason}); put the model's tokenizer files there"
+            f"no usable tokenizer in '{folder}' ({first_line(error)}); put the model's tokenizer files there"
         ) from error

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoint.reader import Checkpoint
-from ..errors import WorkError
+from ..errors import WorkError, first_line
 from ..models.families import LAYERS as LAYERS_PREFIX
 from ..results import Check
 from .converted import Converted, shortened
@@ -54,10 +54,13 @@ def check(source: Converted, made: Path) -> Check:
             stock = AutoModelForCausalLM.from_pretrained(
                 made, config=config, dtype=torch.float32, trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise WorkError(f"transformers cannot load the model written as {made_type}: {error}") from error
+    except Exception as error:  # transformers raises many unrelated types for what a configuration may hold
+        raise WorkError(f"transformers cannot load the model written as {made_type}: {first_line(error)}") from error
     given = logits(stock, tokens_NL)
     largest = (expected - given).abs().max().item()
+    for name, found in (("converted model", expected), (f"model written as {made_type}", given)):
+        if not found.isfinite().all():
+            raise WorkError(f"logits of the {name} are NaN or infinite in float32; its weights are damaged")
     expected, given = expected.log_softmax(-1), given.log_softmax(-1)
     # what is all but impossible does not matter
     differences = (expected - given).abs().where(expected > -20, 0).amax(-1)

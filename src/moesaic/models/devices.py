@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import linear
 
 from ..checkpoint.reader import Checkpoint
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 CHOICES = ("bfloat16", "float16", "float32", "float64")
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in CHOICES}
@@ -32,9 +32,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # meta has no values
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"--device {name} cannot be used here: {reason}; choose from: {', '.join(devices())}"
+            f"--device {name} cannot be used here: {first_line(error)}; choose from: {', '.join(devices())}"
         ) from error
     if device.type == "cpu" and device.index is not None:
         raise InputError(f"--device {name} has a number, and there is one cpu; choose from: {', '.join(devices())}")

@@ -13,11 +13,14 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..checkpoint.reader import Checkpoint, some
 from ..compat import names_in_model, needed_and_unread, parameters_on_meta, tied_weights
-from ..errors import InputError, WorkError
+from ..errors import InputError, WorkError, first_line
 from .families import auto_class
 
-SIZES = {"num_hidden_layers": 1, "hidden_size": 1, "vocab_size": 1, "max_position_embeddings": 2}
-"""Fields of a configuration that everything here counts with, and the least that they can be."""
+SIZES = {
+    "num_hidden_layers": (1, 10_000), "hidden_size": (1, 1_000_000), "vocab_size": (1, 100_000_000),
+    "max_position_embeddings": (2, 10**10),
+}  # fmt: skip
+"""Fields of a configuration that everything here counts with, and what they can be."""
 
 
 def read_config(folder: Path) -> Any:
@@ -30,12 +33,22 @@ def read_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types for what a configuration may hold
         raise _unknown(folder, error) from error
-    text = config.get_text_config()
-    for name, least in SIZES.items():
-        value = getattr(text, name, least)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"'{folder / 'config.json'}': {name} is {value!r}, expected a number from {least} up")
+    check_fields(config.get_text_config(), SIZES, folder)
     return config
+
+
+def check_fields(config: Any, limits: Mapping[str, tuple[int, int]], folder: Path) -> None:
+    """Check that fields of a configuration, those that it has, are whole numbers within limits.
+
+    Raises:
+        InputError: one is not.
+    """
+    for name, (least, most) in limits.items():
+        value = getattr(config, name, least)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise InputError(
+                f"'{folder / 'config.json'}': {name} is {value!r}, expected a whole number from {least} to {most:,}"
+            )
 
 
 def model_on_meta(config: Any, folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -54,7 +67,7 @@ def model_on_meta(config: Any, folder: Path, dtype: torch.dtype | None = None) -
 
 
 def _unknown(folder: Path, error: Exception) -> InputError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = first_line(error)
     if "trust_remote_code" in str(error):
         reason = "it needs code of its own, which is never run"
     return InputError(f"'{folder}' is no causal language model that transformers knows: {reason}")
@@ -123,6 +136,23 @@ def _fits(shape: list[int], there: list[list[int]]) -> bool:
     if len(there) == 1 and there[0] != shape:
         return False
     return not there or sum(map(math.prod, there)) == math.prod(shape)
+
+
+@torch.inference_mode()
+def check_runs(model: PreTrainedModel, folder: Path) -> None:
+    """Check that a loaded model runs at all, by a token: a configuration may load and then make no sense.
+
+    Raises:
+        InputError: it does not.
+    """
+    try:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a nonsensical setting makes of a forward pass
+        raise InputError(
+            f"'{folder}' loads but does not run ({first_line(error)}); repair its config.json, or download it again"
+        ) from error
 
 
 def check_tied(model: PreTrainedModel, checkpoint: Checkpoint, found: dict[str, list[str]]) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import given
 from ..calibration.windows import check_tokens
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..models.families import embedding_rows
 
 
@@ -47,9 +47,12 @@ def complete(
         raise InputError("this model has no chat template; drop --chat")
     inputs: Any
     if chat:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            inputs = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # a template is a program, and may raise anything
+            raise InputError(f"the model's chat template fails: {first_line(error)}; drop --chat") from error
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 
 from ...errors import InputError
+from ...files import read_json
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 ENDINGS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,11 +34,16 @@ def write_vocabulary(writer: gguf.GGUFWriter, folder: Path, tokenizer: Any, size
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"'{folder}' has no tokenizer.json, which GGUF's vocabulary is made from")
-    spec = json.loads(file.read_text(encoding="utf-8"))
+    spec = read_json(file)
     model = spec["model"]
     if model["type"] != "BPE":
         raise InputError(f"the tokenizer of '{folder}' is {model['type']}; only BPE ones are written to GGUF")
     sentencepiece = bool(model.get("byte_fallback"))
+    if beyond := [token for token, number in tokenizer.get_vocab().items() if number >= size]:
+        raise InputError(
+            f"the tokenizer of '{folder}' has {len(beyond)} tokens that the model has no embedding for, e.g. "
+            f"{beyond[0]!r}; take them out of it, or resize the model (resize_token_embeddings) and train them"
+        )
     tokens, types = token_list(tokenizer, size, sentencepiece)
     if sentencepiece:
         writer.add_tokenizer_model("llama")

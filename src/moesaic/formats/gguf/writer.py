@@ -38,6 +38,7 @@ OUTTYPES = {
 }  # fmt: skip
 K_QUANTS = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
 """Made by llama.cpp's own `llama-quantize`."""
+HALF_MOST = torch.finfo(torch.float16).max
 RENAMED = {
     "input_layernorm.weight": "attn_norm.weight",
     f"{ATTENTION}.o_proj.weight": "attn_output.weight",
@@ -172,6 +173,9 @@ def _write(source: Converted, format: Format, path: Path, outtype: str, report: 
     sums = {}
 
     def put(name: str, tensor: Tensor) -> None:
+        if kinds[name] not in (Kind.F32, Kind.BF16) and float(tensor.abs().max()) > HALF_MOST:
+            raise InputError(f"{name} holds values beyond the {HALF_MOST:,.0f} of half precision, which "
+                             f"{kinds[name].name.lower()} is made of; give --outtype bf16 or f32")  # fmt: skip
         data = gguf.quants.quantize(tensor.float().contiguous().numpy(), kinds[name])
         sums[name] = checksum(data)
         writer.write_tensor_data(data)
