@@ -52,10 +52,10 @@ def check_numbers(named: Mapping[str, Tensor], where: str, dtype: torch.dtype) -
     for name, tensor in named.items():
         if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
             short = str(dtype).removeprefix("torch.")
-            wide = " bfloat16 or" if dtype == torch.float16 else ""
             raise WorkError(
                 f"{where}: {name} {'is' if tensor.dim() == 0 else 'are'} NaN or infinite in {short}. The weights are "
-                f"finite, so the numbers grew too large on the way: calculate with --dtype{wide} float32"
+                "finite, so the numbers grew too large on the way, or for the dtype that is written: choose --dtype "
+                "bfloat16 or float32"
             )
 
 

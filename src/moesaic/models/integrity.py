@@ -180,7 +180,9 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: object) -> None:
         # the least and the greatest are NaN if any value is, and found at the speed of memory
         if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
             count = int((~tensor.isfinite()).sum())
+            way = "download the model again, or repair it"
+            if tensor.dtype == torch.float16:
+                way += "; or if they are numbers on disk, which float16 cannot hold, give --dtype bfloat16 or float32"
             raise InputError(
-                f"'{where}': {name} holds {count} of {tensor.numel():,} values that are NaN or infinite; download the "
-                "model again, or repair it"
+                f"'{where}': {name} holds {count} of {tensor.numel():,} values that are NaN or infinite; {way}"
             )
