@@ -201,7 +201,7 @@ def test_random_options(models, run):
     }  # fmt: skip
     before = hashes(models)
 
-    @settings(ENGINE, max_examples=130 * TIMES)
+    @settings(ENGINE, max_examples=100 * TIMES)
     @given(st.data())
     def attack(data):
         verb = data.draw(st.sampled_from(weighted))
@@ -251,7 +251,7 @@ def test_damaged_models(models, run):
         "gguf": (*ANY[:2], *DENSE),
     }
 
-    @settings(ENGINE, max_examples=110 * TIMES)
+    @settings(ENGINE, max_examples=80 * TIMES)
     @given(st.data())
     def attack(data):
         name = data.draw(st.sampled_from(["dense", "stock", "stock", "own", "own", "gguf"]))

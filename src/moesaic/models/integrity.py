@@ -180,9 +180,11 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: object) -> None:
         # the least and the greatest are NaN if any value is, and found at the speed of memory
         if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
             count = int((~tensor.isfinite()).sum())
+            way = "download the model again, or repair it"
+            if tensor.dtype == torch.float16:
+                way += "; or if they are numbers on disk, which float16 cannot hold, give --dtype bfloat16 or float32"
             raise InputError(
-                f"'{where}': {name} holds {count} of {tensor.numel():,} values that are NaN or infinite; download the "
-                "model again, or repair it"
+                f"'{where}': {name} holds {count} of {tensor.numel():,} values that are NaN or infinite; {way}"
             )
 
 
@@ -195,8 +197,8 @@ def check_numbers(named: Mapping[str, Tensor], where: str, dtype: torch.dtype) -
     for name, tensor in named.items():
         if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
             short = str(dtype).removeprefix("torch.")
-            wide = " bfloat16 or" if dtype == torch.float16 else ""
             raise WorkError(
                 f"{where}: {name} {'is' if tensor.dim() == 0 else 'are'} NaN or infinite in {short}. The weights are "
-                f"finite, so the numbers grew too large on the way: calculate with --dtype{wide} float32"
+                "finite, so the numbers grew too large on the way, or for the dtype that is written: choose --dtype "
+                "bfloat16 or float32"
             )
