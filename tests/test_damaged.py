@@ -165,12 +165,13 @@ def test_gguf_refuses_values_beyond_half_precision(run, model, tmp_path):
     assert run("export", folder, tmp_path / "m.gguf", "--outtype", "bf16")[0] == 0
 
 
-def test_gguf_refuses_a_tokenizer_that_is_larger_than_the_model(run, model, tmp_path):
+def test_gguf_refuses_a_template_of_tokens_that_the_model_lacks(run, model, tmp_path):
     folder = model("moesaic")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 1024, "content": "<|new|>"})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused(run, "has 1 tokens that the model has no embedding for", "export", folder, tmp_path / "m.gguf")
+    edit(folder, "tokenizer_config.json", chat_template="<|new|>{{ messages[0].content }}")
+    refused(run, "writes '<|new|>', which the model has no embedding for", "export", folder, tmp_path / "m.gguf")
 
 
 def test_a_benchmark_needs_embeddings_for_its_prompts(folders):

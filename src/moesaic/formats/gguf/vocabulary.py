@@ -39,10 +39,11 @@ def write_vocabulary(writer: gguf.GGUFWriter, folder: Path, tokenizer: Any, size
     if model["type"] != "BPE":
         raise InputError(f"the tokenizer of '{folder}' is {model['type']}; only BPE ones are written to GGUF")
     sentencepiece = bool(model.get("byte_fallback"))
-    if beyond := [token for token, number in tokenizer.get_vocab().items() if number >= size]:
+    written = tokenizer.chat_template or ""
+    if beyond := [token for token, n in tokenizer.get_vocab().items() if n >= size and token in str(written)]:
         raise InputError(
-            f"the tokenizer of '{folder}' has {len(beyond)} tokens that the model has no embedding for, e.g. "
-            f"{beyond[0]!r}; take them out of it, or resize the model (resize_token_embeddings) and train them"
+            f"the chat template of '{folder}' writes {beyond[0]!r}, which the model has no embedding for; take it out, "
+            "or resize the model (resize_token_embeddings) and train it"
         )
     tokens, types = token_list(tokenizer, size, sentencepiece)
     if sentencepiece:
