@@ -35,7 +35,7 @@ def choose_device(name: str) -> torch.device:
         raise InputError(
             f"--device {name} cannot be used here: {first_line(error)}; choose from: {', '.join(devices())}"
         ) from error
-    if device.type == "cpu" and device.index is not None:
+    if device.type == "cpu" and device.index:  # accelerate calls it cpu:0
         raise InputError(f"--device {name} has a number, and there is one cpu; choose from: {', '.join(devices())}")
     return device
 
