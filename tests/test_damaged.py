@@ -17,6 +17,7 @@ from moesaic.errors import first_line
 from moesaic.formats import verify
 from moesaic.formats.converted import Converted
 from moesaic.models.integrity import check_runs
+from moesaic.training.state import RunFolder
 
 SHORT = ("--window", "64", "--max-tokens", "256", "--device", "cpu")
 
@@ -178,6 +179,13 @@ def test_a_benchmark_needs_embeddings_for_its_prompts(folders):
     model, _ = moesaic.load(folders("llama"), dtype=torch.float32)
     with pytest.raises(InputError, match="have token 1024"):
         moesaic.benchmark(model, model, torch.full((1, 8), 1_024))
+
+
+def test_a_state_that_is_no_file_starts_the_training_anew(tmp_path):
+    first = RunFolder(tmp_path / "out", {"model": "a"}, True)
+    (first.path / "state.pt").mkdir()
+    again = RunFolder(tmp_path / "out", {"model": "a"}, True)
+    assert [path.name for path in again.path.iterdir()] == ["fingerprint.json"]
 
 
 def test_names_that_no_hub_has_are_bad_input(run):

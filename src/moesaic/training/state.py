@@ -151,7 +151,7 @@ class RunFolder:
     def _damaged(self) -> bool:
         """Tell whether the state, or the best weights that it speaks of, are not what was written; and say so."""
         path = self.path / STATE
-        if not path.is_file():
+        if not path.exists():
             return False
         try:
             with zipfile.ZipFile(path) as archive:  # what torch.save makes; it has a checksum of each member
