@@ -31,7 +31,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # meta has no values
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(
             f"--device {name} cannot be used here: {first_line(error)}; choose from: {', '.join(devices())}"
         ) from error
