@@ -42,8 +42,8 @@ def saved_settings(folder: Path) -> Json:
     try:
         settings = ConvertConfig.model_validate(known).model_dump(mode="json")
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"'{path}' is damaged: {first['loc'][-1:]} {first['msg'].lower()}; {ORIGIN}") from error
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise InputError(f"'{path}' is damaged: {reason}; {ORIGIN}") from error
     return values | {"config": settings | values["config"]}
 
 
