@@ -85,8 +85,8 @@ def gate_with(selection, **fields):
     ("selection", "index"),
     [
         ("top-k", [[0, 2], [1, 3]]),
-        ("threshold:threshold=0.9", [[0, 4, 2, 4], [4, 1, 4, 4]]),
-        ("relative:threshold=0.5", [[0, 4, 2, 4], [4, 1, 4, 3]]),
+        ("threshold:threshold=0.9", [[0, 2], [1, 4]]),
+        ("relative:threshold=0.5", [[0, 2], [1, 3]]),
     ],
 )
 def test_selections_say_which_and_how_many(selection, index):

@@ -22,6 +22,18 @@ SAMPLE_NAMES = 3
 """How many tensors a message names."""
 
 
+ADAPTER_CONFIG, ADAPTER_KEY = "adapter_config.json", "moesaic_selection"
+"""The file that says what an adapter is, and the key in it by which ours are known."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Tell whether a folder holds an adapter that `moesaic adapt` made."""
+    try:
+        return (folder / ADAPTER_CONFIG).is_file() and ADAPTER_KEY in read_json(folder / ADAPTER_CONFIG)
+    except InputError:
+        return False
+
+
 class Header(NamedTuple):
     """What a file says of a tensor."""
 
@@ -48,7 +60,12 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / "config.json").is_file():
-            if (folder / "adapter_config.json").is_file():
+            if is_adapter(folder):
+                raise InputError(
+                    f"'{folder}' holds an adapter that 'moesaic adapt' made, without the model that it belongs to; give "
+                    "that model, and the adapter with --adapter"
+                )
+            if (folder / ADAPTER_CONFIG).is_file():
                 raise InputError(
                     f"'{folder}' holds an adapter (LoRA or its like) without the model that it belongs to; merge the "
                     "adapter first: peft's merge_and_unload(), then save_pretrained"

@@ -1,5 +1,6 @@
 """What the verbs give back: frozen dataclasses whose fields are the keys of their JSON."""
 
+from .adaptation import AdaptResult, AdaptStep
 from .base import Json, Result
 from .conversion import Check, ConversionResult, Inspection, LayerRecord, PerplexityProtocol, PlanChoice, Plans, Trial
 from .demo import DemoResult, LlamaCppSpeed, Rate, Typed
@@ -10,6 +11,8 @@ from .speed import BenchmarkResult, Roof, Speed
 from .training import ExpertLoad, FinetuneResult, LoadChange
 
 __all__ = [
+    "AdaptResult",
+    "AdaptStep",
     "BenchmarkResult",
     "Check",
     "ConversionResult",

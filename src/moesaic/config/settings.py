@@ -1,4 +1,4 @@
-"""What a conversion and a training are asked to do, resolved from options and recipes and saved beside their output."""
+"""Settings from Python, options or recipes, checked the same way whichever they come from."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pydantic import (
     field_validator,
 )
 
-from . import given, registry
-from .errors import InputError
-from .given import shown
-from .results import Json
+from .. import given, registry
+from ..errors import InputError
+from ..given import shown
+from ..results import Json
 
 LARGEST, DEEPEST = 1_000_000, 20
 """Bytes and levels of a recipe, at most."""
@@ -50,6 +50,7 @@ SelectionField = Annotated[object, *_field("selection")]
 RecoveryField = Annotated[object, *_field("recovery")]
 FormatField = Annotated[object, *_field("format")]
 MethodField = Annotated[object, *_field("method")]
+LearnerField = Annotated[object, *_field("learner")]
 
 
 def read_yaml(file: Path) -> Any:
@@ -150,117 +151,3 @@ class Settings(BaseModel):
     def to_yaml(self) -> str:
         """Write all settings as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-class ConvertConfig(Settings):
-    """Everything that decides a conversion's result; saved as `moesaic.yaml` with the output."""
-
-    section: ClassVar[str] = "config"
-
-    active: float | None = None
-    """The ffn share: the part of each FFN's neurons that one token runs; the shape follows from it."""
-    memory_factor: float = 1.0
-    """Size of all experts relative to the dense FFN; `specialists` alone use more than 1, and `auto` may decline it."""
-    plan: str | None = None
-    """A fixed disjoint shape such as `S3A3E8`, instead of `active`."""
-    expert_width: int | None = None
-    """Neurons in a group."""
-    fine: bool = False
-    """About 64 groups in place of 16; with partition `auto`, try that too."""
-    partition: PartitionField = "auto"
-    """Partitioning method; `auto` tries `specialists` and `coactivation` on part of the model and takes the better."""
-    router: RouterField = None
-    """Routing method; None takes the one that belongs to the partition."""
-    selection: SelectionField = None
-    """Which and how many experts run by their scores; None takes the one that belongs to the router, mostly `top-k`."""
-    recovery: RecoveryField = "closed-form"
-    calibration: tuple[str, ...] = ()
-    """Text files, .jsonl files or `datasets` names; none means the bundled text."""
-    tokens: int = 16_384
-    """Calibration tokens."""
-    window: int = 256
-    """Tokens in one calibration sequence."""
-    first_tokens: int | None = None
-    """Tokens, each a text's first, that recovery fits beside the others; None: an eighth of `tokens`, 0 after a BOS."""
-    held_out_tokens: int = 4_096
-    """Tokens of bundled held-out text for the perplexity that is compared with the dense model's."""
-    format: FormatField = "auto"
-    """`moesaic` (which holds everything), `glm4_moe` and other stock architectures, or `auto`: the first that fits."""
-    device: str = "auto"
-    dtype: str = "auto"
-    seed: int = 0
-    collapse_ratio: float = 100.0
-    """Perplexity above this many times the dense model's is a collapse."""
-
-    @classmethod
-    def combine(cls, recipe: Json, settings: Json) -> Json:
-        """Override the settings of a recipe; a given share takes the place of a plan, and a given plan of a share."""
-        for name, other in (("plan", "active"), ("active", "plan")):
-            if name in settings:
-                recipe.pop(other, None)
-        return recipe | settings
-
-
-class FinetuneConfig(Settings):
-    """Everything that decides a training's result but the model, the teacher and the time that `minutes` give."""
-
-    section: ClassVar[str] = "finetune"
-
-    method: MethodField = "lora"
-    """What learns: `lora`, `full`, `router`, or a published method; with options, `lora:rank=16`."""
-    objective: Literal["lm", "distill", "both"] = "both"
-    """Next-token loss, the distance from the teacher's distribution, or the mean of both."""
-    teacher: str | None = None
-    """The dense model; None is the one that the model was converted from."""
-    data: tuple[str, ...] = ()
-    """Text files, .jsonl files (`text`, or `prompt` and `response`) or `datasets` names; none: the bundled text."""
-    samples: int = 2_000
-    """Sequences that training may use; fewer if the data has fewer."""
-    window: int = 512
-    """Tokens in a sequence."""
-    steps: int | None = None
-    """Steps in all; None is what `minutes` allow, or else one pass over the samples."""
-    minutes: float | None = None
-    """Minutes in all; a step that has begun is finished."""
-    batch: int = 2
-    """Sequences in a step, over all processes."""
-    learning_rate: float | None = None
-    """Of all but the routers; None is the method's own."""
-    router_learning_rate: float | None = None
-    """Of the routers; None is the method's own."""
-    warmup: float = 0.05
-    """Share of the training in which the learning rate rises; then it falls as a cosine to a tenth."""
-    top_k: int = 64
-    """Of the teacher's logits, the largest that are kept; the rest of the probability is one more class."""
-    match: float = 0.0
-    """Weight of the relative squared distance of each layer's output from the teacher's."""
-    balance: Literal["none", "bias", "loss"] = "none"
-    """Evening out the experts' load: by the selection bias (CMoE, DeepSeek-V3), by a loss (Switch), or not."""
-    balance_step: float = 1e-3
-    """Of `bias`: how far it moves in a step (CMoE's γ)."""
-    balance_weight: float = 0.01
-    """Of `loss`: its weight in nats a token (Switch's α)."""
-    held_out: int = 12
-    """Sequences of the data that are not trained on and decide which state is kept."""
-    evaluations: int = 6
-    """How often the held-out loss is measured on the way."""
-    patience: int = 3
-    """Evaluations in a row without a new least held-out loss after which training stops."""
-    shard: bool = False
-    """Whether processes hold a part of each parameter (FSDP) instead of all of them (DDP)."""
-    device: str = "auto"
-    seed: int = 0
-
-    @classmethod
-    def combine(cls, recipe: Json, settings: Json) -> Json:
-        """Override the settings of a recipe; `rank` and `alpha` are short for options of the method."""
-        content = recipe | settings
-        given.check(rank=content.get("rank"), alpha=content.get("alpha"))
-        adapters = [f"{name}={content.pop(name)}" for name in ("rank", "alpha") if name in content]
-        if adapters:
-            method = registry.text("method", content.get("method", cls().method))
-            options = [registry.split("method", method)[1], *adapters]
-            name = method.removesuffix(f":{options[0]}")
-            content["method"] = f"{name}:{','.join(filter(None, options))}"
-            registry.build("method", content["method"])
-        return content
