@@ -17,7 +17,7 @@ from moesaic.calibration.windows import token_windows
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import ResumableOutput, check_space
 from moesaic.conversion import prepare as conversion
-from moesaic.evaluation.benchmark import experts_touched
+from moesaic.evaluation.benchmark import experts_chosen
 from moesaic.formats.fields import moesaic_fields
 from moesaic.models import devices
 from moesaic.routing.selection.threshold import Threshold
@@ -341,7 +341,7 @@ def test_benchmark_counts_no_expert_as_none(opened):
         model(input_ids=torch.arange(16)[None])
         return 0.0
 
-    assert experts_touched(model, run) == [0.0] * len(model.model.layers)
+    assert experts_chosen(model, run).touched == [0.0] * len(model.model.layers)
 
 
 def test_selections_text_has_one_form(tmp_path):

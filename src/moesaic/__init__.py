@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .adaptation.adapt import adapt
     from .comparison.frontier import frontier
     from .comparison.rows import Measurement
-    from .config import ConvertConfig, FinetuneConfig
+    from .config import AdaptConfig, ConvertConfig, FinetuneConfig
     from .conversion.convert import convert
     from .conversion.plans import plans
     from .errors import InputError, WorkError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .training.finetune import finetune
 
 PUBLIC = {
+    "AdaptConfig": "config",
     "ConvertConfig": "config",
     "FinetuneConfig": "config",
     "InputError": "errors",
@@ -40,6 +42,7 @@ PUBLIC = {
     "Plan": "plan",
     "Routing": "models.moe_block",
     "WorkError": "errors",
+    "adapt": "adaptation.adapt",
     "benchmark": "evaluation.benchmark",
     "complete": "serving.generate",
     "convert": "conversion.convert",
@@ -74,6 +77,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "AdaptConfig",
     "ConvertConfig",
     "FinetuneConfig",
     "InputError",
@@ -82,6 +86,7 @@ __all__ = [
     "Plan",
     "Routing",
     "WorkError",
+    "adapt",
     "benchmark",
     "complete",
     "convert",

@@ -93,9 +93,7 @@ class Found(NamedTuple):
     state: AdaptState | None
 
 
-def run_adaptation(
-    run: Adaptation, clock: Callable[[], float], progress: Callable[..., None] | None
-) -> AdaptResult:
+def run_adaptation(run: Adaptation, clock: Callable[[], float], progress: Callable[..., None] | None) -> AdaptResult:
     """Train or calibrate what was prepared, and write it."""
     report = progress or (lambda done, count, note="": None)
     begun = clock()
@@ -120,9 +118,7 @@ def calibrate_only(run: Adaptation, policy: Policy) -> Found:
     return Found(found, measured, measured.loss, True, None)
 
 
-def learn(
-    run: Adaptation, policy: Policy, clock: Callable[[], float], report: Callable[..., None]
-) -> Found:
+def learn(run: Adaptation, policy: Policy, clock: Callable[[], float], report: Callable[..., None]) -> Found:
     """Train a selection, bring it to the budget, and take it if it is better there than it started."""
     assert run.learner is not None
     mean = run.config.target_active * policy.default
@@ -143,7 +139,7 @@ def learn(
     start = run.folder.best(state.best_step)
     values = [{name: start[f"layers.{n}.{name}"] for name in own} for n, own in enumerate(policy.parameters)]
     policy.put(values)
-    policy.selection = policy.with_budget(state.start_budget or 0.0)
+    policy.selection = policy.selection.with_budget(state.start_budget or 0.0)
     first = trainer.calibrated(mean)
     measured = measure(policy.model, run.held, first.selection, first.parameters)
     return Found(first, measured, state.start_loss, False, state)

@@ -48,7 +48,7 @@ class Recorder:
         """Let the model run its own number of experts in the first round, later the selection's."""
         default = self.rankers[number].block.num_experts_per_tok
         evidence_TR = self.selection.evidence(ranking, hidden_TD, self.parameters[number])
-        self.rankings[number].append(Ranking(*(part.cpu() for part in ranking[:3]), ranking.logarithmic))
+        self.rankings[number].append(ranking.each(Tensor.cpu))
         self.evidence[number].append(evidence_TR.cpu())
         if self.selection.needs_errors and sum(map(len, self.errors[number])) < ERROR_TOKENS:
             self.errors[number].append(count_errors(self.rankers[number], ranking, hidden_TD[-ERROR_TOKENS:]))
@@ -129,7 +129,7 @@ def count_errors(ranker: BlockRanker, ranking: Ranking, hidden_TD: Tensor) -> Te
         InputError: the experts cannot be run one by one.
     """
     block, tokens = ranker.block, len(hidden_TD)
-    last = Ranking(*(part[-tokens:] for part in ranking[:3]), ranking.logarithmic)
+    last = ranking.each(lambda part: part[-tokens:])
     default = min(block.num_experts_per_tok, ranker.ranks)
     outputs = []
     try:

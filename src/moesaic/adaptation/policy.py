@@ -6,7 +6,7 @@ Shapes: T tokens, D hidden size, N ranks of experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +49,6 @@ class Policy:
         for own, given in zip(self.parameters, values, strict=True):
             for name, parameter in own.items():
                 parameter.copy_(given[name])
-
-    def with_budget(self, value: float) -> Counting:
-        """Give the selection with another value of its budget field."""
-        return replace(self.selection, **{self.selection.budget: value})
 
     def logits(self, tokens_NL: Tensor, decide: Decide | None) -> Tensor:
         """Compute logits [N, L, V] where `decide` says how many experts run; None: the model's own number."""

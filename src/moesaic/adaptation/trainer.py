@@ -110,7 +110,7 @@ class AdaptTrainer:
             state = found.state
             put_back(self.policy.named(), found.tensors)
             self.optimizer.load_state_dict(found.optimizer)
-            self.policy.selection = self.policy.with_budget(state.budget)
+            self.policy.selection = self.policy.selection.with_budget(state.budget)
         if self.accelerator.is_main_process:
             self.folder.start_log(state.history)
         return state
@@ -124,7 +124,9 @@ class AdaptTrainer:
                 self.keep_start(state)
             row = replace(self.step(state, progress), step=state.step + 1)
             if not math.isfinite(row.loss):
-                raise WorkError(f"step {row.step}: the loss is not finite; lower --learning-rate, or use --dtype float32")
+                raise WorkError(
+                    f"step {row.step}: the loss is not finite; lower --learning-rate, or use --dtype float32"
+                )
             state.step += 1
             state.seconds = self.agreed(clock() - begun)
             row = replace(row, seconds=state.seconds)
@@ -210,7 +212,7 @@ class AdaptTrainer:
         own = torch.tensor([state.steering.price or 0.0, getattr(selection, selection.budget)], device=device).double()
         price, budget = self.accelerator.reduce(own, "mean").tolist()
         state.steering.price = price
-        self.policy.selection = self.policy.with_budget(budget)
+        self.policy.selection = self.policy.selection.with_budget(budget)
 
     def update(self) -> None:
         """Average gradients over processes, clip them, and take one step of the optimizer."""

@@ -62,8 +62,8 @@ class Checkpoint:
         if not (folder / "config.json").is_file():
             if is_adapter(folder):
                 raise InputError(
-                    f"'{folder}' holds an adapter that 'moesaic adapt' made, without the model that it belongs to; give "
-                    "that model, and the adapter with --adapter"
+                    f"'{folder}' holds an adapter that 'moesaic adapt' made, without the model that it belongs to; "
+                    "give that model, and the adapter with --adapter"
                 )
             if (folder / ADAPTER_CONFIG).is_file():
                 raise InputError(

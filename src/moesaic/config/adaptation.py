@@ -41,7 +41,7 @@ class AdaptConfig(Settings):
     allow_zero: bool = False
     """Whether a token may run no routed expert, where there is a shared one."""
     inside: bool = False
-    """Whether a converted model with the selection in it is written, in moesaic's own format, in place of an adapter."""
+    """Whether to write a converted model with the selection in it, in moesaic's own format, in place of an adapter."""
     device: str = "auto"
     dtype: str = "auto"
     """In which the model runs; what learns is float32."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import yaml
 from pydantic import (

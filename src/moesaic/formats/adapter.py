@@ -1,7 +1,7 @@
 """Adapters: how many experts run for each token, learnt or calibrated for one model and kept beside it.
 
-A folder with `adapter_config.json`, which names the rule and the model, and `adapter.safetensors`, which holds what each
-layer learnt, `layers.0.weight` and so on. The model's own files are never changed.
+A folder with `adapter_config.json`, which names the rule and the model, and `adapter.safetensors`, with what each layer
+learnt, `layers.0.weight` and so on. The model's own files are never changed.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def check_base(adapter: Adapter, checkpoint: Checkpoint, folder: Path) -> None:
     """
     if adapter.base_fingerprint != checkpoint.fingerprint():
         raise InputError(
-            f"the adapter '{folder}' was made for '{adapter.base_model}', and '{checkpoint.folder}' is another model (its "
-            "configuration or weights differ); adapt this one: moesaic adapt MODEL OUT"
+            f"the adapter '{folder}' was made for '{adapter.base_model}', and '{checkpoint.folder}' is another one (in its "
+            "configuration or weights); adapt this one: moesaic adapt MODEL OUT"
         )
 
 
@@ -141,8 +141,8 @@ def build_selection(rule: object) -> Counting:
     if selection.parameters(_Smallest()):
         name = registry.split("selection", registry.spec(selection))[0]
         raise InputError(
-            f"selection '{name}' has something to learn or to calibrate in each layer; make an adapter first, moesaic adapt "
-            f"MODEL OUT --method {name}, and give it with --adapter OUT"
+            f"selection '{name}' has something to learn or to calibrate in each layer; make an adapter first, "
+            f"moesaic adapt MODEL OUT --method {name}, and give it with --adapter OUT"
         )
     return selection
 

@@ -44,7 +44,11 @@ class RouterScores:
             index_TK, weights_TK = read_routing(output)
             scores_TK = score_TE.gather(-1, index_TK)
             order_TK = scores_TK.argsort(-1, descending=True)
-            return index_TK.gather(-1, order_TK), scores_TK.gather(-1, order_TK), weights_TK.float().gather(-1, order_TK)
+            return (
+                index_TK.gather(-1, order_TK),
+                scores_TK.gather(-1, order_TK),
+                weights_TK.float().gather(-1, order_TK),
+            )
         scores_TN, index_TN = score_TE.sort(-1, descending=True)
         return index_TN, scores_TN, share_TE.gather(-1, index_TN) * self.scale
 

@@ -1,6 +1,6 @@
 """Any Mixture-of-Experts with a number of experts that varies by token: stock or ours, its weights untouched.
 
-Shapes: T tokens, D hidden size, E routed experts, N ranks of experts in a token's order, K slots for experts in a token.
+Shapes: T tokens, D hidden size, E routed experts, N ranks of experts in a token's order, K slots for a token's experts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from ..models.router_scores import RouterScores, keep_default, router_scores
 from ..routing.base import Gate
 from ..routing.selection.base import Counting, Parameters, Ranking, first_ranks, rank
 from .block import SKIPPING
-
 
 EMPTY = "may_have_empty_slots"
 """The attribute of experts that `moe/kernels.py` reads."""

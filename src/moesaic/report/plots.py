@@ -209,7 +209,9 @@ def write_adaptation(history: Sequence[Mapping[str, object]], facts: Mapping[str
     default = number(facts, "default_experts_per_token")
     upper.plot(steps, [number(row, "experts_per_token") for row in history], color=ACCENT, linewidth=0.9)
     upper.axhline(default * number(facts, "target_active"), color=INK, linewidth=0.8, linestyle=":")
-    upper.set(ylabel="experts a token", title=f"{facts['learner']} to {number(facts, 'target_active'):.0%} of {default:g}")
+    upper.set(
+        ylabel="experts a token", title=f"{facts['learner']} to {number(facts, 'target_active'):.0%} of {default:g}"
+    )
     gaps = np.array([number(row, "gap") for row in history])
     span = max(1, len(gaps) // 10)
     middle.plot(steps, gaps, color=SOFT, linewidth=0.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from rich.console import Console, RenderableType
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..results import (
+    AdaptResult,
     BenchmarkResult,
     ConversionResult,
     EvaluationResult,
@@ -20,6 +22,8 @@ from ..results import (
     Plans,
 )
 from .console import command, here, offer
+
+BUDGET_TOLERANCE = 0.02
 
 
 class _Grid(Table):
@@ -102,6 +106,36 @@ def show_training(console: Console, f: FinetuneResult) -> None:
         _say(console, "held-out loss did not fall, so the model as it came was written", "yellow")
     if f.format_reason:
         _say(console, f"written as {f.format}: {f.format_reason}")
+
+
+def show_adaptation(console: Console, a: AdaptResult) -> None:
+    """How many experts run, and what that costs."""
+    grid = _grid(
+        f"{a.output}: {a.method.partition(':')[0]}, {a.active:.0%} of the experts a token", "", "own", "adapted"
+    )
+    grid.add_row("experts a token", f"{a.default_experts_per_token}", f"{a.experts_per_token:.2f}")
+    grid.add_row("held-out loss (nats a token)", f"{a.held_out_loss_default:.4f}", f"{a.held_out_loss:.4f}")
+    ratio = math.exp(min(700.0, a.held_out_loss - a.held_out_loss_default))
+    grid.add_row("perplexity ratio", "1", f"{ratio:.4f}")
+    console.print(grid)
+    layers = ", ".join(f"{count:.1f}" for count in a.experts_by_layer)
+    console.print(Text(f"by layer: {layers}"))
+    if a.learner:
+        before = f"{a.held_out_loss_start:.4f}"
+        _say(console, f"learned: {a.parameters:,} parameters in {a.steps} steps, {a.seconds:.0f} s; {before} before")
+    if not a.improved:
+        _say(console, "training did not make it better, so the rule as it started was written", "yellow")
+    off = a.active / a.target_active - 1
+    if abs(off) > BUDGET_TOLERANCE:
+        _say(console, f"{off:+.1%} from the budget on held-out text; more --tokens make that smaller", "yellow")
+    name, _, options = a.method.partition(":")
+    if name == "relative":
+        fields = dict(part.split("=") for part in options.split(",") if part)
+        _say(console, f"the same in ik_llama.cpp: -ser {fields.get('at_least', 1)},{float(fields['threshold']):.4f}")
+    assert a.output is not None
+    _say(console, "Next:")
+    for verb, *prompt in (("generate", "The first"), ("evaluate",), ("benchmark",)):
+        offer(console, command("moesaic", verb, here(a.model), *prompt, "--adapter", here(a.output)), "  ")
 
 
 def show_plans(console: Console, found: Plans) -> None:

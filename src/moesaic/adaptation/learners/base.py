@@ -80,6 +80,7 @@ class Learner(ABC):
 
     def prepare(self, policy: Policy, steering: Steering, batch: Batch) -> None:
         """Set policy and steering to where training starts, by a batch that is the same in all processes."""
+        return
 
     def warm_step(self, policy: Policy, steering: Steering, batch: Batch, update: Update) -> Outcome:
         """Take a step of the warm start."""

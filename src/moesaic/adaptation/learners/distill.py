@@ -81,7 +81,7 @@ class Distill(Learner):
         update()
         fitted, _ = selection.fit(samples, steering.mean)
         before, after = (getattr(s, selection.budget) for s in (selection, fitted))
-        policy.selection = policy.with_budget(SMOOTHING * before + (1 - SMOOTHING) * after)
+        policy.selection = policy.selection.with_budget(SMOOTHING * before + (1 - SMOOTHING) * after)
         counts = [selection.within(selection.count(s.evidence_TN), s.evidence_TN.shape[1], s.default) for s in samples]
         return Outcome(loss, float(torch.cat(counts).double().mean()), gap)
 
@@ -99,7 +99,7 @@ class Distill(Learner):
         layers: list[tuple[Tensor, Tensor]] = []
 
         def decide(number: int, ranking: Ranking, hidden_TD: Tensor) -> Decision:
-            still = Ranking(*(part.detach() for part in ranking[:3]), ranking.logarithmic)
+            still = ranking.each(Tensor.detach)
             evidence_TN = selection.evidence(still, hidden_TD.detach(), policy.parameters[number])
             leaf_TN = evidence_TN.detach().requires_grad_()
             layers.append((evidence_TN, leaf_TN))

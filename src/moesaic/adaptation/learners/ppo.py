@@ -63,7 +63,9 @@ class PPO(Learner):
     def check(self, policy: Policy) -> None:
         super().check(policy)
         if not isinstance(policy.selection, AdaK):
-            raise InputError(f"--learner ppo trains ada-k, not {type(policy.selection).__name__}; use --learner distill")
+            raise InputError(
+                f"--learner ppo trains ada-k, not {type(policy.selection).__name__}; use --learner distill"
+            )
 
     @property
     def warm_share(self) -> float:
@@ -120,7 +122,9 @@ class PPO(Learner):
             base = likelihoods(policy.logits(batch.tokens_NL, None), batch.tokens_NL)
             won = likelihoods(policy.logits(batch.tokens_NL, draw), batch.tokens_NL) - base
         counts_T = batch.scored_NL[:, 1:].float()
-        won_T = torch.nn.functional.pad(won * counts_T, (0, 1)).flatten()  # the last token of a sequence predicts nothing
+        won_T = torch.nn.functional.pad(
+            won * counts_T, (0, 1)
+        ).flatten()  # the last token of a sequence predicts nothing
         scored_T = torch.nn.functional.pad(counts_T, (0, 1)).flatten()
         price = self.price if steering.price is None else steering.price
         loss, expected = torch.zeros(()), 0.0

@@ -1,12 +1,12 @@
 """The contract of a selection: which and how many experts run, by their scores.
 
-Shapes: T tokens, D hidden size, E routed experts, N ranks of experts in a token's order, K slots for experts in a token.
+Shapes: T tokens, D hidden size, E routed experts, N ranks of experts in a token's order, K slots for a token's experts.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Protocol, Self
 
@@ -64,6 +64,10 @@ class Ranking(NamedTuple):
     """How much of the token goes to each, none negative; they need not sum to 1."""
     logarithmic: bool
     """Whether ratios of scores mean the same everywhere (probabilities) rather than differences (predicted norms)."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Ranking:
+        """Change each of the tensors alike, e.g. take some of the tokens."""
+        return Ranking(change(self.index_TN), change(self.scores_TN), change(self.shares_TN), self.logarithmic)
 
     @property
     def levels_TN(self) -> Tensor:
@@ -150,8 +154,13 @@ class Counting(Selection):
 
     def select(self, scores_TE: Tensor, hidden_TD: Tensor, gate: ScoringGate) -> Tensor:
         ranking = rank(scores_TE, gate)
-        count_T = self.counts(ranking, hidden_TD, gate.selection_parameters, gate.num_experts_per_tok)
+        parameters = dict(gate.selection_parameters.items())
+        count_T = self.counts(ranking, hidden_TD, parameters, gate.num_experts_per_tok)
         return first_ranks(ranking.index_TN, count_T, scores_TE.shape[-1])
+
+    def with_budget(self, value: float) -> Self:
+        """Give the same rule with another value of its budget field."""
+        return replace(self, **{self.budget: value})  # pyrefly: ignore[bad-argument-type]
 
     def bounds(self, evidence: Sequence[Tensor]) -> tuple[float, float]:
         """Say between which values of the budget field all numbers of experts are reached, by all layers' evidence."""
@@ -167,10 +176,10 @@ class Counting(Selection):
         low, high = self.bounds([s.evidence_TN for s in layers])
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            tried = replace(self, **{self.budget: middle})
+            tried = self.with_budget(middle)
             too_many = mean_count(tried, layers) > mean
             low, high = (middle, high) if too_many == self.falling else (low, middle)
-        ends = [replace(self, **{self.budget: value}) for value in (low, high)]
+        ends = [self.with_budget(value) for value in (low, high)]
         best = min(ends, key=lambda tried: abs(mean_count(tried, layers) - mean))
         return best, [s.parameters for s in layers]
 

@@ -15,7 +15,7 @@ class LayerK(Counting):
     """`count = the layer's own`, the counts of least summed error: `min sum_l error_l(k_l)` with `sum_l k_l` given.
 
     The error is the relative squared distance of the experts' output from that of the default number; LExI takes random
-    inputs and searches by evolution, here inputs are calibration tokens and the search is exact, by dynamic programming.
+    inputs and searches by evolution; here they are calibration tokens, and the search is exact (dynamic programming).
     """
 
     needs_errors: ClassVar[bool] = True

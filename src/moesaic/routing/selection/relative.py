@@ -1,4 +1,4 @@
-"""All experts whose share comes near the token's greatest: D2DMoE's rule (arXiv 2310.04361, §3.3), ik_llama's `-ser`."""
+"""All experts whose share comes near the greatest: D2DMoE's rule (arXiv 2310.04361, §3.3), ik_llama.cpp's `-ser`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

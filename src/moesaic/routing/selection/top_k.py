@@ -1,7 +1,7 @@
 """The k experts of greatest score: what all stock architectures do."""
 
-from dataclasses import dataclass, replace
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Self
 
 import torch
