@@ -86,7 +86,7 @@ def gate_with(selection, **fields):
     [
         ("top-k", [[0, 2], [1, 3]]),
         ("threshold:threshold=0.9", [[0, 2], [1, 4]]),
-        ("relative:threshold=0.5", [[0, 2], [1, 3]]),
+        ("relative:threshold=0.5", [[0, 4], [1, 3]]),  # of softmax shares: e^-1 is less than half
     ],
 )
 def test_selections_say_which_and_how_many(selection, index):

@@ -6,7 +6,7 @@ Shapes: T tokens, N ranks of experts, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -25,6 +25,17 @@ EXPLORED = 0.02
 """Probability to run from which a rank is run, with factor 0, for its gradient."""
 SMOOTHING = 0.9
 """Of price and budget over steps."""
+
+
+class Passed(NamedTuple):
+    """What one sequence gave, forth and back."""
+
+    loss: float
+    """Summed over tokens, nats."""
+    gap: float
+    """Next-token loss above the teacher's, summed over tokens, nats."""
+    layers: list[tuple[Tensor, Tensor]]
+    """The evidence, and the leaf of the same values that has its gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +98,8 @@ class Distill(Learner):
 
     def one(
         self, policy: Policy, tokens_1L: Tensor, scored_1L: Tensor, scale: float, samples: list[LayerSample]
-    ) -> tuple[float, float, list[tuple[Tensor, Tensor]]]:
-        """Run one sequence forth and back.
-
-        Returns:
-            The sum of the loss, of the next-token loss above the teacher's, and of each layer the evidence and the leaf
-            that has its gradient.
-        """
+    ) -> Passed:
+        """Run one sequence forth and back."""
         selection = policy.selection
         assert isinstance(selection, Learning)
         layers: list[tuple[Tensor, Tensor]] = []
@@ -119,7 +125,7 @@ class Distill(Learner):
             loss: Tensor = Objective.apply(logits[0], target_L, counts_L, (top.values, top.indices), 0.0, 1.0)
             loss.backward()
         gap = (base - likelihoods(logits.detach(), tokens_1L)) * scored_1L[:, 1:]
-        return float(loss.detach()), float(gap.sum()), layers
+        return Passed(float(loss.detach()), float(gap.sum()), layers)
 
 
 def relaxed(selection: Learning, evidence_TN: Tensor, default: int, temperature: float) -> Decision:
