@@ -157,6 +157,6 @@ def check_budget(mean: float, default: int, at_least: int) -> None:
     if not at_least <= mean <= default:
         least = max(at_least, 0) / default
         raise InputError(
-            f"--target-active {mean / default:.3g} is {mean:.3g} of the model's {default} experts a token; give a share "
-            f"from {least:.3g} to 1"
+            f"--target-active {mean / default:.3g} is {mean:.3g} of the model's {default} experts a token; give a "
+            f"share from {least:.3g} to 1"
         )

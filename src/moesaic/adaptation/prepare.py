@@ -116,7 +116,9 @@ def choose_methods(config: AdaptConfig) -> tuple[Counting, Learner | None]:
     """
     selection = counting(registry.build("selection", config.method))
     if isinstance(selection, Learning):
-        return selection, registry.build("learner", config.learner or selection.default_learner)
+        learner: Learner = registry.build("learner", config.learner or selection.default_learner)
+        learner.check(selection)
+        return selection, learner
     if config.learner is not None:
         name = registry.split("selection", registry.spec(selection))[0]
         raise InputError(f"--method {name} is calibrated and does not learn; leave out --learner")

@@ -95,7 +95,6 @@ class AdaptTrainer:
     calibration_NL: Tensor
 
     def __post_init__(self) -> None:
-        self.learner.check(self.policy)
         self.optimizer = torch.optim.AdamW(
             list(self.policy.named().values()), lr=1.0, betas=(0.9, 0.99), weight_decay=self.learner.weight_decay
         )

@@ -211,7 +211,7 @@ def _block_timer(blocks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Timer
     def run() -> float:
         start = _now(inputs[0])
         for block, x_TD in zip(blocks, inputs, strict=True):
-            block(x_TD)
+            block(x_TD[None])
         return (_now(inputs[0]) - start) / len(blocks)
 
     return run

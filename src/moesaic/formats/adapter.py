@@ -111,8 +111,8 @@ def check_base(adapter: Adapter, checkpoint: Checkpoint, folder: Path) -> None:
     """
     if adapter.base_fingerprint != checkpoint.fingerprint():
         raise InputError(
-            f"the adapter '{folder}' was made for '{adapter.base_model}', and '{checkpoint.folder}' is another one (in its "
-            "configuration or weights); adapt this one: moesaic adapt MODEL OUT"
+            f"the adapter '{folder}' was made for '{adapter.base_model}', and '{checkpoint.folder}' is another one (in "
+            "its configuration or weights); adapt this one: moesaic adapt MODEL OUT"
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,17 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class RankedExperts(NamedTuple):
+    """The experts of each token, best first."""
+
+    index_TN: Tensor
+    """int64."""
+    scores_TN: Tensor
+    """What they are ranked by, float32."""
+    weights_TN: Tensor
+    """Before they are renormalised, float32."""
+
+
 @dataclass(frozen=True)
 class RouterScores:
     """How a router's weights follow from its logits: `scale × f(logits)`, renormalised over the chosen or not."""
@@ -33,24 +45,17 @@ class RouterScores:
     own_only: bool
     """Whether experts that the router does not take cannot be weighed: it takes them in groups, or has its own rule."""
 
-    def rank(self, output: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rank experts by a router's output, best first: their index [T, N], scores and weights, float32.
-
-        N is the number of experts, or the router's own where only those can be weighed.
-        """
+    def rank(self, output: tuple[Tensor, ...]) -> RankedExperts:
+        """Rank experts by a router's output, best first: all, or the router's own where others cannot be weighed."""
         share_TE = self.function(router_logits(output).float())
         score_TE = share_TE if self.bias_E is None else share_TE + self.bias_E.float()
         if self.own_only:
             index_TK, weights_TK = read_routing(output)
             scores_TK = score_TE.gather(-1, index_TK)
             order_TK = scores_TK.argsort(-1, descending=True)
-            return (
-                index_TK.gather(-1, order_TK),
-                scores_TK.gather(-1, order_TK),
-                weights_TK.float().gather(-1, order_TK),
-            )
+            return RankedExperts(*(part.gather(-1, order_TK) for part in (index_TK, scores_TK, weights_TK.float())))
         scores_TN, index_TN = score_TE.sort(-1, descending=True)
-        return index_TN, scores_TN, share_TE.gather(-1, index_TN) * self.scale
+        return RankedExperts(index_TN, scores_TN, share_TE.gather(-1, index_TN) * self.scale)
 
     def weigh(self, weights_TN: Tensor, keep_TK: Tensor) -> Tensor:
         """Weigh the first K ranks as the router would if it took those alone, times `keep`, float32 [T, K]."""

@@ -26,6 +26,10 @@ EMPTY = "may_have_empty_slots"
 """The attribute of experts that `moe/kernels.py` reads."""
 
 
+ATTACHED = "attached_selection"
+"""The attribute of a model that holds the selection at work in it."""
+
+
 class Decision(NamedTuple):
     """How many experts run for each token."""
 
@@ -208,7 +212,11 @@ def attach(model: PreTrainedModel, selection: Counting, parameters: Sequence[Par
         {name: value.to(block.down_proj.device) for name, value in values.items()}
         for block, values in zip(blocks, made, strict=True)
     ]
+    if isinstance(before := getattr(model, ATTACHED, None), Attached):
+        before.detach()
     attached = Attached(model, selection, placed)
+    setattr(model, ATTACHED, attached)  # which keeps it as long as the model
+    attached._stack.callback(delattr, model, ATTACHED)
     stock = []
     for block, values in zip(blocks, placed, strict=True):
         if isinstance(block.router, Gate):

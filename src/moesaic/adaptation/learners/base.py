@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ...errors import InputError
+from ...routing.selection.base import Learning
 from ..policy import Policy
 
 
@@ -64,14 +64,13 @@ class Learner(ABC):
     trains_on_budget: ClassVar[bool] = True
     """Whether the selection is at its budget while it learns, so that training begins with a calibration."""
 
-    def check(self, policy: Policy) -> None:
+    def check(self, selection: Learning) -> None:
         """Check that the learner can train a selection.
 
         Raises:
             InputError: it cannot.
         """
-        if not any(policy.parameters):
-            raise InputError(f"{type(policy.selection).__name__} has nothing to learn; leave out --learner")
+        return
 
     @property
     def warm_share(self) -> float:

@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...errors import InputError
 from ...moe.adaptive import Decision
 from ...routing.selection.base import LayerSample, Learning, Ranking
 from ...training.losses import Objective
@@ -51,13 +50,6 @@ class Distill(Learner):
 
     temperature: Annotated[float, Field(gt=0)] = 0.3
     """Width of the margin in which ranks learn, in standard deviations of the evidence."""
-
-    def check(self, policy: Policy) -> None:
-        super().check(policy)
-        if not isinstance(policy.selection, Learning):
-            raise InputError(
-                f"{type(policy.selection).__name__} has nothing to learn by gradients; leave out --learner"
-            )
 
     def prepare(self, policy: Policy, steering: Steering, batch: Batch) -> None:
         spread: list[Tensor] = []

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from ...errors import InputError
 from ...moe.adaptive import Decision
 from ...routing.selection.ada_k import AdaK
-from ...routing.selection.base import LayerSample, Ranking
+from ...routing.selection.base import LayerSample, Learning, Ranking
 from ...routing.selection.top_p import TopP
 from ..policy import Policy
 from .base import Batch, Learner, Outcome, Steering, Update, likelihoods
@@ -60,12 +60,9 @@ class PPO(Learner):
     share: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Of the training, for the warm start."""
 
-    def check(self, policy: Policy) -> None:
-        super().check(policy)
-        if not isinstance(policy.selection, AdaK):
-            raise InputError(
-                f"--learner ppo trains ada-k, not {type(policy.selection).__name__}; use --learner distill"
-            )
+    def check(self, selection: Learning) -> None:
+        if not isinstance(selection, AdaK):
+            raise InputError(f"--learner ppo trains ada-k, not {type(selection).__name__}; use --learner distill")
 
     @property
     def warm_share(self) -> float:
