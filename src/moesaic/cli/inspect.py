@@ -18,65 +18,72 @@ if TYPE_CHECKING:
     from ..formats.loading import Loaded
 
 PAGE = ".html"
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="a converted model's folder; with --adaptive or --oracle any Mixture-of-Experts",
+        metavar="MODEL",
+        callback=options.expand,
+    ),
+]
+Adaptive = Annotated[bool, typer.Option("--adaptive", help="count the experts that each token runs")]
+Oracle = Annotated[bool, typer.Option("--oracle", help="try every number of experts for each token; small models")]
+Tokens = Annotated[
+    int | None, typer.Option(help="to look at [default: 4096, with --oracle 1024, or all of a shorter --text]")
+]
+Window = Annotated[int | None, typer.Option(help="tokens in a window [default: 256, with --oracle 128]")]
+AtMost = Annotated[
+    int | None, typer.Option(help="the most experts that --oracle tries [default: the model's own number]")
+]
+HeatMap = Annotated[
+    Path | None,
+    typer.Option(help="heat map of a passage, tokens by layers: .png, .svg or .pdf", callback=options.expand),
+]
+Page = Annotated[
+    Path | None, typer.Option(help="the passage coloured by experts, and all means: .html", callback=options.expand)
+]
 
 
 def inspect(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="a converted model's folder; with --adaptive or --oracle any Mixture-of-Experts",
-            metavar="MODEL",
-            callback=options.expand,
-        ),
-    ],
-    adaptive: Annotated[bool, typer.Option("--adaptive", help="count the experts that each token runs")] = False,
-    oracle: Annotated[
-        bool, typer.Option("--oracle", help="try every number of experts for each token; small models")
-    ] = False,
+    model: Model,
+    adaptive: Adaptive = False,
+    oracle: Oracle = False,
     adapter: options.Adapter = None,
     select: options.Select = None,
     text: options.TextFile = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="to look at [default: 4096, with --oracle 1024, or a shorter --text]")
-    ] = None,
-    window: Annotated[int | None, typer.Option(help="tokens in a window [default: 256, with --oracle 128]")] = None,
-    at_most: Annotated[
-        int | None, typer.Option(help="the most experts that --oracle tries [default: the model's own number]")
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="heat map of a passage, tokens by layers: .png, .svg or .pdf", callback=options.expand),
-    ] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="the passage coloured by experts, and all means, .html", callback=options.expand)
-    ] = None,
+    tokens: Tokens = None,
+    window: Window = None,
+    at_most: AtMost = None,
+    plot: HeatMap = None,
+    html: Page = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... [default: auto]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="as evaluate's [default: auto]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="in which the model runs [default: as evaluate's]")] = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show a converted model's plan and layers; or how many experts run for which tokens, and how many would be best."""
+    """Show a converted model's plan and layers, or how many experts run for which tokens and how many would be best."""
     given = {
         "--adapter": adapter, "--select": select, "--text": text, "--tokens": tokens, "--window": window,
         "--at-most": at_most, "--plot": plot, "--html": html, "--device": device, "--dtype": dtype,
         "--threads": threads,
     }  # fmt: skip
     check_options({name for name, value in given.items() if value is not None}, adaptive, oracle)
+    options.check_plot(plot)
+    check_page(html)
+    rule = select if adapter is None else f"the adapter {adapter}"
     if not adaptive and not oracle:
         from ..evaluation.inspect import inspect as run
 
         inspection = run(model)
         print_result(inspection, as_json, lambda: tables.show_inspection(stderr, inspection))
         return
-    options.check_plot(plot)
-    check_page(html)
     from ..evaluation.experts import inspect_experts, read_text
     from ..evaluation.oracle import inspect_oracle
 
-    window = window or (128 if oracle else 256)
-    read_text(text, tokens, window, 1)
+    if window is None:
+        window = 128 if oracle else 256
+    read_text(text, tokens, window)
     loaded, tokenizer = load(model, device or "auto", dtype or "auto", threads, adapter, select)
-    rule = select if adapter is None else f"the adapter {adapter}"
     if oracle:
         with progress(stderr, "trying", "run") as tick:
             best = inspect_oracle(
@@ -103,14 +110,14 @@ def check_options(given: set[str], adaptive: bool, oracle: bool) -> None:
     """
     if adaptive and oracle:
         raise InputError("--adaptive and --oracle are two views with a result each; give one of them")
-    own = {"--at-most"} if adaptive else {"--plot", "--html"} if oracle else given
-    wanted = "--oracle" if adaptive else "--adaptive" if oracle else "--adaptive or --oracle"
-    for name in sorted(given & own):
-        raise InputError(
-            f"{name} is for {wanted}; leave it out, or give that too"
-            if not adaptive and not oracle
-            else f"{name} is for {wanted}; leave it out"
-        )
+    if adaptive:
+        others, way = {"--at-most"}, "is for --oracle; leave it out"
+    elif oracle:
+        others, way = {"--plot", "--html"}, "is for --adaptive; leave it out"
+    else:
+        others, way = given, "is for --adaptive or --oracle; give one of them too, or leave it out"
+    for name in sorted(given & others):
+        raise InputError(f"{name} {way}")
 
 
 def check_page(path: Path | None) -> None:
@@ -124,7 +131,7 @@ def check_page(path: Path | None) -> None:
 
 
 def load(model: str, device: str, dtype: str, threads: int | None, adapter: Path | None, select: str | None) -> Loaded:
-    """Load a Mixture-of-Experts, a dense model being refused before its weights are read.
+    """Load a Mixture-of-Experts; a dense model is refused before its weights are read.
 
     Raises:
         InputError: a dense model, or as `options.load_model`.

@@ -80,7 +80,7 @@ def inspect_experts(
         InputError: the model is dense, no such text, text shorter than one window, or a window beyond the model's.
     """
     blocks = moe_blocks_of(model)
-    cut = make_windows(model, tokenizer, read_text(text, tokens, window, 4_096), window)
+    cut = make_windows(model, tokenizer, read_text(text, tokens, window), window)
     runs, texts = [], []
     for done, tokens_L in enumerate(cut.tokens_NL):
         runs.append(run_window(model, blocks, tokens_L))
@@ -133,7 +133,7 @@ class Text:
     """Whether a text that has fewer tokens will do."""
 
 
-def read_text(text: str | Path | None, tokens: int | None, window: int, default: int) -> Text:
+def read_text(text: str | Path | None, tokens: int | None, window: int, default: int = 4_096) -> Text:
     """Read the text to look at, before any costly work.
 
     Raises:

@@ -11,7 +11,7 @@ WIDE = 72
 
 
 def show_experts(console: Console, e: ExpertsInspection) -> None:
-    """Mean numbers of experts by layer, kind of token, domain and difficulty."""
+    """Print mean numbers of experts by layer, kind of token, domain and difficulty."""
     say(console, experts_title(e), "bold")
     say(console, experts_lead(e))
     lines = [""]
@@ -47,7 +47,7 @@ def experts_lead(e: ExpertsInspection) -> str:
 
 
 def show_oracle(console: Console, o: OracleInspection) -> None:
-    """The policy between a fixed number of experts and the oracle."""
+    """Print the policy between a fixed number of experts and the oracle."""
     say(console, f"{o.model or 'the model'}: the best number of experts" + (f", {o.rule}" if o.rule else ""), "bold")
     table = grid("", f"{o.tokens:,} tokens", "experts", "loss (nats)", "")
     budget = f"{o.experts_per_token:.2f}"
@@ -63,15 +63,18 @@ def show_oracle(console: Console, o: OracleInspection) -> None:
     console.print(table)
     say(
         console,
-        f"{o.same:.0%} of the tokens run the oracle's number; {o.mean_distance:.2f} experts from it on average. "
-        + (
-            "A fixed number is as good as the oracle here."
-            if o.gap_closed is None
-            else f"{o.gap_closed:.1%} of the way from the same number for all to the oracle."
-        ),
+        f"{o.same:.0%} of the tokens run the oracle's number, rounded; the mean distance is {o.mean_distance:.2f}",
     )
-    say(
-        console,
-        "The oracle sees the next token, so no rule reaches it; it shows which tokens gain from more experts.",
-        "dim",
-    )
+    say(console, gap(o.gap_closed))
+    say(console, "the oracle sees the next token, so no rule reaches it", "dim")
+
+
+def gap(closed: float | None) -> str:
+    """Say how far a policy is on the way from a fixed number to the oracle."""
+    if closed is None:
+        return "the oracle wins nothing over the same number for all"
+    if closed < 0:
+        return (
+            f"what runs now is worse than the same number for all, by {-closed:.1%} of what the oracle wins over that"
+        )
+    return f"what runs now closes {closed:.1%} of the gap between the same number for all and the oracle"

@@ -1,4 +1,4 @@
-"""A passage and how many experts each of its tokens runs: a heat map by matplotlib, and a page that holds everything."""
+"""A passage and how many experts its tokens run: a heat map by matplotlib, and a page that holds everything."""
 
 from __future__ import annotations
 
@@ -71,33 +71,35 @@ def write_passage_page(passage: Passage, path: Path, title: str = "Experts that 
 def write_experts_page(result: ExpertsInspection, path: Path) -> None:
     """Write what `inspect --adaptive` found as one page: the passage, and means by layer and by group."""
     title = experts_title(result)
-    groups = [("kind", result.by_kind), ("domain", result.by_domain), ("difficulty", result.by_difficulty)]
+    head = ["tokens", "how many", "experts", "loss (nats)"]
+    kinds, domains, quarters = (_rows(found) for found in (result.by_kind, result.by_domain, result.by_difficulty))
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(experts_lead(result))}</p>',
         *_passage(result.passage),
-        "<h2>By layer</h2>",
-        _by_layer(result.layers, result.experts_by_layer),
-        "<h2>By kind of token, domain and difficulty</h2>",
-        table(["tokens", "how many", "experts", "loss (nats)"], [row for found in groups for row in _rows(*found)]),
-        '<p class="note">Difficulty: quarters of the tokens by the loss of predicting the next one.</p>',
+        '<div class="columns">',
+        f"<div><h2>By layer</h2>{_by_layer(result.layers, result.experts_by_layer)}</div>",
+        f"<div><h2>By kind of token</h2>{table(head, kinds)}</div>",
+        f"<div><h2>By domain</h2>{table(head, domains)}</div>",
+        f"<div><h2>By difficulty</h2>{table(head, quarters)}"
+        '<p class="note">Quarters of the tokens by the loss of predicting the next one.</p></div>',
+        "</div>",
     ]
     path.write_text(page(title, body), encoding="utf-8")
 
 
-def _rows(name: str, groups: dict[str, ExpertGroup]) -> list[list[str]]:
-    cells = [
-        [escape(group), f"{g.tokens:,}", f"{g.experts_per_token:.2f}", f"{g.loss:.3f}"] for group, g in groups.items()
+def _rows(groups: dict[str, ExpertGroup]) -> list[list[str]]:
+    return [
+        [escape(name), f"{g.tokens:,}", f"{g.experts_per_token:.2f}", f"{g.loss:.3f}"] for name, g in groups.items()
     ]
-    return [[f"by {name}"], *cells]
 
 
 def _by_layer(layers: Sequence[int], experts: Sequence[float]) -> str:
-    dots = [Dot(n, mean, f"layer {layer}\n{mean:.2f} experts") for n, (layer, mean) in enumerate(zip(layers, experts))]
+    dots = [Dot(n, mean, f"layer {layers[n]}\n{mean:.2f} experts") for n, mean in enumerate(experts)]
     high, last = 1.1 * max(1.0, *experts), len(layers) - 1
     marks = [(n, str(layers[n])) for n in range(0, last + 1, max(1, last // 6))]
-    y = Axis("experts", 0, high, even_ticks(0, high))
-    return f'<div class="columns"><div>{line_chart([Curve("0", dots, COLOR)], Axis("layer", 0, max(1, last), marks), y, "by layer")}</div></div>'
+    x, y = Axis("layer", 0, max(1, last), marks), Axis("experts", 0, high, even_ticks(0, high))
+    return line_chart([Curve("0", dots, COLOR)], x, y, "experts by layer")
 
 
 def _passage(passage: Passage) -> list[str]:
@@ -106,15 +108,13 @@ def _passage(passage: Passage) -> list[str]:
     spans = []
     for token, mean in zip(passage.tokens, means, strict=True):
         depth = (mean - low) / (high - low) if high > low else 0.0
-        color = "#fff" if depth > 0.55 else "#1b1b1f"
+        color = f"background:{_color(depth)};color:{'#fff' if depth > 0.55 else '#1b1b1f'}"
         tip = "\n".join([
             f"{shown(token.text)}  ({token.kind})", f"{mean:.2f} experts, loss {token.loss:.2f} nats",
             *_by_layer_lines(passage.layers, token.experts),
         ])  # fmt: skip
         text = escape(token.text) if token.text.strip("\n") else shown(token.text) + token.text
-        spans.append(
-            f'<span style="background:{_color(depth)};color:{color}" data-tip="{escape(tip)}" tabindex="0">{text}</span>'
-        )
+        spans.append(f'<span style="{color}" data-tip="{escape(tip)}" tabindex="0">{text}</span>')
     legend = (
         f"All tokens run {low:.2f} experts, mean over layers."
         if low == high
