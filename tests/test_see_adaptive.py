@@ -133,7 +133,7 @@ def test_a_run_with_given_counts_is_that_rules_own_run(name, tokenizer):
     with attach(model, RULE):
         rankers = [OwnRanker(block) for block in find_blocks(model)]
         for count in (1, 2, EXPERTS):
-            with run_counts(rankers, torch.full((19,), count)):
+            with run_counts(rankers, torch.full((19, len(rankers)), count)):
                 found = window_losses(model, tokens_L)
             with attach(mixture(name), TopK(k=count)) as alone:
                 torch.testing.assert_close(found, window_losses(alone.model, tokens_L))
@@ -197,10 +197,29 @@ def test_a_fixed_number_closes_no_gap(tokenizer):
     assert found.loss == pytest.approx(found.fixed_loss, rel=1e-6)
     assert found.gap_closed == pytest.approx(0, abs=1e-4)
     assert found.policy_tokens == [0, 60]
-    assert ticks[-1] == (16, 16)
+    assert ticks[-1] == (12, 12)
     assert "oracle" in shown(show_oracle, found)
     assert [gap(part).partition(" ")[0] for part in (None, -0.5, 0.5)] == ["the", "what", "what"]
     assert type(found).from_dict(found.to_dict()) == found
+
+
+def test_a_number_for_each_layer_is_the_best_one_layer_after_the_other(tokenizer):
+    """One token: its loss in the window is what a search by hand finds."""
+    model = mixture("qwen3-moe")
+    found = moesaic.inspect_oracle(model, tokenizer, tokens=2, window=2, at_most=EXPERTS, by_layer=True)
+    tokens_L = make_windows(model, tokenizer, Text(bundled("heldout"), "", 2, False), 2).tokens_NL[0]
+    rankers = [OwnRanker(block) for block in find_blocks(model)]
+
+    def loss(*counts):
+        with run_counts(rankers, torch.tensor([counts])):
+            return window_losses(model, tokens_L).item()
+
+    start = min((1, 2), key=lambda n: loss(n, n))
+    first = min((1, 2), key=lambda n: loss(n, start))
+    second = min((1, 2), key=lambda n: loss(first, n))
+    assert found.experts_by_layer == [first, second]
+    assert found.by_layer_loss == pytest.approx(loss(first, second), rel=1e-5)
+    assert "a number for each layer" in shown(show_oracle, found)
 
 
 def test_tokens_without_routed_experts_are_tried_too(tokenizer):
@@ -253,9 +272,10 @@ def test_the_command_line_shows_both_views(run, folder, tmp_path):
     assert (found["rule"], found["model"], found["tokens"]) == ("top-p:p=0.5", str(folder), 60)
     assert page.is_file()
     assert picture.is_file()
-    code, out, err = run(*words, "--oracle", "--at-most", "4", "--json")
+    code, out, err = run(*words, "--oracle", "--at-most", "4", "--by-layer", "--json")
     assert code == 0, err
     assert json.loads(out)["counts"] == [1, 2, 3, 4]
+    assert len(json.loads(out)["experts_by_layer"]) == 2
     code, out, err = run(*words, "--adaptive")
     assert (code, out) == (0, "")
     assert "word start" in err
@@ -270,6 +290,7 @@ def test_the_command_line_shows_both_views(run, folder, tmp_path):
         ("MODEL --select top-k:k=1", "--select is for --adaptive or --oracle"),
         ("MODEL --plot a.png", "--plot is for --adaptive or --oracle"),
         ("MODEL --adaptive --at-most 2", "--at-most is for --oracle"),
+        ("MODEL --adaptive --by-layer", "--by-layer is for --oracle"),
         ("MODEL --oracle --html a.html", "--html is for --adaptive"),
         ("MODEL --adaptive --html nowhere/a.html", "--html nowhere/a.html is no file ending in .html in a folder that"),
         ("MODEL --adaptive --html a.txt", "is no file ending in .html"),

@@ -35,6 +35,9 @@ Window = Annotated[int | None, typer.Option(help="tokens in a window [default: 2
 AtMost = Annotated[
     int | None, typer.Option(help="the most experts that --oracle tries [default: the model's own number]")
 ]
+ByLayer = Annotated[
+    bool | None, typer.Option("--by-layer", help="let --oracle go on with a number for each layer; takes longer")
+]
 HeatMap = Annotated[
     Path | None,
     typer.Option(help="heat map of a passage, tokens by layers: .png, .svg or .pdf", callback=options.expand),
@@ -54,6 +57,7 @@ def inspect(
     tokens: Tokens = None,
     window: Window = None,
     at_most: AtMost = None,
+    by_layer: ByLayer = None,
     plot: HeatMap = None,
     html: Page = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... [default: auto]")] = None,
@@ -64,8 +68,8 @@ def inspect(
     """Show a converted model's plan and layers, or how many experts run for which tokens and how many would be best."""
     given = {
         "--adapter": adapter, "--select": select, "--text": text, "--tokens": tokens, "--window": window,
-        "--at-most": at_most, "--plot": plot, "--html": html, "--device": device, "--dtype": dtype,
-        "--threads": threads,
+        "--at-most": at_most, "--by-layer": by_layer, "--plot": plot, "--html": html, "--device": device,
+        "--dtype": dtype, "--threads": threads,
     }  # fmt: skip
     check_options({name for name, value in given.items() if value is not None}, adaptive, oracle)
     options.check_plot(plot)
@@ -87,8 +91,9 @@ def inspect(
     if oracle:
         with progress(stderr, "trying", "run") as tick:
             best = inspect_oracle(
-                loaded, tokenizer, text=text, tokens=tokens, window=window, at_most=at_most, progress=tick
-            )
+                loaded, tokenizer, text=text, tokens=tokens, window=window, at_most=at_most, by_layer=bool(by_layer),
+                progress=tick,
+            )  # fmt: skip
         best = replace(best, model=model, rule=rule)
         print_result(best, as_json, lambda: experts.show_oracle(stderr, best))
         return
@@ -111,7 +116,7 @@ def check_options(given: set[str], adaptive: bool, oracle: bool) -> None:
     if adaptive and oracle:
         raise InputError("--adaptive and --oracle are two views with a result each; give one of them")
     if adaptive:
-        others, way = {"--at-most"}, "is for --oracle; leave it out"
+        others, way = {"--at-most", "--by-layer"}, "is for --oracle; leave it out"
     elif oracle:
         others, way = {"--plot", "--html"}, "is for --adaptive; leave it out"
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,35 @@ class OwnRanker(BlockRanker):
         return super().rank(hidden_TD, output)
 
 
+@dataclass
+class Runs:
+    """Runs windows with given numbers of experts, and tells how far it is."""
+
+    model: PreTrainedModel
+    rankers: Sequence[BlockRanker]
+    tokens_NL: Tensor
+    tell: Callable[..., None] | None
+    done: int = 0
+    count: int = 0
+    """Of all runs of a window."""
+
+    def losses(self, counts_TB: Tensor) -> Tensor:
+        """Compute all next-token losses with a number of experts for each token and block, float64 [T].
+
+        Raises:
+            WorkError: logits are not finite.
+        """
+        found = []
+        for tokens_L, count_TB in zip(self.tokens_NL, counts_TB.split(self.tokens_NL.shape[1] - 1), strict=True):
+            with run_counts(self.rankers, count_TB):
+                found.append(window_losses(self.model, tokens_L).cpu().double())
+            check_losses(found[-1], "the text", self.model.dtype)
+            self.done += 1
+            if self.tell:
+                self.tell(self.done, self.count)
+        return torch.cat(found)
+
+
 def inspect_oracle(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -43,6 +73,7 @@ def inspect_oracle(
     tokens: int | None = None,
     window: int = 128,
     at_most: int | None = None,
+    by_layer: bool = False,
     progress: Callable[..., None] | None = None,
 ) -> OracleInspection:
     """Compare a model's numbers of experts with the best ones, found by trying all: Duo-LLM (arXiv 2410.10846).
@@ -50,9 +81,9 @@ def inspect_oracle(
     Each window runs once with every number n of experts, the same in all layers, which gives `loss[t, n]`. The oracle
     takes `argmin_n loss[t, n] + price n`, with the price at which its mean is that of the policy.
 
-    Three things to know. The oracle sees the next token, so that part of what it wins is luck, and no policy reaches
-    it. In the run with n the tokens before t have n experts too, not the numbers chosen for them; what comes of all
-    choices at work at once is `oracle_loss_together`. And the policy may differ by layer, which the oracle does not.
+    The oracle sees the next token: part of what it wins is luck, and no policy reaches it. In the run with n the tokens
+    before t have n experts too, not the numbers chosen for them; what comes of all choices at work at once is
+    `oracle_loss_together`. The policy may differ by layer, which the oracle does with `by_layer` only.
 
     Args:
         model: any Mixture-of-Experts, as `load` gives it; the policy is the adapter or selection at work in it.
@@ -61,11 +92,11 @@ def inspect_oracle(
         tokens: how many to look at; None is 1,024, or all of a shorter `text`.
         window: tokens in a window.
         at_most: the greatest number that is tried; None is the model's own, or the policy's mean if that is more.
+        by_layer: whether to go on from the oracle's numbers with a number for each layer (`greedy`).
         progress: called with (finished, all) runs of a window.
 
     Raises:
-        InputError: as `inspect_experts`, or `at_most` is less than what the policy runs on average or more than there
-            are experts.
+        InputError: as `inspect_experts`, or `at_most` is less than what runs on average or more than can run.
     """
     blocks = moe_blocks_of(model)
     rankers = [OwnRanker(block) for block in blocks]
@@ -76,35 +107,44 @@ def inspect_oracle(
     policy = [run_window(model, blocks, tokens_L) for tokens_L in cut.tokens_NL]
     counts_T = torch.cat([run.counts_TB for run in policy]).double().mean(1)
     losses_T = torch.cat([run.losses_T for run in policy]).double()
-    tried = counts_to_try(counts_T, default_count(blocks), at_most, ranks)
-    done, runs = len(policy), len(policy) * (len(tried) + 2)
-
-    def run(counts: Tensor) -> Tensor:
-        """Compute all losses with a number of experts for each token, int64 [T]."""
-        nonlocal done
-        found = []
-        for tokens_L, count_T in zip(cut.tokens_NL, counts.split(window - 1), strict=True):
-            with run_counts(rankers, count_T):
-                found.append(window_losses(model, tokens_L).cpu().double())
-            check_losses(found[-1], "the text", model.dtype)
-            done += 1
-            if progress:
-                progress(done, runs)
-        return torch.cat(found)
-
-    losses_TC = torch.stack([run(torch.full((len(losses_T),), count)) for count in tried], dim=1)
-    chosen_T = choose(losses_TC, torch.tensor(tried), counts_T.mean().item())
-    together_T = run(torch.tensor(tried)[chosen_T])
+    tried_C = counts_to_try(counts_T, default_count(blocks), at_most, ranks)
+    rounds = len(tried_C) + 1 + by_layer * (len(tried_C) * len(blocks) + 1)
+    runs = Runs(model, rankers, cut.tokens_NL, progress, count=len(policy) * rounds)
+    shape = len(losses_T), len(blocks)
+    losses_TC = torch.stack([runs.losses(count.expand(shape)) for count in tried_C], dim=1)
+    chosen_T = choose(losses_TC, tried_C, counts_T.mean().item())
+    chosen_TB = tried_C[chosen_T][:, None].expand(shape)
+    together_T = runs.losses(chosen_TB)
+    layered = greedy(runs, chosen_TB, tried_C, counts_T.mean().item()) if by_layer else None
     return OracleInspection(
         text=cut.name, data_sha256=cut.data_sha256, tokens=len(losses_T), window=window,
-        default_experts_per_token=default_count(blocks), counts=tried, loss_by_count=losses_TC.mean(0).tolist(),
-        **compare(losses_TC, torch.tensor(tried), chosen_T, counts_T, losses_T)._asdict(),
+        default_experts_per_token=default_count(blocks), counts=tried_C.tolist(),
+        loss_by_count=losses_TC.mean(0).tolist(), **compare(losses_TC, tried_C, chosen_T, counts_T, losses_T)._asdict(),
         oracle_loss_together=together_T.mean().item(),
+        by_layer_loss=None if layered is None else runs.losses(layered).mean().item(),
+        experts_by_layer=None if layered is None else layered.double().mean(0).tolist(),
     )  # fmt: skip
 
 
-def counts_to_try(counts_T: Tensor, default: int, at_most: int | None, ranks: int) -> list[int]:
-    """List the numbers of experts to try: from 1, or 0 if the policy runs none somewhere, to `at_most`.
+def greedy(runs: Runs, start_TB: Tensor, tried_C: Tensor, mean: float) -> Tensor:
+    """Choose a number of experts for each token and block, one block after the other, int64 [T, B].
+
+    In each block all numbers are tried for all tokens, the other blocks as they are by then, and the best are taken at
+    a mean of at most `mean` (`choose`). The best of one block after the other is not the best of all together.
+    """
+    counts_TB = start_TB.clone()
+    for block in range(counts_TB.shape[1]):
+        columns = []
+        for count in tried_C:
+            tried_TB = counts_TB.clone()
+            tried_TB[:, block] = count
+            columns.append(runs.losses(tried_TB))
+        counts_TB[:, block] = tried_C[choose(torch.stack(columns, dim=1), tried_C, mean)]
+    return counts_TB
+
+
+def counts_to_try(counts_T: Tensor, default: int, at_most: int | None, ranks: int) -> Tensor:
+    """List the numbers of experts to try, int64 [C]: from 1, or 0 if the policy runs none somewhere, to `at_most`.
 
     Raises:
         InputError: the policy runs more on average than `at_most`.
@@ -116,15 +156,15 @@ def counts_to_try(counts_T: Tensor, default: int, at_most: int | None, ranks: in
             f"--at-most {most} is less than the {mean:.2f} experts a token that run now, which is the oracle's budget; "
             f"give {math.ceil(mean)} or more"
         )
-    return list(range(0 if counts_T.min() < 1 else 1, most + 1))
+    return torch.arange(0 if counts_T.min() < 1 else 1, most + 1)
 
 
 @contextmanager
-def run_counts(rankers: Sequence[BlockRanker], count_T: Tensor) -> Iterator[None]:
-    """Let each token run a given number of experts in all blocks, or all that a block has, while the context lasts."""
+def run_counts(rankers: Sequence[BlockRanker], count_TB: Tensor) -> Iterator[None]:
+    """Let each token run a given number of experts in each block, or all that it has, while the context lasts."""
 
     def decide(block: int, ranking: Ranking, hidden_TD: Tensor) -> Decision:
-        return Decision(count_T.to(hidden_TD.device).clamp(max=ranking.index_TN.shape[1]))
+        return Decision(count_TB[:, block].to(hidden_TD.device).clamp(max=ranking.index_TN.shape[1]))
 
     with decided_by(rankers, decide):
         yield

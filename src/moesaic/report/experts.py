@@ -55,6 +55,9 @@ def show_oracle(console: Console, o: OracleInspection) -> None:
     table.add_row("what runs now", budget, f"{o.loss:.4f}", "")
     table.add_row("oracle", f"{o.oracle_experts_per_token:.2f}", f"{o.oracle_loss:.4f}", "chosen by the next token")
     table.add_row("  its choices in one run", "", f"{o.oracle_loss_together:.4f}", "")
+    if o.experts_by_layer is not None:
+        mean = sum(o.experts_by_layer) / len(o.experts_by_layer)
+        table.add_row("  a number for each layer", f"{mean:.2f}", f"{o.by_layer_loss:.4f}", "")
     console.print(table)
     table = grid("", "experts", *map(str, o.counts))
     table.add_row("loss, all tokens", *(f"{loss:.3f}" for loss in o.loss_by_count))

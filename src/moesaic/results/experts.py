@@ -81,7 +81,7 @@ class ExpertsInspection(Result):
 class OracleInspection(Result):
     """How far a policy is from the best number of experts for each token, found by enumeration."""
 
-    omitted_when_none: ClassVar[frozenset[str]] = frozenset({"model", "rule"})
+    omitted_when_none: ClassVar[frozenset[str]] = frozenset({"model", "rule", "by_layer_loss", "experts_by_layer"})
 
     text: str
     data_sha256: str
@@ -115,3 +115,7 @@ class OracleInspection(Result):
     """(fixed - policy) / (fixed - oracle); None where the oracle wins nothing over a fixed number."""
     model: str | None = None
     rule: str | None = None
+    by_layer_loss: float | None = None
+    """With a number for each token and layer, found one layer after the other and measured in one run."""
+    experts_by_layer: list[float] | None = None
+    """That these are on average."""
