@@ -322,3 +322,10 @@ def test_python_refuses_a_dense_model(tokenizer):
     for call in (moesaic.inspect_experts, moesaic.inspect_oracle):
         with pytest.raises(InputError, match="is dense"):
             call(small_model("llama"), tokenizer)
+
+
+def test_adapt_draws_a_passage_into_what_it_writes(folder, tmp_path):
+    config = moesaic.AdaptConfig(method="relative", samples=8, window=32, held_out=4, tokens=256)
+    moesaic.adapt(folder, tmp_path / "out", config)
+    assert (tmp_path / "out" / "experts.png").read_bytes().startswith(b"\x89PNG")
+    assert "experts a token, relative" in (tmp_path / "out" / "experts.html").read_text()

@@ -102,7 +102,7 @@ def inspect_oracle(
     rankers = [OwnRanker(block) for block in blocks]
     ranks = max(ranker.ranks for ranker in rankers)
     if at_most is not None:
-        number("at_most", at_most, Limit(1, ranks, hint="how many experts a token can run, a whole number"))
+        number("at_most", at_most, Limit(1, ranks, hint="a whole number of experts"))
     cut = make_windows(model, tokenizer, read_text(text, tokens, window, 1_024), window)
     policy = [run_window(model, blocks, tokens_L) for tokens_L in cut.tokens_NL]
     counts_T = torch.cat([run.counts_TB for run in policy]).double().mean(1)

@@ -107,23 +107,22 @@ def _passage(passage: Passage) -> list[str]:
     low, high = min(means), max(means)
     spans = []
     for token, mean in zip(passage.tokens, means, strict=True):
-        depth = (mean - low) / (high - low) if high > low else 0.0
-        color = f"background:{_color(depth)};color:{'#fff' if depth > 0.55 else '#1b1b1f'}"
+        color = _style((mean - low) / (high - low) if high > low else 0.0)
         tip = "\n".join([
             f"{shown(token.text)}  ({token.kind})", f"{mean:.2f} experts, loss {token.loss:.2f} nats",
             *_by_layer_lines(passage.layers, token.experts),
         ])  # fmt: skip
         text = escape(token.text) if token.text.strip("\n") else shown(token.text) + token.text
-        spans.append(f'<span style="{color}" data-tip="{escape(tip)}" tabindex="0">{text}</span>')
-    legend = (
-        f"All tokens run {low:.2f} experts, mean over layers."
-        if low == high
-        else f'<span style="background:{_color(0)}">&nbsp;{low:.2f}&nbsp;</span> to '
-        f'<span style="background:{_color(1)};color:#fff">&nbsp;{high:.2f}&nbsp;</span> experts, mean over layers.'
-    )
+        counts = " ".join(map(str, token.experts))
+        spans.append(
+            f'<span style="{color}" data-experts="{counts}" data-tip="{escape(tip)}" tabindex="0">{text}</span>'
+        )
+    choices = [f'<option value="{n}">layer {layer}</option>' for n, layer in enumerate(passage.layers)]
     return [
-        f'<p class="note">{legend} The routers take {passage.default_experts_per_token} by themselves. Point at a '
-        "token, or tap it, for its number in each layer.</p>",
+        f'<p class="note">Experts that run: <b class="end" style="{_style(0)}">{low:.2f}</b> to <b class="end" '
+        f'style="{_style(1)}">{high:.2f}</b>, <select class="layers"><option value="">mean over layers</option>'
+        f"{''.join(choices)}</select>. The routers take {passage.default_experts_per_token} by themselves. Point at a "
+        "token, or tap it, for all layers.</p>",
         f'<pre class="tokens">{"".join(spans)}</pre>',
     ]
 
@@ -137,6 +136,7 @@ def _by_layer_lines(layers: Sequence[int], experts: Sequence[int]) -> list[str]:
     return lines
 
 
-def _color(depth: float) -> str:
-    """Mix a colour: pale at 0, dark at 1."""
-    return "rgb(" + ",".join(f"{a + (b - a) * depth:.0f}" for a, b in zip(PALE, DARK, strict=True)) + ")"
+def _style(depth: float) -> str:
+    """Mix a colour, pale at 0 and dark at 1, as page.js does."""
+    mixed = ",".join(f"{a + (b - a) * depth:.0f}" for a, b in zip(PALE, DARK, strict=True))
+    return f"background:rgb({mixed});color:{'#fff' if depth > 0.55 else '#1b1b1f'}"
