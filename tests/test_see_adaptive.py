@@ -297,6 +297,7 @@ def test_the_command_line_shows_both_views(run, folder, tmp_path):
         ("MODEL --adaptive --plot nowhere/a.png", "--plot nowhere/a.png"),
         ("MODEL --adaptive --adapter MODEL --select top-k:k=1", "give one of them"),
         ("MODEL --adaptive --adapter MODEL", "holds no adapter"),
+        (f"MODEL --adaptive --adapter {'x' * 5_000}", "holds no adapter"),
         ("MODEL --adaptive --select nothing", "nothing"),
         ("MODEL --adaptive --text SHORT", "give more text or ask for fewer or shorter windows"),
         ("MODEL --adaptive --text nowhere.txt", "no text file 'nowhere.txt'"),
@@ -305,6 +306,7 @@ def test_the_command_line_shows_both_views(run, folder, tmp_path):
         ("MODEL --adaptive --window 0", "--window is 0"),
         ("MODEL --oracle --at-most 7", "--at-most is 7"),
         ("MODEL --oracle --at-most 1 --tokens 32 --window 16", "give 2 or more"),
+        ("MODEL --adaptive --device meta", "meta"),
         ("nowhere --adaptive", "no model 'nowhere'"),
     ],
 )

@@ -87,7 +87,7 @@ def inspect(
     if window is None:
         window = 128 if oracle else 256
     read_text(text, tokens, window)
-    loaded, tokenizer = load(model, device or "auto", dtype or "auto", threads, adapter, select)
+    loaded, tokenizer = load(model, device, dtype, threads, adapter, select)
     if oracle:
         with progress(stderr, "trying", "run") as tick:
             best = inspect_oracle(
@@ -149,4 +149,5 @@ def load(model: str, device: str, dtype: str, threads: int | None, adapter: Path
     with options.silent_bars():
         folder = resolve(model, stderr)
     check_mixture(folder)
+    device, dtype = ("auto" if given is None else given for given in (device, dtype))
     return options.load_model(model, device, dtype, threads, for_scoring=True, adapter=adapter, select=select)
