@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from .errors import InputError, WorkError
     from .evaluation.benchmark import benchmark
     from .evaluation.evaluate import evaluate
+    from .evaluation.experts import inspect_experts
     from .evaluation.inspect import inspect
+    from .evaluation.oracle import inspect_oracle
     from .formats.export import export
     from .formats.loading import load
     from .models.moe_block import MoEBlock, Routing, find_blocks, routed_by
@@ -52,6 +54,8 @@ PUBLIC = {
     "finetune": "training.finetune",
     "frontier": "comparison.frontier",
     "inspect": "evaluation.inspect",
+    "inspect_experts": "evaluation.experts",
+    "inspect_oracle": "evaluation.oracle",
     "load": "formats.loading",
     "plans": "conversion.plans",
     "routed_by": "models.moe_block",
@@ -96,6 +100,8 @@ __all__ = [
     "finetune",
     "frontier",
     "inspect",
+    "inspect_experts",
+    "inspect_oracle",
     "load",
     "plans",
     "routed_by",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -19,8 +20,9 @@ from ..checkpoint.claim import claim
 from ..checkpoint.facts import METRICS_FILE, copy_terms, saved_result, saved_settings
 from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, check_parent, claim_output
 from ..config import AdaptConfig
-from ..errors import WorkError
+from ..errors import InputError, WorkError
 from ..evaluation.cost import at_experts_per_token
+from ..evaluation.experts import inspect_passage
 from ..files import write_json
 from ..formats.adapter import Adapter
 from ..formats.converted import Converted
@@ -29,6 +31,7 @@ from ..given import path, place
 from ..machine import machine, peak_rss_bytes, versions
 from ..moe.adaptive import attach
 from ..moe.modeling import MODEL_TYPE
+from ..report.passage import write_heat_map, write_passage_page
 from ..report.plots import write_adaptation
 from ..results import AdaptResult, AdaptStep
 from ..training.state import LOG, drop, drop_finished, training_folder
@@ -37,7 +40,7 @@ from .policy import Policy, make_policy
 from .prepare import Adaptation, check_text, prepare
 from .trainer import AdaptState, AdaptTrainer, Measured, measure
 
-CURVE = "adaptation.png"
+CURVE, HEAT_MAP, HEAT_PAGE = "adaptation.png", "experts.png", "experts.html"
 
 
 def adapt(
@@ -187,6 +190,7 @@ def write(run: Adaptation, policy: Policy, found: Found, result: AdaptResult) ->
                 result.to_dict(),
             ).save(output.folder)  # fmt: skip
             describe(run, result, history, output.folder)
+            picture(run, policy, found, output.folder)
             output.take_place()
     drop(run.output)
     return result
@@ -203,6 +207,20 @@ def describe(run: Adaptation, result: AdaptResult, history: list[AdaptStep], fol
         write_adaptation([row.to_dict() for row in history], result.to_dict(), folder / CURVE)
 
 
+def picture(run: Adaptation, policy: Policy, found: Found, folder: Path) -> None:
+    """Draw how many experts each token of a held-out passage runs, as a picture and as a page."""
+    rule = found.calibrated.selection
+    try:
+        with attach(policy.model, rule, found.calibrated.parameters):
+            passage = inspect_passage(policy.model, run.tokenizer)
+    except InputError as error:  # the bundled text is not what was asked for, so it must not cost what was found
+        logging.getLogger("moesaic").warning(f"no picture of the experts: {error}")
+        return
+    title = f"{run.name}: experts a token, {registry.split('selection', registry.spec(rule))[0]}"
+    write_heat_map(passage, folder / HEAT_MAP, title)
+    write_passage_page(passage, folder / HEAT_PAGE, title)
+
+
 def write_inside(run: Adaptation, policy: Policy, found: Found, result: AdaptResult) -> None:
     """Write the converted model with the selection in its gates, in moesaic's own format."""
     made, source = run.folder.path / "model", run.checkpoint.folder
@@ -217,6 +235,7 @@ def write_inside(run: Adaptation, policy: Policy, found: Found, result: AdaptRes
             shutil.copyfile(source / name, made / name)
     copy_terms(source, made)
     describe(run, result, found.state.history if found.state else [], made)
+    picture(run, policy, found, made)
     known = at_experts_per_token(saved_result(source), Converted(source).config, result.experts_per_token)
     write_json(made / METRICS_FILE, known.to_dict() | {"adapt": result.to_dict()})
     export(made, run.output, MODEL_TYPE, resume=False, overwrite=run.overwrite)

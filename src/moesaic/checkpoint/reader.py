@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from os.path import isfile  # of a name that no file can have it says no
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ ADAPTER_CONFIG, ADAPTER_KEY = "adapter_config.json", "moesaic_selection"
 def is_adapter(folder: Path) -> bool:
     """Tell whether a folder holds an adapter that `moesaic adapt` made."""
     try:
-        return (folder / ADAPTER_CONFIG).is_file() and ADAPTER_KEY in read_json(folder / ADAPTER_CONFIG)
+        return isfile(folder / ADAPTER_CONFIG) and ADAPTER_KEY in read_json(folder / ADAPTER_CONFIG)
     except InputError:
         return False
 

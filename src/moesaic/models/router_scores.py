@@ -80,7 +80,7 @@ def router_scores(block: MoEBlock) -> RouterScores:
     router = block.router
     weight = next(router.parameters())
     x_TD = torch.randn(PROBE_TOKENS, block.hidden_size, generator=torch.Generator().manual_seed(0))
-    output = router(x_TD.to(weight.device, weight.dtype))
+    output = router.forward(x_TD.to(weight.device, weight.dtype))  # as it is, whatever rule is attached to it
     index_TK, weights_TK = read_routing(output)
     bias_E = getattr(router, "e_score_correction_bias", None)
     grouped = (getattr(router, "num_group", None) or 1) > 1

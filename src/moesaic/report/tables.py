@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from rich.console import Console, RenderableType
-from rich.style import StyleType
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from ..results import (
@@ -22,32 +20,10 @@ from ..results import (
     Plans,
 )
 from .console import command, here, offer
+from .grid import grid as _grid
+from .grid import say as _say
 
 BUDGET_TOLERANCE = 0.02
-
-
-class _Grid(Table):
-    """A table whose cells are printed as they are, whatever the console makes of brackets."""
-
-    def add_row(
-        self, *renderables: RenderableType | None, style: StyleType | None = None, end_section: bool = False
-    ) -> None:
-        cells = [Text(cell) if isinstance(cell, str) else cell for cell in renderables]
-        super().add_row(*cells, style=style, end_section=end_section)
-
-
-def _grid(title: str, *columns: str, wrapped: int = 0) -> Table:
-    """Make a table; where it is too wide only the column of number `wrapped` gets narrower."""
-    grid = _Grid(title=Text(title, style="bold") if title else None, title_justify="left", header_style="bold")
-    for number, column in enumerate(columns):
-        grid.add_column(
-            column, justify="right" if number else "left", no_wrap=number != wrapped, overflow="fold"
-        )  # fmt: skip
-    return grid
-
-
-def _say(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(text), style=style)
 
 
 def show_facts(console: Console, title: str, facts: Mapping[str, object]) -> None:

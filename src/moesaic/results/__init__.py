@@ -5,6 +5,7 @@ from .base import Json, Result
 from .conversion import Check, ConversionResult, Inspection, LayerRecord, PerplexityProtocol, PlanChoice, Plans, Trial
 from .demo import DemoResult, LlamaCppSpeed, Rate, Typed
 from .evaluation import EvaluationResult, TaskScore
+from .experts import ExpertGroup, ExpertsInspection, OracleInspection, Passage, PassageToken
 from .export import ExportResult
 from .frontier import FrontierResult, FrontierRow, FrontierSummary, ShapeSpeed
 from .speed import BenchmarkResult, Roof, Speed
@@ -18,7 +19,9 @@ __all__ = [
     "ConversionResult",
     "DemoResult",
     "EvaluationResult",
+    "ExpertGroup",
     "ExpertLoad",
+    "ExpertsInspection",
     "ExportResult",
     "FinetuneResult",
     "FrontierResult",
@@ -29,6 +32,9 @@ __all__ = [
     "LayerRecord",
     "LlamaCppSpeed",
     "LoadChange",
+    "OracleInspection",
+    "Passage",
+    "PassageToken",
     "PerplexityProtocol",
     "PlanChoice",
     "Plans",
