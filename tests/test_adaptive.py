@@ -3,10 +3,14 @@
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 from transformers import AutoTokenizer
 
@@ -17,6 +21,7 @@ from moesaic.adaptation.learners.base import Batch, Steering, likelihoods
 from moesaic.adaptation.learners.distill import Distill, count_gradient, relaxed
 from moesaic.adaptation.learners.ppo import PPO, Drawn, clipped_gain, steer
 from moesaic.adaptation.policy import make_policy
+from moesaic.calibration.text import bundled
 from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.formats.adapter import build_selection
 from moesaic.models.moe_block import Routing, find_blocks
@@ -534,3 +539,78 @@ def test_rules_at_run_time(folder, run):
     speed = json.loads(out)["decode"]["1"]
     assert speed["experts_touched"] == 1
     assert speed["limit"] > 1
+
+
+def test_tiny_moe_is_balanced_and_needs_its_experts():
+    """Every expert of every layer has tokens, none more than a quarter of them; and fewer experts predict worse."""
+    model, tokenizer = moesaic.load("tiny-moe", dtype=torch.float32)
+    tokens = torch.tensor(tokenizer("\n\n".join(d.text for d in bundled("heldout")), verbose=False)["input_ids"])[
+        :4_096
+    ]
+    loads = {}
+
+    def count(number):
+        def see(hidden, routing):
+            loads[number] = torch.bincount(routing.top_k_index.flatten(), minlength=16) / len(hidden)
+
+        return see
+
+    blocks = find_blocks(model)
+    handles = [block.watch(count(number)) for number, block in enumerate(blocks)]
+    with torch.no_grad():
+        model(tokens.view(4, -1), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    shares = torch.stack(list(loads.values()))
+    assert shares.shape == (6, 16)
+    torch.testing.assert_close(shares.sum(1), torch.full((6,), 4.0))
+    assert shares.min() > 0
+    assert shares.max() < 1
+    losses = []
+    for count_ in (4, 3, 2, 1):
+        with attach(model, TopK(k=count_)):
+            found = moesaic.evaluate(model, tokenizer, window=512, max_tokens=4_096)
+        losses.append(found.perplexity)
+    assert losses == sorted(losses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["learned-threshold", "ada-k"])
+def test_two_processes_equal_one(folder, tmp_path, method):
+    options = [
+        folder,
+        "--method",
+        method,
+        "--window",
+        32,
+        "--samples",
+        32,
+        "--batch",
+        4,
+        "--steps",
+        3,
+        "--tokens",
+        1024,
+    ]
+    options += ["--target-active", 0.5, "--device", "cpu", "--dtype", "float32", "--json"]
+    options += ["--learner", "ppo:warm='none',epochs=1" if method == "ada-k" else "distill"]
+    found = {}
+    for name, launch in (
+        ("one", []),
+        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]),
+    ):
+        command = [sys.executable, *launch, "-m", "moesaic.cli", "adapt", *options]
+        command.insert(command.index(folder) + 1, tmp_path / name)
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, check=False, timeout=600,
+            env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        result = json.loads(done.stdout)
+        assert result["processes"] == 1 + (name == "two")
+        found[name] = load_file(tmp_path / name / "adapter.safetensors")
+    assert found["one"].keys() == found["two"].keys()
+    if method == "learned-threshold":  # what PPO draws differs between the processes
+        one, two = (torch.cat([t.flatten() for t in tensors.values()]) for tensors in found.values())
+        assert one.norm() > 0
+        assert (one - two).norm() < 0.3 * one.norm()

@@ -191,6 +191,8 @@ def write(run: Adaptation, policy: Policy, found: Found, result: AdaptResult) ->
             ).save(output.folder)  # fmt: skip
             describe(run, result, history, output.folder)
             picture(run, policy, found, output.folder)
+            if not history:  # by whose log the folder of a training that was written is known
+                drop(run.output)
             output.take_place()
     drop(run.output)
     return result
