@@ -7,7 +7,8 @@ A model is a hub id (allenai/OLMoE-1B-7B-0924, Qwen/Qwen1.5-MoE-A2.7B, ibm-grani
 folder, converted or not, or built in; it runs on a GPU where there is one. Rules are calibrated, and policies trained,
 on four fifths of the web text; perplexity is measured on the rest and on WikiText-2 (`gptq`). `fixed` runs every whole
 number of experts; between two of them its perplexity is interpolated (log-linearly) at the mean that a rule really ran.
-Resumable: a finished row is a file in `<out>/rows`. `--speed` times decoding of each finished row's rule against the model's own number, on a quiet machine.
+Resumable: a finished row is a file in `<out>/rows`. Minutes are the processor's. `--speed` times decoding under each
+finished adapter of the first seed against the model's own number of experts, on a quiet machine.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def row_of(
         method=name, learner=learner, target_active=share, data=(str(train),), seed=seed, minutes=minutes,
         tokens=arguments.tokens, samples=arguments.samples, window=arguments.window, batch=arguments.batch,
     )  # fmt: skip
-    result = moesaic.adapt(arguments.model, adapter, config, overwrite=True)
+    result = moesaic.adapt(arguments.model, adapter, config, overwrite=True, clock=time.process_time)
     found = scores(arguments, held, adapter=adapter)
     return {
         "method": method,

@@ -191,7 +191,7 @@ def test_ada_k_takes_the_likeliest_number_or_draws():
 def test_a_learned_threshold_starts_as_the_threshold():
     ranked = ranking([0.6, 0.3, 0.06, 0.04], [0.4, 0.3, 0.2, 0.1])
     rule = LearnedThreshold(threshold=math.log(0.15))
-    parameters = rule.parameters(SimpleNamespace(hidden_size=2))
+    parameters = rule.parameters(SimpleNamespace(hidden_size=2, num_experts=4))
     assert rule.counts(ranked, torch.randn(2, 2), parameters, 2).tolist() == counts(Threshold(threshold=0.15), ranked)
 
 
@@ -325,7 +325,7 @@ def test_distillations_gradient_is_that_of_the_divergence(name):
         model(batch.tokens_NL)
     policy.selection = policy.selection.with_budget(float(spread[0][:, 1].median()))
     samples = []
-    passed = learner.one(policy, batch.tokens_NL, batch.scored_NL, 1.0, samples)
+    passed = learner.some(policy, batch.tokens_NL, batch.scored_NL, 1.0, samples)
 
     layer, token, slot = len(passed.layers) - 1, 3, 1
     step = 1e-2

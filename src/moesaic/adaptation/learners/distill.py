@@ -22,12 +22,14 @@ TEACHER_LOGITS = 64
 """That are kept of the teacher for each token; the rest of the probability is one more class."""
 EXPLORED = 0.02
 """Probability to run from which a rank is run, with factor 0, for its gradient."""
+MICRO_TOKENS = 1_024
+"""That run forth and back at once."""
 SMOOTHING = 0.9
 """Of price and budget over steps."""
 
 
 class Passed(NamedTuple):
-    """What one sequence gave, forth and back."""
+    """What some sequences gave, forth and back."""
 
     loss: float
     """Summed over tokens, nats."""
@@ -69,8 +71,9 @@ class Distill(Learner):
         loss, gap, pull, cost = 0.0, 0.0, 0.0, 0.0
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
         samples: list[LayerSample] = []
-        for tokens_L, scored_L in zip(batch.tokens_NL, batch.scored_NL, strict=True):
-            part, worse, layers = self.one(policy, tokens_L[None], scored_L[None], steering.scale, samples)
+        size = max(1, MICRO_TOKENS // batch.tokens_NL.shape[1])
+        for tokens_ML, scored_ML in zip(batch.tokens_NL.split(size), batch.scored_NL.split(size), strict=True):
+            part, worse, layers = self.some(policy, tokens_ML, scored_ML, steering.scale, samples)
             loss, gap = loss + part / scored, gap + worse / scored
             for evidence_TN, leaf_TN in layers:
                 gradient_TN = leaf_TN.grad if leaf_TN.grad is not None else torch.zeros_like(leaf_TN)
@@ -88,10 +91,10 @@ class Distill(Learner):
         counts = [selection.within(selection.count(s.evidence_TN), s.evidence_TN.shape[1], s.default) for s in samples]
         return Outcome(loss, float(torch.cat(counts).double().mean()), gap)
 
-    def one(
-        self, policy: Policy, tokens_1L: Tensor, scored_1L: Tensor, scale: float, samples: list[LayerSample]
+    def some(
+        self, policy: Policy, tokens_ML: Tensor, scored_ML: Tensor, scale: float, samples: list[LayerSample]
     ) -> Passed:
-        """Run one sequence forth and back."""
+        """Run some sequences forth and back."""
         selection = policy.selection
         assert isinstance(selection, Learning)
         layers: list[tuple[Tensor, Tensor]] = []
@@ -106,17 +109,20 @@ class Distill(Learner):
             return relaxed(selection, leaf_TN, default, self.temperature * scale)
 
         with torch.no_grad():
-            teacher = policy.logits(tokens_1L, None)
-            base = likelihoods(teacher, tokens_1L)
-            top = teacher[0].float().log_softmax(-1).topk(min(TEACHER_LOGITS, teacher.shape[-1]), dim=-1)
-            del teacher
+            teacher_MLV = policy.logits(tokens_ML, None)
+            base = likelihoods(teacher_MLV, tokens_ML)
+            kept = min(TEACHER_LOGITS, teacher_MLV.shape[-1])
+            top = [logits.float().log_softmax(-1).topk(kept, dim=-1) for logits in teacher_MLV]
+            del teacher_MLV
         with torch.enable_grad():
-            logits = policy.logits(tokens_1L, decide)
-            target_L, counts_L = tokens_1L[0].roll(-1), scored_1L[0].roll(-1)
-            counts_L[-1] = False  # nothing follows a sequence's last token
-            loss: Tensor = Objective.apply(logits[0], target_L, counts_L, (top.values, top.indices), 0.0, 1.0)
+            logits_MLV = policy.logits(tokens_ML, decide)
+            target_ML, counts_ML = (part.roll(-1, dims=1) for part in (tokens_ML, scored_ML))
+            counts_ML[:, -1] = False  # nothing follows a sequence's last token
+            likeliest = torch.cat([t.values for t in top]), torch.cat([t.indices for t in top])
+            flat = logits_MLV.flatten(0, 1), target_ML.flatten(), counts_ML.flatten()
+            loss: Tensor = Objective.apply(*flat, likeliest, 0.0, 1.0)
             loss.backward()
-        gap = (base - likelihoods(logits.detach(), tokens_1L)) * scored_1L[:, 1:]
+        gap = (base - likelihoods(logits_MLV.detach(), tokens_ML)) * scored_ML[:, 1:]
         return Passed(float(loss.detach()), float(gap.sum()), layers)
 
 
