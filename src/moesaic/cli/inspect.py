@@ -141,7 +141,9 @@ def check_page(path: Path | None) -> None:
         raise InputError(f"--html {path} is no file ending in {PAGE} in a folder that exists")
 
 
-def load(model: str, device: str, dtype: str, threads: int | None, adapter: Path | None, select: str | None) -> Loaded:
+def load(
+    model: str, device: str | None, dtype: str | None, threads: int | None, adapter: Path | None, select: str | None
+) -> Loaded:
     """Load a Mixture-of-Experts; a dense model is refused before its weights are read.
 
     Raises:
