@@ -28,6 +28,12 @@ Model = Annotated[
 ]
 Adaptive = Annotated[bool, typer.Option("--adaptive", help="count the experts that each token runs")]
 Oracle = Annotated[bool, typer.Option("--oracle", help="try every number of experts for each token; small models")]
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        help="a file of text or rows (.jsonl, .csv, ...) [default: bundled held-out text]", callback=options.expand
+    ),
+]
 Tokens = Annotated[
     int | None, typer.Option(help="to look at [default: 4096, with --oracle 1024, or all of a shorter --text]")
 ]
@@ -53,7 +59,7 @@ def inspect(
     oracle: Oracle = False,
     adapter: options.Adapter = None,
     select: options.Select = None,
-    text: options.TextFile = None,
+    text: Text = None,
     tokens: Tokens = None,
     window: Window = None,
     at_most: AtMost = None,
@@ -135,7 +141,9 @@ def check_page(path: Path | None) -> None:
         raise InputError(f"--html {path} is no file ending in {PAGE} in a folder that exists")
 
 
-def load(model: str, device: str, dtype: str, threads: int | None, adapter: Path | None, select: str | None) -> Loaded:
+def load(
+    model: str, device: str | None, dtype: str | None, threads: int | None, adapter: Path | None, select: str | None
+) -> Loaded:
     """Load a Mixture-of-Experts; a dense model is refused before its weights are read.
 
     Raises:
