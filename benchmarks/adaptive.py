@@ -27,14 +27,13 @@ import torch
 
 import moesaic
 from moesaic import AdaptConfig
-from moesaic.adaptation.prepare import meta_model
 from moesaic.calibration.text import read_documents, text_hash
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.sources import resolve
 from moesaic.evaluation.benchmark import decode_speed
 from moesaic.evaluation.inspect import prompt_tokens
 from moesaic.files import write_json
-from moesaic.formats.fields import is_stock
+from moesaic.formats.loading import without_weights
 from moesaic.machine import machine, versions
 from moesaic.moe.adaptive import mean_experts, moe_blocks_of
 
@@ -104,8 +103,7 @@ def row_of(
 def fixed_rows(arguments: argparse.Namespace, held: Path) -> None:
     """Measure every whole number of experts from half the smallest budget to the model's own."""
     checkpoint = Checkpoint(resolve(arguments.model))
-    ours = is_stock(checkpoint) or checkpoint.config.get("model_type") == "moesaic"
-    default = max(block.num_experts_per_tok for block in moe_blocks_of(meta_model(checkpoint, ours)))
+    default = max(block.num_experts_per_tok for block in moe_blocks_of(without_weights(checkpoint)))
     least = max(1, math.floor(min(arguments.shares) * default) - 1)
     for count in range(least, default + 1):
         path = arguments.out / "rows" / f"fixed-{count}.json"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -34,6 +34,7 @@ from ..moe.modeling import MODEL_TYPE
 from ..report.passage import write_heat_map, write_passage_page
 from ..report.plots import write_adaptation
 from ..results import AdaptResult, AdaptStep
+from ..routing.selection.top_k import TopK
 from ..training.state import LOG, drop, drop_finished, training_folder
 from .budget import Calibrated, calibrate
 from .policy import Policy, make_policy
@@ -171,6 +172,7 @@ def summarise(run: Adaptation, policy: Policy, default: Measured, found: Found, 
         seconds=seconds,
         parameters=sum(value.numel() for values in found.calibrated.parameters for value in values.values()),
         processes=run.accelerator.num_processes,
+        inside=run.config.inside,
     )
 
 
@@ -227,10 +229,16 @@ def write_inside(run: Adaptation, policy: Policy, found: Found, result: AdaptRes
     """Write the converted model with the selection in its gates, in moesaic's own format."""
     made, source = run.folder.path / "model", run.checkpoint.folder
     shutil.rmtree(made, ignore_errors=True)
-    model = Converted(source).load(run.checkpoint.dtype())
-    with attach(model, found.calibrated.selection, found.calibrated.parameters):
-        model.config.selection = registry.spec(found.calibrated.selection)
+    converted, selection = Converted(source), found.calibrated.selection
+    model: Any = converted.load(run.checkpoint.dtype())
+    fixed = selection.k if isinstance(selection, TopK) else 0
+    if fixed:  # which every format can say
+        model.config.num_experts_per_tok = fixed
         model.save_pretrained(made)
+    else:
+        with attach(model, selection, found.calibrated.parameters):
+            model.config.selection = registry.spec(selection)
+            model.save_pretrained(made)
     run.tokenizer.save_pretrained(made)
     for name in COPIED:
         if (source / name).is_file():
@@ -238,6 +246,6 @@ def write_inside(run: Adaptation, policy: Policy, found: Found, result: AdaptRes
     copy_terms(source, made)
     describe(run, result, found.state.history if found.state else [], made)
     picture(run, policy, found, made)
-    known = at_experts_per_token(saved_result(source), Converted(source).config, result.experts_per_token)
+    known = at_experts_per_token(saved_result(source), converted.config, result.experts_per_token)
     write_json(made / METRICS_FILE, known.to_dict() | {"adapt": result.to_dict()})
-    export(made, run.output, MODEL_TYPE, resume=False, overwrite=run.overwrite)
+    export(made, run.output, converted.format if fixed else MODEL_TYPE, resume=False, overwrite=run.overwrite)

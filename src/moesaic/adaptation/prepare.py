@@ -19,15 +19,11 @@ from ..checkpoint.writer import check_output
 from ..config import AdaptConfig
 from ..errors import InputError
 from ..formats.adapter import counting
-from ..formats.converted import Converted
-from ..formats.fields import is_stock
-from ..formats.loading import load, load_tokenizer
+from ..formats.loading import is_ours, load, load_tokenizer, without_weights
 from ..machine import versions
 from ..models.devices import check_dtype, choose_device, choose_dtype
 from ..models.families import embedding_rows
-from ..models.integrity import model_on_meta, read_config
 from ..moe.adaptive import moe_blocks_of
-from ..moe.modeling import MODEL_TYPE
 from ..routing.base import Gate
 from ..routing.selection.base import Counting, Learning
 from ..training.data import Samples, make_samples
@@ -132,13 +128,13 @@ def check_model(checkpoint: Checkpoint, selection: Counting, config: AdaptConfig
         InputError: a dense model, one whose number of experts varies already, a budget that it cannot meet, or a window
             beyond its context.
     """
-    ours = is_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE
+    ours = is_ours(checkpoint)
     if config.inside and not ours:
         raise InputError(
             f"'{checkpoint.folder}' is a stock {checkpoint.config.get('model_type')}, whose format has no place for a "
             "selection; leave out --inside and load the adapter beside it"
         )
-    model = meta_model(checkpoint, ours)
+    model = without_weights(checkpoint)
     blocks = moe_blocks_of(model)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", config.window)
     if config.window > longest:
@@ -152,13 +148,6 @@ def check_model(checkpoint: Checkpoint, selection: Counting, config: AdaptConfig
     default = max(block.num_experts_per_tok for block in blocks)
     check_budget(config.target_active * default, default, selection.at_least)
     return selection
-
-
-def meta_model(checkpoint: Checkpoint, ours: bool) -> PreTrainedModel:
-    """Make a checkpoint's model without its weights."""
-    if not ours:
-        return model_on_meta(read_config(checkpoint.folder), checkpoint.folder)
-    return model_on_meta(Converted(checkpoint.folder).config, checkpoint.folder)
 
 
 def check_text(samples: Samples, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

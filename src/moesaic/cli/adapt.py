@@ -14,7 +14,7 @@ from .options import print_result, stderr
 
 Rule = Annotated[
     str | None,
-    typer.Option(help=f"how many experts run: {', '.join(registry.names('selection'))} [default: ada-k]"),
+    typer.Option(help=f"how many experts run: {', '.join(registry.names('selection'))} [default: learned-threshold]"),
 ]
 LearnerOption = Annotated[
     str | None,

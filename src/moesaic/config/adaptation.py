@@ -12,7 +12,7 @@ class AdaptConfig(Settings):
 
     section: ClassVar[str] = "adapt"
 
-    method: SelectionField = "ada-k"
+    method: SelectionField = "learned-threshold"
     """How many experts run for a token: a selection, with options `relative:at_least=2`."""
     learner: LearnerField = None
     """What trains a selection that learns; None is the one that belongs to it."""
@@ -41,7 +41,8 @@ class AdaptConfig(Settings):
     allow_zero: bool = False
     """Whether a token may run no routed expert, where there is a shared one."""
     inside: bool = False
-    """Whether to write a converted model with the selection in it, in moesaic's own format, in place of an adapter."""
+    """Whether to write a converted model with the selection in it, in place of an adapter: in moesaic's own format, or
+    with `top-k` in the one that it has."""
     device: str = "auto"
     dtype: str = "auto"
     """In which the model runs; what learns is float32."""

@@ -21,14 +21,11 @@ from ..calibration.text import bundled, by_domain, read_documents, text_hash
 from ..calibration.windows import check_tokens, labelled_windows
 from ..checkpoint.reader import Checkpoint
 from ..errors import InputError
-from ..formats.converted import Converted
-from ..formats.fields import is_stock
+from ..formats.loading import without_weights
 from ..given import check, optional_path
 from ..models.families import embedding_rows
-from ..models.integrity import model_on_meta, read_config
 from ..models.moe_block import MoEBlock, Routing
 from ..moe.adaptive import moe_blocks_of
-from ..moe.modeling import MODEL_TYPE
 from ..results import ExpertGroup, ExpertsInspection, Passage, PassageToken
 from .perplexity import check_losses, window_losses
 from .tokens import KINDS, TokenText, token_texts
@@ -187,9 +184,7 @@ def check_mixture(folder: Path) -> None:
     Raises:
         InputError: it is dense.
     """
-    checkpoint = Checkpoint(folder)
-    ours = is_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE
-    moe_blocks_of(model_on_meta(Converted(folder).config if ours else read_config(folder), folder))
+    moe_blocks_of(without_weights(Checkpoint(folder)))
 
 
 def run_window(model: PreTrainedModel, blocks: Sequence[MoEBlock], tokens_L: Tensor) -> Run:

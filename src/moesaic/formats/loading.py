@@ -78,7 +78,7 @@ def load(
         check_base(rule, checkpoint, Path(str(adapter)))
     if dtype is None:
         dtype = compute_dtype(checkpoint.dtype(), device) if for_scoring else checkpoint.dtype()
-    if is_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE:
+    if is_ours(checkpoint):
         loaded = Converted(folder).load(dtype)
     else:
         config = read_config(folder)
@@ -97,6 +97,21 @@ def load(
     elif rule:
         attach(ready, rule)
     return Loaded(ready, tokenizer)
+
+
+def is_ours(checkpoint: Checkpoint) -> bool:
+    """Tell whether moesaic wrote a model, in a stock architecture or in its own."""
+    return is_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE
+
+
+def without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Make the model that `load` would, whose parameters take no memory.
+
+    Raises:
+        InputError: a configuration that is damaged.
+    """
+    folder = checkpoint.folder
+    return model_on_meta(Converted(folder).config if is_ours(checkpoint) else read_config(folder), folder)
 
 
 def read_rule(adapter: str | Path | None, select: object) -> Adapter | Counting | None:

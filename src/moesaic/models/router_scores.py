@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from .moe_block import MoEBlock, Routing, read_routing
 
-PROBE_TOKENS, TOLERANCE = 64, 0.02
+PROBE_TOKENS, TOLERANCE, SMALLEST = 64, 0.02, 1e-6
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits_TE: logits_TE.softmax(-1),
     "sigmoid": lambda logits_TE: logits_TE.sigmoid(),
@@ -88,9 +88,10 @@ def router_scores(block: MoEBlock) -> RouterScores:
         share_TK = function(router_logits(output).float()).gather(-1, index_TK)
         for renormalised in (True, False) if block.num_experts_per_tok > 1 else (False, True):
             expected_TK = share_TK / share_TK.sum(-1, keepdim=True) if renormalised else share_TK
-            ratio_TK = weights_TK.float() / expected_TK.clamp(min=1e-20)
-            scale = float(ratio_TK.median())
-            if scale > 0 and (ratio_TK / scale - 1).abs().max() < TOLERANCE:
+            seen_TK = expected_TK > SMALLEST
+            ratio = weights_TK.float()[seen_TK] / expected_TK[seen_TK]
+            scale = float(ratio.median())
+            if scale > 0 and (ratio / scale - 1).abs().max() < TOLERANCE:
                 return RouterScores(function, renormalised, _rounded(scale), bias_E, grouped)
     return RouterScores(FUNCTIONS["softmax"], block.norm_topk_prob(), 1.0, bias_E, own_only=True)
 

@@ -110,8 +110,9 @@ def show_adaptation(console: Console, a: AdaptResult) -> None:
         _say(console, f"the same in ik_llama.cpp: -ser {fields.get('at_least', 1)},{float(fields['threshold']):.4f}")
     assert a.output is not None
     _say(console, "Next:")
+    model = [here(a.output)] if a.inside else [here(a.model), "--adapter", here(a.output)]
     for verb, *prompt in (("generate", "The first"), ("evaluate",), ("benchmark",)):
-        offer(console, command("moesaic", verb, here(a.model), *prompt, "--adapter", here(a.output)), "  ")
+        offer(console, command("moesaic", verb, model[0], *prompt, *model[1:]), "  ")
 
 
 def show_plans(console: Console, found: Plans) -> None:

@@ -61,6 +61,8 @@ class AdaptResult(Result):
     parameters: int
     """In the adapter."""
     processes: int
+    inside: bool
+    """Whether the output is a model with the selection in it, or an adapter."""
     output: str | None = None
     """The folder; of several processes only the main one has it and what follows."""
     peak_rss_bytes: int | None = None
