@@ -5,10 +5,10 @@
 
 A model is a hub id (allenai/OLMoE-1B-7B-0924, Qwen/Qwen1.5-MoE-A2.7B, ibm-granite/granite-3.1-1b-a400m-base), a
 folder, converted or not, or built in; it runs on a GPU where there is one. Rules are calibrated, and policies trained,
-on four fifths of the web text; perplexity is measured on the rest and on WikiText-2 (`gptq`). `fixed` runs every whole
-number of experts; between two of them its perplexity is interpolated (log-linearly) at the mean that a rule really ran.
-Resumable: a finished row is a file in `<out>/rows`. Minutes are the processor's. `--speed` times decoding under each
-finished adapter of the first seed against the model's own number of experts, on a quiet machine.
+on four fifths of the web text; perplexity is measured on the rest and on WikiText-2 (`gptq`). `fixed` runs the whole
+numbers of experts around each budget; between two of them its perplexity is interpolated (log-linearly) at the mean
+that a rule really ran. Resumable: a finished row is a file in `<out>/rows`. Minutes are the processor's. `--speed`
+times decoding under each finished adapter of the first seed against the model's own number, on a quiet machine.
 """
 
 from __future__ import annotations
@@ -101,11 +101,11 @@ def row_of(
 
 
 def fixed_rows(arguments: argparse.Namespace, held: Path) -> None:
-    """Measure every whole number of experts from half the smallest budget to the model's own."""
+    """Measure the whole numbers of experts around each budget, and the model's own."""
     checkpoint = Checkpoint(resolve(arguments.model))
     default = max(block.num_experts_per_tok for block in moe_blocks_of(without_weights(checkpoint)))
-    least = max(1, math.floor(min(arguments.shares) * default) - 1)
-    for count in range(least, default + 1):
+    around = {f(share * default) for share in arguments.shares for f in (math.floor, math.ceil)}
+    for count in sorted({max(1, count) for count in around} | {default}):
         path = arguments.out / "rows" / f"fixed-{count}.json"
         if not path.is_file():
             found = scores(arguments, held, **({} if count == default else {"select": f"top-k:k={count}"}))
