@@ -21,7 +21,7 @@ from ..models.integrity import check_finite
 from ..models.moe_block import MoEBlock
 from ..moe.adaptive import Attached, attach, moe_blocks_of
 from ..results import Json
-from ..routing.selection.base import Counting, Parameters
+from ..routing.selection.base import SMALLEST, Counting, Parameters
 
 TENSORS = "adapter.safetensors"
 AGAIN = "make it again with 'moesaic adapt'"
@@ -138,19 +138,13 @@ def build_selection(rule: object) -> Counting:
         InputError: unknown, or it has parameters that only `adapt` finds.
     """
     selection = counting(registry.build("selection", rule))
-    if selection.parameters(_Smallest()):
+    if selection.parameters(SMALLEST):
         name = registry.split("selection", registry.spec(selection))[0]
         raise InputError(
             f"selection '{name}' has something to learn or to calibrate in each layer; make an adapter first, "
             f"moesaic adapt MODEL OUT --method {name}, and give it with --adapter OUT"
         )
     return selection
-
-
-class _Smallest:
-    """Sizes to ask a selection whether it has parameters."""
-
-    hidden_size = num_experts = num_experts_per_tok = 1
 
 
 def apply(model: PreTrainedModel, adapter: Adapter, where: str) -> Attached:

@@ -40,6 +40,16 @@ class SelectionSizes(Protocol):
     def num_experts_per_tok(self) -> int: ...
 
 
+class _Smallest(NamedTuple):
+    hidden_size: int = 1
+    num_experts: int = 1
+    num_experts_per_tok: int = 1
+
+
+SMALLEST: SelectionSizes = _Smallest()
+"""To ask a selection whether it has parameters at all."""
+
+
 class ScoringGate(Protocol):
     """What a selection may ask of the gate that it belongs to."""
 
