@@ -129,7 +129,9 @@ def learn(run: Adaptation, policy: Policy, clock: Callable[[], float], report: C
     trainer = AdaptTrainer(
         run.config, run.learner, policy, run.train, run.held, run.accelerator, run.folder, run.calibration()
     )
-    state = trainer.begin(mean, run.folder.load())
+    kept = run.folder.load()
+    run.accelerator.wait_for_everyone()  # or a slow process would find what a fast one has just kept
+    state = trainer.begin(mean, kept)
 
     def tell(row: AdaptStep, done: float) -> None:
         note = f"step {row.step}, {row.experts_per_token:.2f} experts, gap {row.gap:+.3f} nats"
