@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .comparison.frontier import frontier
     from .comparison.rows import Measurement
-    from .config import ConvertConfig, FinetuneConfig
+    from .config import ConvertConfig, FinetuneConfig, PruneConfig
     from .conversion.convert import convert
     from .conversion.plans import plans
     from .errors import InputError, WorkError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .formats.loading import load
     from .models.moe_block import MoEBlock, Routing, find_blocks, routed_by
     from .plan import Plan
+    from .pruning.prune import prune
     from .serving.generate import complete
     from .training.finetune import finetune
 
@@ -38,6 +39,7 @@ PUBLIC = {
     "Measurement": "comparison.rows",
     "MoEBlock": "models.moe_block",
     "Plan": "plan",
+    "PruneConfig": "config",
     "Routing": "models.moe_block",
     "WorkError": "errors",
     "benchmark": "evaluation.benchmark",
@@ -51,6 +53,7 @@ PUBLIC = {
     "inspect": "evaluation.inspect",
     "load": "formats.loading",
     "plans": "conversion.plans",
+    "prune": "pruning.prune",
     "routed_by": "models.moe_block",
 }
 """Public names and the modules that they are in, imported when they are first used (PEP 562)."""
@@ -80,6 +83,7 @@ __all__ = [
     "Measurement",
     "MoEBlock",
     "Plan",
+    "PruneConfig",
     "Routing",
     "WorkError",
     "benchmark",
@@ -93,5 +97,6 @@ __all__ = [
     "inspect",
     "load",
     "plans",
+    "prune",
     "routed_by",
 ]

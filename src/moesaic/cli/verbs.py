@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..errors import InputError, WorkError
 from ..registry import import_module
-from . import benchmark, convert, demo, evaluate, export, finetune, frontier, generate, inspect, plan, quiet, streams
+from . import benchmark, convert, demo, evaluate, export, finetune, frontier, generate, inspect, plan, prune, quiet, streams
 from .options import stderr
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (plan, convert, finetune, export, generate, evaluate, benchmark, inspect, frontier, demo):
+for verb in (plan, convert, finetune, prune, export, generate, evaluate, benchmark, inspect, frontier, demo):
     app.command()(getattr(verb, verb.__name__.rpartition(".")[2]))
 
 

@@ -6,6 +6,7 @@ from .demo import DemoResult, LlamaCppSpeed, Rate, Typed
 from .evaluation import EvaluationResult, TaskScore
 from .export import ExportResult
 from .frontier import FrontierResult, FrontierRow, FrontierSummary, ShapeSpeed
+from .pruning import PrunedLayer, PruningResult
 from .speed import BenchmarkResult, Roof, Speed
 from .training import ExpertLoad, FinetuneResult, LoadChange
 
@@ -29,6 +30,8 @@ __all__ = [
     "PerplexityProtocol",
     "PlanChoice",
     "Plans",
+    "PrunedLayer",
+    "PruningResult",
     "Rate",
     "Result",
     "Roof",
