@@ -13,7 +13,21 @@ from rich.text import Text
 
 from ..errors import InputError, WorkError
 from ..registry import import_module
-from . import benchmark, convert, demo, evaluate, export, finetune, frontier, generate, inspect, plan, prune, quiet, streams
+from . import (
+    benchmark,
+    convert,
+    demo,
+    evaluate,
+    export,
+    finetune,
+    frontier,
+    generate,
+    inspect,
+    plan,
+    prune,
+    quiet,
+    streams,
+)
 from .options import stderr
 
 app = typer.Typer(

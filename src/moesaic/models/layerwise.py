@@ -86,7 +86,9 @@ class Joined:
         parts = {match["part"] for match in found if match}
         order = next((known for known in EXPERT_PARTS if parts == set(known)), ())
         if not order or not all(found):
-            raise InputError(f"'{name}' is joined of {sources[0]} and {len(sources) - 1} more, in an order not known here")
+            raise InputError(
+                f"'{name}' is joined of {sources[0]} and {len(sources) - 1} more, in an order not known here"
+            )
         self.parts = order
         self.before = next(match["before"] for match in found if match)
         self.experts = 1 + max(int(match["number"]) for match in found if match)
@@ -102,9 +104,7 @@ class Joined:
     def separate(self, joined: Tensor) -> dict[str, Tensor]:
         """Take them apart again, numbered from 0, however many there are."""
         rows = [row.chunk(len(self.parts)) for row in joined]
-        return {
-            name: part for e, row in enumerate(rows) for name, part in zip(self.sources(e), row, strict=True)
-        }
+        return {name: part for e, row in enumerate(rows) for name, part in zip(self.sources(e), row, strict=True)}
 
 
 class LayerwiseModel:
@@ -142,7 +142,9 @@ class LayerwiseModel:
         self.joined = {name: Joined(name, sources) for name, sources in several.items()}
         """By the model's name, what the checkpoint has in parts."""
         if split := [name for name, sources in found.items() if not sources]:
-            raise InputError(f"'{folder}': {split[0]} is a part of another tensor there, which is not read layer by layer")
+            raise InputError(
+                f"'{folder}': {split[0]} is a part of another tensor there, which is not read layer by layer"
+            )
 
     def take_layers(self) -> None:
         """Put stubs in the place of the model's decoder layers, which stay without weights until `layer` loads one."""

@@ -64,9 +64,7 @@ def stock_error(made: Path, layerwise: LayerwiseModel, tokens_1L: Tensor, expect
     return (found_LV - expected_LV).abs().max().item()
 
 
-def finish_converted(
-    source: ConvertedSource, folder: Path, made: Path, settings: Json, result: PruningResult
-) -> None:
+def finish_converted(source: ConvertedSource, folder: Path, made: Path, settings: Json, result: PruningResult) -> None:
     """Write `moesaic.yaml`, `metrics.json` and card of a converted model that was pruned, and check its stock form.
 
     Raises:

@@ -20,7 +20,7 @@ from ..models.moe_block import MoEBlock, Routing, find_block
 from ..results import PrunedLayer
 from .methods import Kept
 from .prepare import Pruning
-from .recover import recover
+from .recover import best_ridge, recover
 from .sample import BlockSample, dense
 from .sources import Axes, Tensors, expert_axes
 
@@ -84,9 +84,7 @@ def prune_layer(pruning: Pruning, index: int, states: PruningStates) -> Pruned:
         axes = expert_axes(layer, made)
         sample = gather(pruning, index, layer, block, states.calibration, axes)
         kept = pruning.pruner.select(sample, pruning.keep, generator)
-        tensors = {
-            name: t.index_select(axes[name], kept.experts) if name in axes else t for name, t in tensors.items()
-        }
+        tensors = {name: t.index_select(axes[name], kept.experts) if name in axes else t for name, t in tensors.items()}
         fewer = load(made, tensors, layerwise, index)
         self_test(block, fewer, sample, kept, index)
         record = improve(pruning, fewer, sample, kept)
@@ -173,7 +171,8 @@ def improve(pruning: Pruning, fewer: MoEBlock, sample: BlockSample, kept: Kept) 
     split_error = error = relative(target_TD, routed_now(fewer, x_TD))
     weight_TN = torch.cat([dense(fewer.route(x), fewer.num_experts) for x in x_TD.split(BATCH_TOKENS)])
     if pruning.config.recovery != "none":
-        fewer.down_proj.copy_(recover(fewer, x_TD, target_TD, weight_TN).to(fewer.down_proj.dtype))
+        ridge = best_ridge(fewer, x_TD, target_TD, weight_TN)
+        fewer.down_proj.copy_(recover(fewer, x_TD, target_TD, weight_TN, ridge).to(fewer.down_proj.dtype))
         error = relative(target_TD, routed_now(fewer, x_TD))
     return PrunedLayer(
         layer=0, kept=kept.experts.tolist(), expert_tokens_before=sample.expert_tokens().tolist(),

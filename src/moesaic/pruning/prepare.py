@@ -54,7 +54,10 @@ class Pruning:
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """What unfinished work must agree in to be gone on with."""
-        layerwise, tokens = self.source.layerwise, torch.cat([self.calibration_NL.flatten(), self.held_out_NL.flatten()])
+        layerwise, tokens = (
+            self.source.layerwise,
+            torch.cat([self.calibration_NL.flatten(), self.held_out_NL.flatten()]),
+        )
         return {
             "model": layerwise.checkpoint.fingerprint(),
             "calibration text": self.text_sha256,
@@ -142,7 +145,9 @@ def experts_to_keep(config: PruneConfig, source: Source) -> int:
     block, groups = source.block, source.groups
     count, chosen = block.num_experts, block.num_experts_per_tok
     if any(other is not None and other.num_experts != count for other in source.blocks):
-        raise InputError(f"the layers of '{source.checkpoint.folder}' have different numbers of experts; this is not pruned")
+        raise InputError(
+            f"the layers of '{source.checkpoint.folder}' have different numbers of experts; this is not pruned"
+        )
     keep = config.experts if config.experts is not None else count - round(count * (config.ratio or 0))
     given = f"--experts {config.experts}" if config.experts is not None else f"--ratio {config.ratio:g}"
     if keep > count:
@@ -172,7 +177,9 @@ def check_method(config: PruneConfig, pruner: Pruner, source: Source, keep: int)
     block, name = source.block, registry.text("pruning", config.method)
     kind = type(block.router).__name__
     if block.is_transposed and not any("bias" in n for n, _ in block.experts.named_parameters()):
-        raise InputError(f"{kind} weighs what enters an expert, not what it says, as Llama-4's; such models are not pruned")
+        raise InputError(
+            f"{kind} weighs what enters an expert, not what it says, as Llama-4's; such models are not pruned"
+        )
     if keep == block.num_experts:
         return
     if source.groups > 1 and not pruner.knows_groups:

@@ -171,9 +171,9 @@ def check_collapse(result: PruningResult, partial: ResumableOutput, force: bool)
     """
     if result.collapsed and not force:
         raise WorkError(
-            f"the pruned model collapsed: perplexity {result.perplexity:.4g} was {result.perplexity_before:.4g} before. "
-            f"Keep more experts than {result.num_experts}, or try another --method; '{partial.folder}' is kept, and the "
-            "same command with --force accepts the result"
+            f"the pruned model collapsed: perplexity {result.perplexity:.4g}, {result.perplexity_before:.4g} before. "
+            f"Keep more experts than {result.num_experts}, or try another --method; '{partial.folder}' is kept, and "
+            "the same command with --force accepts the result"
         )
 
 

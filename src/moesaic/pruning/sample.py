@@ -69,7 +69,7 @@ class BlockSample:
         """Compute the router's logits, or the scores of moesaic's own, float32 [T, E]."""
         router = self.block.router
         if isinstance(router, Gate):
-            return router.exact_scores(self.input_TD, self.block.experts)
+            return router.exact_scores(self.input_TD, self.block.experts)  # pyrefly: ignore[bad-argument-type]
         return torch.cat([router(x_TD)[0].float() for x_TD in self.input_TD.split(BATCH_TOKENS)])
 
     def router_rows(self) -> Tensor:

@@ -63,8 +63,8 @@ class Source(ABC):
         found = [find_block(layer, number) for number, layer in enumerate(self.layerwise.layers)]
         if not any(found):
             raise InputError(
-                f"'{self.checkpoint.folder}' is no Mixture of Experts: no decoder layer of {self.checkpoint.architecture()} "
-                "has a router and experts; make one with moesaic convert"
+                f"'{self.checkpoint.folder}' is no Mixture of Experts: no decoder layer of "
+                f"{self.checkpoint.architecture()} has a router and experts; make one with moesaic convert"
             )
         return found
 
@@ -124,8 +124,8 @@ class StockSource(Source):
         named = [name for name in COUNTS if part.get(name) == count]
         if not named:
             raise InputError(
-                f"'{self.checkpoint.folder / 'config.json'}' does not say under {', '.join(COUNTS)} that there are {count} "
-                "experts; add the field that its architecture has"
+                f"'{self.checkpoint.folder / 'config.json'}' does not say under {', '.join(COUNTS)} that there are "
+                f"{count} experts; add the field that its architecture has"
             )
         part |= dict.fromkeys(named, keep)
         if part.get(MTP_LAYERS) and self._beyond():
@@ -169,7 +169,9 @@ class StockSource(Source):
         generation = self.checkpoint.folder / "generation_config.json"
         if generation.is_file():
             shutil.copyfile(generation, partial.folder / generation.name)
-        note = f"{len(beyond)} tensors of layers that predict further tokens were left out: their experts are not pruned"
+        note = (
+            f"{len(beyond)} tensors of layers that predict further tokens were left out: their experts are not pruned"
+        )
         return [note] if beyond else []
 
 
@@ -204,8 +206,8 @@ class ConvertedSource(Source):
         recurrent = isinstance(router, Gate) and router.first_layer_names
         if isinstance(router, SigmoidGate) or recurrent or not any(p.ndim > 1 for p in router.parameters()):
             raise InputError(
-                f"'{folder}' has the router '{self.converted.config.router}', which looks at all experts or other layers; "
-                "only routers that score each expert of a layer for itself are pruned, such as 'linear'"
+                f"'{folder}' has the router '{self.converted.config.router}', which looks at all experts or other "
+                "layers; only routers that score each expert of a layer for itself are pruned, such as 'linear'"
             )
 
     def config(self, keep: int) -> Any:

@@ -224,7 +224,9 @@ def _spread(value: float, deviation: float | None) -> str:
 
 def show_pruning(console: Console, p: PruningResult) -> None:
     """Source against pruned, and what to do next."""
-    grid = _grid(f"{p.output}: {p.num_experts} of {p.num_experts_before} experts, by {p.method}", "", "before", "pruned")
+    grid = _grid(
+        f"{p.output}: {p.num_experts} of {p.num_experts_before} experts, by {p.method}", "", "before", "pruned"
+    )
     grid.add_row("experts a layer", f"{p.num_experts_before:,}", f"{p.num_experts:,}")
     grid.add_row("parameters", f"{p.total_parameters_before:,}", f"{p.total_parameters:,}")
     grid.add_row("perplexity (held-out text)", f"{p.perplexity_before:.2f}", f"{p.perplexity:.2f}")
