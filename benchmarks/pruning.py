@@ -22,7 +22,7 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.sources import resolve
 from moesaic.machine import machine, versions
 
-METHODS = ("naee", "reap", "frequency", "router-norm", "merge", "random")
+METHODS = ("reap", "frequency", "router-norm", "merge", "random", "naee")
 SEEDED = ("naee", "random")
 
 

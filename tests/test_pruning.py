@@ -124,7 +124,9 @@ def test_what_is_written_is_the_sources_layout_with_fewer_experts(name, folders,
     assert changed <= {"num_experts", "num_local_experts", "n_routed_experts"}
     assert len(changed) == 1
     assert set(after.names()) <= set(before.names())
-    assert all((out / file).is_file() for file in ("tokenizer.json", "LICENSE", "moesaic.yaml", "pruning.json"))
+    assert all(
+        (out / file).is_file() for file in ("tokenizer.json", "LICENSE", "moesaic.yaml", "pruning.json", "README.md")
+    )
     kept = [layer.kept for layer in result.layers]
     for key in after.names():
         tensor, old = after.read(key), before.read(key)

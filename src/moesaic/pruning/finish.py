@@ -26,8 +26,27 @@ from ..machine import free_memory, give_back_memory
 from ..models.layerwise import LayerwiseModel
 from ..moe.modeling import MODEL_TYPE
 from ..plan import Plan
+from ..report.card import METADATA
 from ..results import Json, LayerRecord, PrunedLayer, PruningResult
 from .sources import ConvertedSource
+
+CARD = """\
+---
+{metadata}---
+# {model} with {p.num_experts} of {p.num_experts_before} experts a layer
+
+Pruned from `{model}` by [moesaic](https://pypi.org/project/moesaic) {version}: method `{p.method}`, recovery
+`{p.recovery}`, seed {p.seed}. Architecture and tensor names are the source's, so what loads that loads this.
+
+| | before | this model |
+|---|---|---|
+| parameters | {p.total_parameters_before:,} | {p.total_parameters:,} |
+| perplexity | {p.perplexity_before:.3f} | {p.perplexity:.3f} |
+
+Perplexity: {text.text}, {text.tokens} tokens in windows of {text.window}, data sha256 `{text.data_sha256:.16}`.
+Everything else is in `moesaic.yaml` and `pruning.json`. The licence is the source's; its files are here too, if it had
+any.
+"""
 
 
 def parameters(model: PreTrainedModel) -> int:
@@ -62,6 +81,19 @@ def stock_error(made: Path, layerwise: LayerwiseModel, tokens_1L: Tensor, expect
             f"tokens from its run layer by layer, more than {TOLERANCE}"
         )
     return (found_LV - expected_LV).abs().max().item()
+
+
+def finish_stock(made: Path, settings: Json, result: PruningResult) -> None:
+    """Write `moesaic.yaml` and the model card of a stock model that was pruned."""
+    (made / CONFIG_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
+    metadata: Json = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    metadata |= {name: settings[name] for name in METADATA if settings.get(name)}
+    metadata["tags"] = ["mixture-of-experts", "moesaic"]
+    text = CARD.format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True), model=result.model, p=result,
+        version=result.versions["moesaic"], text=result.perplexity_protocol,
+    )  # fmt: skip
+    (made / "README.md").write_text(text, encoding="utf-8")
 
 
 def finish_converted(source: ConvertedSource, folder: Path, made: Path, settings: Json, result: PruningResult) -> None:

@@ -139,9 +139,9 @@ def self_test(block: MoEBlock, fewer: MoEBlock, sample: BlockSample, kept: Kept,
     Raises:
         WorkError: outputs differ by more than the rounding of the dtype.
     """
-    few = replace(sample, input_TD=sample.input_TD[:TEST_TOKENS])
-    expected_TD = routed(block, few.masked(kept.experts), few.input_TD)
-    found_TD = routed(fewer, fewer.route(few.input_TD), few.input_TD)
+    x_TD = sample.input_TD[:TEST_TOKENS]
+    expected_TD = routed(block, sample.masked(kept.experts)(x_TD), x_TD)
+    found_TD = routed(fewer, fewer.route(x_TD), x_TD)
     eps = max(torch.finfo(found_TD.dtype).eps, 1e-5)
     if not (found_TD - expected_TD).float().norm() <= 4 * eps * expected_TD.float().norm():
         raise WorkError(f"self-test failed in layer {index}: its experts do not say what they said in the source")

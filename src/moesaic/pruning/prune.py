@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
 from torch import Tensor
 
 from .. import registry
 from ..calibration.text import bundled, text_hash
 from ..checkpoint.facts import copy_terms, origin
-from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, claim_output
+from ..checkpoint.writer import ResumableOutput, claim_output
 from ..config import PruneConfig
 from ..errors import WorkError
 from ..files import write_json
@@ -20,7 +19,7 @@ from ..given import path
 from ..machine import give_back_memory, machine, peak_rss_bytes, versions
 from ..models.integrity import check_numbers
 from ..results import Json, PerplexityProtocol, PrunedLayer, PruningResult
-from .finish import finish_converted, parameters, stock_error
+from .finish import finish_converted, finish_stock, parameters, stock_error
 from .layer import PruningStates, prune_layer
 from .prepare import Pruning, begun_dtype, prepare
 from .sources import ConvertedSource
@@ -195,7 +194,7 @@ def finish(pruning: Pruning, partial: ResumableOutput, result: PruningResult, st
         if isinstance(pruning.source, ConvertedSource):
             finish_converted(pruning.source, pruning.folder, made, settings, result)
         else:
-            (made / CONFIG_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
+            finish_stock(made, settings, result)
         error = stock_error(made, layerwise, tokens_1L, expected_LV)
         found.append(PruningResult.from_dict(result.to_dict() | {"max_abs_logit_error": error}))
         write_json(made / RESULT_FILE, found[0].to_dict())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.layerwise import BATCH_TOKENS
-from ..models.moe_block import MoEBlock, Routing
+from ..models.moe_block import Decide, MoEBlock, Routing
 from ..routing.base import Gate
 
 Axes = Mapping[str, int]
@@ -43,15 +43,8 @@ class BlockSample:
 
         With `kept_N` the router has no other experts.
         """
-        block = self.block if kept_N is None else replace(self.block, router=cut(self.block.router, kept_N, self.axes))
-        count = self.num_experts if kept_N is None else len(kept_N)
-        found = [dense(block.route(x_TD), count) for x_TD in self.input_TD.split(BATCH_TOKENS)]
-        weight_TN = torch.cat(found)
-        if kept_N is None:
-            return weight_TN
-        weight_TE = weight_TN.new_zeros(len(weight_TN), self.num_experts)
-        weight_TE[:, kept_N.to(weight_TE.device)] = weight_TN
-        return weight_TE
+        decide = self.block.route if kept_N is None else self.masked(kept_N)
+        return torch.cat([dense(decide(x_TD), self.num_experts) for x_TD in self.input_TD.split(BATCH_TOKENS)])
 
     def output(self, expert: int, token: Tensor) -> Tensor:
         """Compute what one expert says to some of the tokens, without the router's factor."""
@@ -86,12 +79,17 @@ class BlockSample:
         pick = torch.randperm(len(self.input_TD), generator=generator)[:tokens].sort().values
         return replace(self, input_TD=self.input_TD[pick.to(self.input_TD.device)])
 
-    def masked(self, kept_N: Tensor) -> Routing:
-        """Decide for all tokens as the router does without the other experts, by the source's numbers."""
+    def masked(self, kept_N: Tensor) -> Decide:
+        """Make the decision of the router without the other experts, by the source's numbers."""
         block = replace(self.block, router=cut(self.block.router, kept_N, self.axes))
-        index_TK, weight_TK = block.route(self.input_TD)
-        number_N = torch.cat([kept_N.to(index_TK.device), index_TK.new_tensor([self.num_experts])])
-        return Routing(number_N[index_TK], weight_TK)
+        none = torch.tensor([self.num_experts])
+        number_N = torch.cat([kept_N.cpu(), none]).to(self.input_TD.device)
+
+        def decide(hidden_TD: Tensor) -> Routing:
+            index_TK, weight_TK = block.route(hidden_TD)
+            return Routing(number_N[index_TK], weight_TK)
+
+        return decide
 
 
 def dense(routing: Routing, count: int) -> Tensor:

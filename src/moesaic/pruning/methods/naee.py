@@ -35,7 +35,7 @@ class Naee(Pruner):
 
     sets: Annotated[int, Field(ge=0)] = 2_000
     """Sets that are tried at most."""
-    tokens: Annotated[int, Field(gt=0)] = 4_096
+    tokens: Annotated[int, Field(gt=0)] = 2_048
     """Calibration tokens that errors are measured on at most; E² numbers are kept of each."""
     swaps: Annotated[int, Field(ge=0)] = 1
     """Rounds of exchanges after the removals, each over all pairs of a kept and a removed expert."""
