@@ -22,7 +22,7 @@ from moesaic.partition import Partitioner
 ROOT = Path(__file__).parent.parent
 OUTSIDERS = {
     "partition": "EveryOther", "router": "Squared", "selection": "AboveMean", "recovery": "Rescale",
-    "method": "OnlyShared", "format": "Qwen3Moe",
+    "method": "OnlyShared", "format": "Qwen3Moe", "pruning": "Weighty",
 }  # fmt: skip
 SETTINGS = {"partition": "EveryOther", "router": "Squared", "selection": "AboveMean", "recovery": "Rescale"}
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .adaptation.adapt import adapt
     from .comparison.frontier import frontier
     from .comparison.rows import Measurement
-    from .config import AdaptConfig, ConvertConfig, FinetuneConfig
+    from .config import AdaptConfig, ConvertConfig, FinetuneConfig, PruneConfig
     from .conversion.convert import convert
     from .conversion.plans import plans
     from .errors import InputError, WorkError
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .formats.loading import load
     from .models.moe_block import MoEBlock, Routing, find_blocks, routed_by
     from .plan import Plan
+    from .pruning.prune import prune
     from .serving.generate import complete
     from .training.finetune import finetune
 
@@ -42,6 +43,7 @@ PUBLIC = {
     "Measurement": "comparison.rows",
     "MoEBlock": "models.moe_block",
     "Plan": "plan",
+    "PruneConfig": "config",
     "Routing": "models.moe_block",
     "WorkError": "errors",
     "adapt": "adaptation.adapt",
@@ -58,6 +60,7 @@ PUBLIC = {
     "inspect_oracle": "evaluation.oracle",
     "load": "formats.loading",
     "plans": "conversion.plans",
+    "prune": "pruning.prune",
     "routed_by": "models.moe_block",
 }
 """Public names and the modules that they are in, imported when they are first used (PEP 562)."""
@@ -88,6 +91,7 @@ __all__ = [
     "Measurement",
     "MoEBlock",
     "Plan",
+    "PruneConfig",
     "Routing",
     "WorkError",
     "adapt",
@@ -104,5 +108,6 @@ __all__ = [
     "inspect_oracle",
     "load",
     "plans",
+    "prune",
     "routed_by",
 ]

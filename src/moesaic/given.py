@@ -71,6 +71,8 @@ LIMITS = {
     "rounds": Limit(1, 10_000),
     "max_new_tokens": Limit(1, COUNT),
     "temperature": Limit(0, 100, whole=False),
+    "experts": Limit(1, COUNT),
+    "ratio": Limit(0, 1, whole=False),
 }
 """By the name of the setting: on the command line `--memory-factor`, in recipes and Python `memory_factor`."""
 OPTION = Limit(-TOKENS, TOKENS, whole=False)

@@ -47,6 +47,7 @@ STAGES = {
     "recovery": Stage("moesaic.recovery", "moesaic.recovery.base:Recovery"),
     "method": Stage("moesaic.training.methods", "moesaic.training.methods.base:Method"),
     "learner": Stage("moesaic.adaptation.learners", "moesaic.adaptation.learners.base:Learner"),
+    "pruning": Stage("moesaic.pruning.methods", "moesaic.pruning.methods.base:Pruner"),
     "format": Stage("moesaic.formats.architectures", "moesaic.formats.base:Format"),
 }
 """By the name of the option that chooses a method."""

@@ -25,6 +25,7 @@ from . import (
     generate,
     inspect,
     plan,
+    prune,
     quiet,
     streams,
 )
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (plan, convert, finetune, adapt, export, generate, evaluate, benchmark, inspect, frontier, demo):
+for verb in (plan, convert, finetune, adapt, prune, export, generate, evaluate, benchmark, inspect, frontier, demo):
     app.command()(getattr(verb, verb.__name__.rpartition(".")[2]))
 
 

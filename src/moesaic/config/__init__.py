@@ -2,7 +2,8 @@
 
 from .adaptation import AdaptConfig
 from .conversion import ConvertConfig
+from .pruning import PruneConfig
 from .settings import Settings
 from .training import FinetuneConfig
 
-__all__ = ["AdaptConfig", "ConvertConfig", "FinetuneConfig", "Settings"]
+__all__ = ["AdaptConfig", "ConvertConfig", "FinetuneConfig", "PruneConfig", "Settings"]

@@ -51,6 +51,7 @@ RecoveryField = Annotated[object, *_field("recovery")]
 FormatField = Annotated[object, *_field("format")]
 MethodField = Annotated[object, *_field("method")]
 LearnerField = Annotated[object, *_field("learner")]
+PrunerField = Annotated[object, *_field("pruning")]
 
 
 def read_yaml(file: Path) -> Any:

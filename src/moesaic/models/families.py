@@ -25,6 +25,8 @@ ATTENTION = "self_attn"
 """A decoder layer's attention."""
 LAYERS = "model.layers."
 """How the names of all layers' tensors begin in a text model's checkpoint."""
+EXPERT_PARTS = (("gate_proj", "up_proj"), ("w1", "w3"), ("down_proj",), ("w2",))
+"""What checkpoints call the matrices of one expert, in the order in which transformers joins them."""
 EMBEDDINGS, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 

@@ -6,7 +6,8 @@ Shapes: N sequences, L tokens in one, D hidden size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.reader import Checkpoint
 from ..compat import tied_weights
-from .families import check_convertible, decoder_layers, layers_prefix, text_config, text_tower
+from ..errors import InputError
+from .families import EXPERT_PARTS, check_convertible, decoder_layers, layers_prefix, text_config, text_tower
 from .integrity import check_contents, check_finite, model_on_meta, read_config
 
 log = logging.getLogger("moesaic")
 BATCH_TOKENS = 2_048
 """Tokens that run through a layer at once: enough for products at full speed, few for memory."""
+EXPERT = re.compile(r"(?P<before>.*\bexperts\.)(?P<number>\d+)\.(?P<part>\w+)\.weight")
+"""The name of one expert's matrix in a checkpoint that keeps each for itself."""
 
 
 class Stub(nn.Module):
@@ -66,15 +70,61 @@ def text_names(whole: PreTrainedModel, text: PreTrainedModel, found: dict[str, l
     return {name: sources for name, sources in named.items() if name in text.state_dict()}
 
 
+class Joined:
+    """One tensor [E, ...] of a model whose parts are each expert's own in the checkpoint, as Mixtral's and Qwen's are.
+
+    Args:
+        name: the model's.
+        sources: the checkpoint's, of all experts.
+
+    Raises:
+        InputError: parts that are not known.
+    """
+
+    def __init__(self, name: str, sources: list[str]) -> None:
+        found = [EXPERT.fullmatch(source) for source in sources]
+        parts = {match["part"] for match in found if match}
+        order = next((known for known in EXPERT_PARTS if parts == set(known)), ())
+        if not order or not all(found):
+            raise InputError(
+                f"'{name}' is joined of {sources[0]} and {len(sources) - 1} more, in an order not known here"
+            )
+        self.parts = order
+        self.before = next(match["before"] for match in found if match)
+        self.experts = 1 + max(int(match["number"]) for match in found if match)
+
+    def sources(self, expert: int) -> list[str]:
+        """Name the checkpoint's tensors of one expert, in the order in which they are joined."""
+        return [f"{self.before}{expert}.{part}.weight" for part in self.parts]
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Put the experts' own tensors together."""
+        return torch.stack([torch.cat([tensors[n] for n in self.sources(e)]) for e in range(self.experts)])
+
+    def separate(self, joined: Tensor) -> dict[str, Tensor]:
+        """Take them apart again, numbered from 0, however many there are."""
+        rows = [row.chunk(len(self.parts)) for row in joined]
+        return {name: part for e, row in enumerate(rows) for name, part in zip(self.sources(e), row, strict=True)}
+
+
 class LayerwiseModel:
     """A checkpoint whose decoder layers are loaded when used; everything around them stays in memory.
 
     The family's own forward runs with stubs for layers, which yields what each layer is called with (masks, rotary
     embeddings) and, given the last hidden states, the logits: no family's forward is written again. Of a
     vision-language model it is the text part.
+
+    Args:
+        folder: the checkpoint's.
+        dtype: to calculate in.
+        device: to calculate on.
+        experts: whether its layers may be Mixtures of Experts; else every layer has a dense FFN.
+
+    Raises:
+        InputError: damaged, or no such layers.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, *, experts: bool = False) -> None:
         self.checkpoint = Checkpoint(folder)
         self.dtype, self.device = dtype, device
         whole = model_on_meta(read_config(folder), folder, dtype)
@@ -83,13 +133,25 @@ class LayerwiseModel:
         if self.model is not whole:
             log.warning("%s takes images too; its text part alone is converted", whole.config.model_type)
             found = text_names(whole, self.model, found)
+        self.take_layers()
+        if not experts:
+            check_convertible(self.layers)
+        self.on_disk = {name: sources[0] for name, sources in found.items() if len(sources) == 1}
+        """The checkpoint's names by the model's, of what both have as one tensor."""
+        several = {name: sources for name, sources in found.items() if len(sources) > 1}
+        self.joined = {name: Joined(name, sources) for name, sources in several.items()}
+        """By the model's name, what the checkpoint has in parts."""
+        if split := [name for name, sources in found.items() if not sources]:
+            raise InputError(
+                f"'{folder}': {split[0]} is a part of another tensor there, which is not read layer by layer"
+            )
+
+    def take_layers(self) -> None:
+        """Put stubs in the place of the model's decoder layers, which stay without weights until `layer` loads one."""
         self.model.eval()
         self.layers = list(decoder_layers(self.model))
-        check_convertible(self.layers)
         self.stubs = [Stub() for _ in self.layers]
         self.prefix = layers_prefix(self.model)
-        self.on_disk = {name: source for name, (source, *_) in found.items()}
-        """The checkpoint's names by the model's."""
         text_tower(self.model).layers = nn.ModuleList(self.stubs)
 
     @property
@@ -103,6 +165,9 @@ class LayerwiseModel:
             InputError: one is NaN or infinite.
         """
         check_finite(self._tensors(list(self.on_disk)), self.checkpoint.folder)
+        for joined in self.joined.values():
+            sources = [source for expert in range(joined.experts) for source in joined.sources(expert)]
+            check_finite(self.checkpoint.items(sources), self.checkpoint.folder)
 
     def embeddings_and_head(self) -> Iterator[tuple[str, Tensor]]:
         """Read embeddings, final norm and head by name, as on disk; tied ones once."""
@@ -133,14 +198,21 @@ class LayerwiseModel:
         """Forget what `load_embeddings_and_head` loaded, to make room."""
         self.model.to("meta")
 
+    def layer_tensors(self, index: int) -> dict[str, Tensor]:
+        """Read a decoder layer's tensors by their name in the layer, as on disk but for experts, which are joined."""
+        prefix = f"{self.prefix}{index}."
+        found = dict(self._tensors([name for name in self.on_disk if name.startswith(prefix)]))
+        for name, joined in self.joined.items():
+            if name.startswith(prefix):
+                sources = [source for expert in range(joined.experts) for source in joined.sources(expert)]
+                found[name] = joined.join(dict(self.checkpoint.items(sources)))
+        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Load a decoder layer with its dense weights; on leaving, its memory is released."""
-        layer, prefix = self.layers[index], f"{self.prefix}{index}."
-        tensors = {
-            name.removeprefix(prefix): tensor.to(self.device, self.dtype)
-            for name, tensor in self._tensors([name for name in self.on_disk if name.startswith(prefix)])
-        }
+        """Load a decoder layer with its weights; on leaving, its memory is released."""
+        layer = self.layers[index]
+        tensors = {name: tensor.to(self.device, self.dtype) for name, tensor in self.layer_tensors(index).items()}
         layer.load_state_dict(tensors, strict=False, assign=True)
         try:
             yield layer
@@ -169,8 +241,15 @@ class LayerwiseModel:
         """Compute the next-token losses in nats from the last layer's output [N, L, D]: float32 [N, L - 1]."""
         losses = []
         for tokens_1L, hidden_1LD in zip(tokens_NL.split(1), hidden_NLD.split(1), strict=True):
-            self.stubs[-1].replacement = hidden_1LD
-            logits = self.model(input_ids=tokens_1L.to(self.device), use_cache=False).logits[0, :-1]
+            logits = self.logits(tokens_1L, hidden_1LD)[:-1]
             losses.append(cross_entropy(logits.float(), tokens_1L[0, 1:].to(self.device), reduction="none"))
-        self.stubs[-1].replacement = None
         return torch.stack(losses)
+
+    @torch.no_grad()
+    def logits(self, tokens_1L: Tensor, hidden_1LD: Tensor) -> Tensor:
+        """Compute the logits [L, V] of one sequence from the last layer's output."""
+        self.stubs[-1].replacement = hidden_1LD
+        try:
+            return self.model(input_ids=tokens_1L.to(self.device), use_cache=False).logits[0]
+        finally:
+            self.stubs[-1].replacement = None

@@ -18,6 +18,7 @@ from ..results import (
     FrontierSummary,
     Inspection,
     Plans,
+    PruningResult,
 )
 from .console import command, here, offer
 from .grid import grid as _grid
@@ -230,3 +231,27 @@ def show_frontier(console: Console, f: FrontierResult, folder: str) -> None:
 def _spread(value: float, deviation: float | None) -> str:
     """`1.234 ±.056`, or the value alone."""
     return f"{value:.3f}" + ("" if deviation is None else f" ±{deviation:.3f}".replace("±0", "±"))
+
+
+def show_pruning(console: Console, p: PruningResult) -> None:
+    """Source against pruned, and what to do next."""
+    grid = _grid(
+        f"{p.output}: {p.num_experts} of {p.num_experts_before} experts, by {p.method}", "", "before", "pruned"
+    )
+    grid.add_row("experts a layer", f"{p.num_experts_before:,}", f"{p.num_experts:,}")
+    grid.add_row("parameters", f"{p.total_parameters_before:,}", f"{p.total_parameters:,}")
+    grid.add_row("perplexity (held-out text)", f"{p.perplexity_before:.2f}", f"{p.perplexity:.2f}")
+    console.print(grid)
+    for note in p.notes:
+        _say(console, note, "yellow")
+    unreached = {r.layer: [e for e, n in zip(r.kept, r.expert_tokens, strict=False) if not n] for r in p.layers}
+    if any(unreached.values()):
+        some = {layer: experts for layer, experts in unreached.items() if experts}
+        _say(console, f"no calibration token runs these kept experts (layer: experts): {some}", "yellow")
+    if p.collapsed:
+        _say(console, "this model collapsed; it was kept because of --force", "bold red")
+    if p.max_abs_logit_error is None:
+        _say(console, "it does not fit in memory, so it was not loaded whole to check it", "yellow")
+    _say(console, f"{p.seconds:.0f} s, peak memory {p.peak_rss_bytes / 1e9:.2f} GB. Next:")
+    for verb, *prompt in (("generate", "The first"), ("evaluate",)):
+        offer(console, command("moesaic", verb, here(p.output), *prompt), "  ")

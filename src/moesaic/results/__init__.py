@@ -8,6 +8,7 @@ from .evaluation import EvaluationResult, TaskScore
 from .experts import ExpertGroup, ExpertsInspection, OracleInspection, Passage, PassageToken
 from .export import ExportResult
 from .frontier import FrontierResult, FrontierRow, FrontierSummary, ShapeSpeed
+from .pruning import PrunedLayer, PruningResult
 from .speed import BenchmarkResult, Roof, Speed
 from .training import ExpertLoad, FinetuneResult, LoadChange
 
@@ -38,6 +39,8 @@ __all__ = [
     "PerplexityProtocol",
     "PlanChoice",
     "Plans",
+    "PrunedLayer",
+    "PruningResult",
     "Rate",
     "Result",
     "Roof",

@@ -1,0 +1,1 @@
+"""Fewer experts for models that are Mixtures of Experts already."""

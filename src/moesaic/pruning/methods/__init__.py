@@ -1,0 +1,5 @@
+"""Which experts stay: one method a file."""
+
+from .base import Kept, Pruner
+
+__all__ = ["Kept", "Pruner"]

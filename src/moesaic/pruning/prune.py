@@ -1,0 +1,203 @@
+"""The pipeline: Mixture of Experts, calibrate, choose, cut, recover, checkpoint; one decoder layer at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from .. import registry
+from ..calibration.text import bundled, text_hash
+from ..checkpoint.facts import copy_terms, origin
+from ..checkpoint.writer import ResumableOutput, claim_output
+from ..config import PruneConfig
+from ..errors import WorkError
+from ..files import write_json
+from ..given import path
+from ..machine import give_back_memory, machine, peak_rss_bytes, versions
+from ..models.integrity import check_numbers
+from ..results import Json, PerplexityProtocol, PrunedLayer, PruningResult
+from .finish import finish_converted, finish_stock, parameters, stock_error
+from .layer import PruningStates, prune_layer
+from .prepare import Pruning, begun_dtype, prepare
+from .sources import ConvertedSource
+
+RESULT_FILE = "pruning.json"
+Progress = Callable[[int, int, str], None]
+
+
+def prune(
+    model: str | Path,
+    output: str | Path,
+    config: PruneConfig | None = None,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> PruningResult:
+    """Leave out experts of a Mixture-of-Experts model and write the rest to `output`, in the source's own format.
+
+    Args:
+        model: hub id, folder, .gguf file or built-in name: of a stock architecture, or converted by moesaic.
+        output: the folder to make; it appears only when whole.
+        config: what to do; by default a quarter of the experts goes.
+        resume: go on with an unfinished pruning of the same model, data and configuration.
+        overwrite: replace `output` if it exists.
+        force: keep a collapsed result.
+        progress: called with (finished layers, all layers, note).
+
+    Returns:
+        What `pruning.json` in the output holds.
+
+    Raises:
+        InputError: something given cannot work; nothing costly was done.
+        WorkError: a self-test failed or the result collapsed.
+    """
+    start = time.monotonic()
+    output = path(output)
+    with claim_output(output, overwrite):
+        pruning = prepare(str(model), config or PruneConfig(ratio=0.25), begun_dtype(output) if resume else None)
+        pruning.check_space(output)
+        pruning.source.layerwise.check_finite()
+        partial = ResumableOutput(output, pruning.fingerprint, resume)
+        records = [PrunedLayer.from_dict(record, str(partial.folder)) for record in partial.layers]
+        start -= sum(record.seconds for record in records)
+        states = prune_layers(pruning, partial, records, progress or (lambda done, count, note: None))
+        notes = write_rest(pruning, partial)
+        result = measure(pruning, output, records, states, notes, start)
+        check_collapse(result, partial, force)
+        return finish(pruning, partial, result, states)
+
+
+def prune_layers(
+    pruning: Pruning, partial: ResumableOutput, records: list[PrunedLayer], report: Progress
+) -> PruningStates:
+    """Prune the layers that are not finished, and add to `records`.
+
+    Returns:
+        What leaves the last layer.
+
+    Raises:
+        WorkError: a self-test failed.
+        StorageError: the disk is full.
+    """
+    layerwise, keep = pruning.source.layerwise, pruning.keep
+    layerwise.load_embeddings_and_head()
+    found = partial.hidden(layerwise.device, layerwise.dtype)
+    if found is None:
+        states = PruningStates.embed(layerwise, pruning.calibration_NL, pruning.held_out_NL)
+        partial.start(states.tensors())
+    else:
+        states = PruningStates(**found)
+        layerwise.embed(pruning.held_out_NL[:1])  # so that it knows how to call layers on such lengths
+    count = len(layerwise.layers)
+    for index in range(len(records), count):
+        report(index, count, f"expert error {records[-1].error:.3f}" if records else "")
+        tensors, states, record = prune_layer(pruning, index, states)
+        partial.add_layer(pruning.source.on_disk(index, tensors, keep), states.tensors(), record.to_dict())
+        records.append(record)
+    report(count, count, "checking")
+    return states
+
+
+def write_rest(pruning: Pruning, partial: ResumableOutput) -> list[str]:
+    """Write what is in OUT beside layers and results; returns what people should know of it."""
+    notes = pruning.source.write_rest(partial, pruning.keep)
+    pruning.tokenizer.save_pretrained(partial.folder)
+    copy_terms(pruning.folder, partial.folder)
+    return notes
+
+
+def measure(
+    pruning: Pruning, output: Path, layers: list[PrunedLayer], states: PruningStates, notes: list[str], start: float
+) -> PruningResult:
+    """Measure a finished pruning; perplexities are `exp(mean loss)` on bundled held-out text."""
+    source, config, held_out_NL = pruning.source, pruning.config, pruning.held_out_NL
+    before, after = (perplexity(pruning, hidden) for hidden in (states.whole, states.pruned))
+    return PruningResult(
+        output=str(output),
+        model=pruning.model,
+        architecture=source.checkpoint.architecture(),
+        method=registry.text("pruning", config.method),
+        recovery=config.recovery,
+        num_experts_before=source.block.num_experts,
+        num_experts=pruning.keep,
+        num_experts_per_tok=source.block.num_experts_per_tok,
+        total_parameters_before=source.layerwise.parameters(),
+        total_parameters=parameters(source.pruned_model(pruning.keep)),
+        perplexity_before=before,
+        perplexity=after,
+        perplexity_protocol=PerplexityProtocol(
+            text="bundled held-out text, six domains",
+            tokens=held_out_NL.numel(),
+            window=held_out_NL.shape[1],
+            data_sha256=text_hash(bundled("heldout")),
+        ),
+        layers=layers,
+        max_abs_logit_error=None,
+        notes=notes,
+        collapsed=not after / before <= config.collapse_ratio,
+        seed=config.seed,
+        fingerprint=pruning.fingerprint,
+        compute_dtype=str(source.layerwise.dtype).removeprefix("torch."),
+        versions=versions(),
+        machine=machine(),
+        peak_rss_bytes=peak_rss_bytes(),
+        seconds=time.monotonic() - start,
+    )
+
+
+def perplexity(pruning: Pruning, hidden_NLD: Tensor) -> float:
+    """Compute `exp(mean loss)` of held-out text; what no number can hold becomes e^700, which is a collapse.
+
+    Raises:
+        WorkError: logits are NaN or infinite.
+    """
+    layerwise = pruning.source.layerwise
+    loss = layerwise.token_losses(pruning.held_out_NL, hidden_NLD).mean().double()
+    check_numbers({"the logits of held-out text": loss}, "after the last layer", layerwise.dtype)
+    return loss.clamp(max=700).exp().item()
+
+
+def check_collapse(result: PruningResult, partial: ResumableOutput, force: bool) -> None:
+    """Check that the pruned model still has its language.
+
+    Raises:
+        WorkError: it has lost it, and `force` does not accept that.
+    """
+    if result.collapsed and not force:
+        raise WorkError(
+            f"the pruned model collapsed: perplexity {result.perplexity:.4g}, {result.perplexity_before:.4g} before. "
+            f"Keep more experts than {result.num_experts}, or try another --method; '{partial.folder}' is kept, and "
+            "the same command with --force accepts the result"
+        )
+
+
+def finish(pruning: Pruning, partial: ResumableOutput, result: PruningResult, states: PruningStates) -> PruningResult:
+    """Check what was written as transformers loads it, give it its name, and return what `pruning.json` says then.
+
+    Raises:
+        WorkError: it does not say what the run layer by layer said.
+    """
+    layerwise, tokens_1L = pruning.source.layerwise, pruning.held_out_NL[:1]
+    expected_LV = layerwise.logits(tokens_1L, states.pruned[:1]).float().cpu()
+    layerwise.drop_embeddings_and_head()  # the check needs the room
+    give_back_memory()
+    settings: Json = {"pruning": pruning.config.model_dump(mode="json"), "model": pruning.model, "config": {}}
+    settings |= origin(pruning.model, pruning.folder) | {"fingerprint": pruning.fingerprint, "versions": versions()}
+    found: list[PruningResult] = []
+
+    def last(made: Path) -> None:
+        if isinstance(pruning.source, ConvertedSource):
+            finish_converted(pruning.source, pruning.folder, made, settings, result)
+        else:
+            finish_stock(made, settings, result)
+        error = stock_error(made, layerwise, tokens_1L, expected_LV)
+        found.append(PruningResult.from_dict(result.to_dict() | {"max_abs_logit_error": error}))
+        write_json(made / RESULT_FILE, found[0].to_dict())
+
+    partial.finish(last)
+    return found[0]
