@@ -79,7 +79,7 @@ demo: setup $(LLAMA_CPP)/.ready
 
 # trains the built-in tiny model anew (a quarter of an hour)
 tiny: setup
-	$(BIN)/python scripts/train_tiny.py src/moesaic/data/tiny
+	$(BIN)/python scripts/train_tiny.py tiny src/moesaic/data/tiny
 
 clean:
 	rm -rf $(VENV) dist demo-output demo-output.partial site

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from statistics import mean, stdev
 from typing import Any
 
+import adaptive_tables
 import speed_tables
 from measured import RESULTS, ROOT, grid, harness, measured, number, ratio, read, times
 
@@ -226,6 +227,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "first-tokens": first_tokens,
     "engines": speed_tables.engines,
     "training": training,
+    "adaptive-tiny-moe": lambda: adaptive_tables.adaptive("tiny-moe"),
+    "adaptive-gemma-270m": lambda: adaptive_tables.adaptive("gemma-270m"),
     "shapes-demo": lambda: speed_tables.shapes("demo"),
     "shapes-gemma-270m": lambda: speed_tables.shapes("gemma-270m"),
     "models": speed_tables.models,

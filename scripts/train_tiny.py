@@ -1,7 +1,9 @@
-"""Train the built-in `tiny` model: a 2.6 M parameter Llama on the bundled calibration text, in minutes on two cores.
+"""Train a built-in model on the bundled calibration text, in minutes on two cores.
 
-    python scripts/train_tiny.py src/moesaic/data/tiny [--minutes 14]
+    python scripts/train_tiny.py tiny src/moesaic/data/tiny
+    python scripts/train_tiny.py tiny-moe src/moesaic/data/tiny_moe
 
+`tiny` is a Llama of 2.6 M parameters, `tiny-moe` a Qwen3-MoE of 3.7 M: 16 experts a layer, 4 of which run for a token.
 Writes the checkpoint, its tokenizer and `training.json` with the loss (nats a token) on the bundled held-out text,
 which a test measures again.
 """
@@ -13,13 +15,51 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+)
+
+from moesaic.moe.modeling import DEFAULT_EXPERTS
 
 DATA = Path(__file__).parent.parent / "src" / "moesaic" / "data"
 VOCAB, WINDOW, BATCH, WARM_UP, PEAK_LR = 1024, 256, 24, 100, 3e-3
+COMMON = {
+    "vocab_size": VOCAB, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 2048,
+    "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "attention_dropout": 0.1,
+}  # fmt: skip
+
+
+class Recipe(NamedTuple):
+    """What is trained, and for how long by default."""
+
+    config: PreTrainedConfig
+    minutes: float
+
+
+RECIPES = {
+    "tiny": Recipe(
+        LlamaConfig(
+            hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=6, **COMMON
+        ), 14,
+    ),
+    "tiny-moe": Recipe(
+        Qwen3MoeConfig(
+            hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, num_experts=16,
+            num_experts_per_tok=4, moe_intermediate_size=88, norm_topk_prob=True, output_router_logits=True,
+            router_aux_loss_coef=0.01, **COMMON,
+        ), 16,
+    ),
+}  # fmt: skip
 
 
 def texts(name: str) -> list[str]:
@@ -46,26 +86,31 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, name: str) -> torch.Tensor:
     return torch.tensor([i for text in texts(name) for i in tokenizer(text)["input_ids"]])
 
 
-def held_out_loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
+def next_token_loss(model: PreTrainedModel, tokens_NL: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss in nats, without what a router's balance adds."""
+    logits = model(input_ids=tokens_NL).logits[:, :-1]
+    return cross_entropy(logits.flatten(0, 1).float(), tokens_NL[:, 1:].flatten())
+
+
+def held_out_loss(model: PreTrainedModel, tokens: torch.Tensor) -> float:
     """Mean next-token loss in nats over consecutive windows of WINDOW tokens."""
     model.eval()
     windows = tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)
     with torch.no_grad():
-        losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in windows.split(16)]
+        losses = [next_token_loss(model, part).item() * len(part) for part in windows.split(16)]
     model.train()
     return sum(losses) / len(windows)
 
 
-def main(out: Path, minutes: float) -> None:
+def main(name: str, out: Path, minutes: float | None) -> None:
     torch.manual_seed(0)
     tokenizer = train_tokenizer()
     train, held_out = token_stream(tokenizer, "calibration"), token_stream(tokenizer, "heldout")
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1, attention_dropout=0.1,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    config, usual = RECIPES[name]
+    minutes = minutes or usual
+    model = AutoModelForCausalLM.from_config(config)
+    if config.model_type != "llama":
+        model.set_experts_implementation(DEFAULT_EXPERTS)
     parameters = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": parameters[0], "weight_decay": 0.3}, {"params": parameters[1], "weight_decay": 0.0}],
@@ -91,6 +136,7 @@ def main(out: Path, minutes: float) -> None:
         if step % 100 == 0:
             best = held_out_loss(model, held_out)
             print(f"step {step}  train {loss.item():.3f}  held-out {best:.3f}  {progress:.0%}", flush=True)
+    model.config.output_router_logits = False
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     record = {
@@ -103,7 +149,8 @@ def main(out: Path, minutes: float) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=RECIPES)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=14.0)
+    parser.add_argument("--minutes", type=float, help="[default: 14, or 16 of tiny-moe]")
     arguments = parser.parse_args()
-    main(arguments.out, arguments.minutes)
+    main(arguments.name, arguments.out, arguments.minutes)

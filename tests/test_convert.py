@@ -3,6 +3,8 @@
 import itertools
 import json
 import shutil
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,9 +19,10 @@ from moesaic.calibration.windows import token_windows
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import ResumableOutput, check_space
 from moesaic.conversion import prepare as conversion
-from moesaic.evaluation.benchmark import experts_touched
+from moesaic.evaluation.benchmark import experts_chosen
 from moesaic.formats.fields import moesaic_fields
 from moesaic.models import devices
+from moesaic.routing.selection import Selection
 from moesaic.routing.selection.threshold import Threshold
 
 KEYS = {
@@ -341,7 +344,7 @@ def test_benchmark_counts_no_expert_as_none(opened):
         model(input_ids=torch.arange(16)[None])
         return 0.0
 
-    assert experts_touched(model, run) == [0.0] * len(model.model.layers)
+    assert experts_chosen(model, run).touched == [0.0] * len(model.model.layers)
 
 
 def test_selections_text_has_one_form(tmp_path):
@@ -349,11 +352,29 @@ def test_selections_text_has_one_form(tmp_path):
     assert convert("tiny", tmp_path / "out", config).format == "glm4_moe"
 
 
+@dataclass(frozen=True, kw_only=True)
+class AboveZero(Selection):
+    """Reads the scores alone."""
+
+    dynamic_top_k: ClassVar[bool] = True
+
+    def select(self, scores_TE, hidden_TD, gate):
+        return torch.arange(scores_TE.shape[-1]).where(scores_TE > 0, scores_TE.shape[-1])
+
+
 @pytest.mark.parametrize("router", ["linear", "sigmoid:intercept=True", "representative:balance_rounds=5"])
-def test_an_intercept_that_a_threshold_does_not_read_is_refused(tmp_path, router):
-    config = QUICK.model_copy(update={"plan": "S1A1E4", "router": router, "selection": "threshold"})
+def test_an_intercept_that_a_selection_does_not_read_is_refused(tmp_path, router):
+    config = QUICK.model_copy(update={"plan": "S1A1E4", "router": router, "selection": AboveZero()})
     with pytest.raises(InputError, match="does not read the intercept or balance that router"):
         convert("tiny", tmp_path / "out", config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_only_adapt_can_find_is_refused(tmp_path):
+    for selection in ("ada-k", "learned-threshold", "skip", "layer-k"):
+        config = QUICK.model_copy(update={"plan": "S1A1E4", "selection": selection})
+        with pytest.raises(InputError, match=f"moesaic adapt OUT ADAPTER --method {selection}"):
+            convert("tiny", tmp_path / "out", config)
     assert not list(tmp_path.iterdir())
 
 

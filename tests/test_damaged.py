@@ -17,7 +17,7 @@ from moesaic.errors import first_line
 from moesaic.formats import verify
 from moesaic.formats.converted import Converted
 from moesaic.models.integrity import check_runs
-from moesaic.training.state import RunFolder
+from moesaic.training.state import RunFolder, TrainingState
 
 SHORT = ("--window", "64", "--max-tokens", "256", "--device", "cpu")
 
@@ -182,9 +182,9 @@ def test_a_benchmark_needs_embeddings_for_its_prompts(folders):
 
 
 def test_a_state_that_is_no_file_starts_the_training_anew(tmp_path):
-    first = RunFolder(tmp_path / "out", {"model": "a"}, True)
+    first = RunFolder(TrainingState, tmp_path / "out", {"model": "a"}, True)
     (first.path / "state.pt").mkdir()
-    again = RunFolder(tmp_path / "out", {"model": "a"}, True)
+    again = RunFolder(TrainingState, tmp_path / "out", {"model": "a"}, True)
     assert [path.name for path in again.path.iterdir()] == ["fingerprint.json"]
 
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import conftest
 import moesaic
 from kills import moments, put, tree
-from moesaic import FinetuneConfig, InputError, WorkError
+from moesaic import AdaptConfig, FinetuneConfig, InputError, WorkError
 from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.checkpoint.sources import resolve
 from moesaic.comparison.frontier import frontier
@@ -36,25 +36,30 @@ EVALUATION = EvaluationResult(
 )  # fmt: skip
 CASES = [
     f"{verb}{over}" for over in ("", ", overwrite")
-    for verb in ("convert", "convert, not stock", "export", "export moesaic", "export gguf", "finetune")
+    for verb in (
+        "convert", "convert, not stock", "export", "export moesaic", "export gguf", "finetune", "adapt",
+        "adapt, calibrated", "adapt, inside",
+    )
 ] + ["finetune, cache"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def still(monkeypatch):
     """Let no time pass and no memory be used, so that equal runs write equal bytes; leave out what only reads."""
-    convert, layer, export, finetune = (
-        import_module(f"moesaic.{name}")
-        for name in ("conversion.convert", "conversion.layer", "formats.export", "training.finetune")
-    )
+    names = ("conversion.convert", "conversion.layer", "formats.export", "training.finetune", "adaptation.adapt")
+    convert, layer, export, finetune, adapt = (import_module(f"moesaic.{name}") for name in names)
     for module in (convert, layer):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))
-    for module in (convert, layer, finetune):
+    for module in (convert, layer, finetune, adapt):
         monkeypatch.setattr(module, "peak_rss_bytes", lambda: 1 << 30)
     for module in (convert, export):
         monkeypatch.setattr(module, "check", lambda source, made: FOUND)
     monkeypatch.setattr(finetune, "perplexity", lambda run, model, protocol: 9.0)
     monkeypatch.setattr(convert, "write_plots", lambda facts, folder: (folder / "expert_load.png").write_text("plot"))
+    monkeypatch.setattr(
+        adapt, "picture", lambda run, policy, found, folder: (folder / "experts.png").write_text("plot")
+    )
+    monkeypatch.setattr(adapt, "write_adaptation", lambda rows, facts, path: path.write_text("plot"))
     monkeypatch.setattr(finetune, "write_training", lambda rows, facts, path: path.write_text("plot"))
 
 
@@ -88,7 +93,17 @@ def calls(models, root):
             source, out, training, overwrite=overwrite, clock=lambda: 0.0, teacher_cache=cache
         )
 
+    def adapt(method, **changes):
+        config = AdaptConfig(
+            method=method, window=32, samples=8, batch=2, held_out=4, tokens=256, evaluations=2, device="cpu",
+            target_active=0.5, data=(str(models / "text.txt"),), **changes,
+        )  # fmt: skip
+        return lambda out, overwrite: moesaic.adapt(source, out, config, overwrite=overwrite, clock=lambda: 0.0)
+
     return {
+        "adapt": adapt("learned-threshold", steps=3),
+        "adapt, calibrated": adapt("top-p"),
+        "adapt, inside": adapt("learned-threshold", steps=3, inside=True),
         "convert": lambda out, overwrite: moesaic.convert(dense, out, SMALL, overwrite=overwrite),
         "export": lambda out, overwrite: moesaic.export(source, out, overwrite=overwrite),
         "export moesaic": lambda out, overwrite: moesaic.export(source, out, "moesaic", overwrite=overwrite),

@@ -51,17 +51,17 @@ def moesaic_command(*arguments):
 
 def test_objects_go_through_as_objects(mine):
     config = QUICK.model_copy(
-        update={"partition": mine.EveryOther(), "router": mine.Squared(), "selection": mine.AboveMean(margin=0.1),
+        update={"partition": mine.EveryOther(), "router": mine.Squared(), "selection": mine.AboveMean(threshold=0.1),
                 "recovery": mine.Rescale(), "plan": "S1A2E8"}
     )  # fmt: skip
     result = moesaic.convert("tiny", "out", config, force=True)
     assert result.partition == "my_methods:EveryOther"
     assert json.loads(Path("out/config.json").read_text())["router"] == "my_methods:Squared"
-    assert json.loads(Path("out/config.json").read_text())["selection"] == "my_methods:AboveMean:margin=0.1"
+    assert json.loads(Path("out/config.json").read_text())["selection"] == "my_methods:AboveMean:threshold=0.1"
     model, _ = moesaic.load("out")
     gate = model.model.layers[0].mlp.gate
     assert isinstance(gate, mine.SquaredGate)
-    assert gate.selection == mine.AboveMean(margin=0.1)
+    assert gate.selection == mine.AboveMean(threshold=0.1)
     tuned = moesaic.finetune(
         "out", "tuned", moesaic.FinetuneConfig(method=mine.OnlyShared(), steps=2, samples=16, window=64, held_out=4)
     )

@@ -85,8 +85,8 @@ def gate_with(selection, **fields):
     ("selection", "index"),
     [
         ("top-k", [[0, 2], [1, 3]]),
-        ("threshold:threshold=0.9", [[0, 4, 2, 4], [4, 1, 4, 4]]),
-        ("relative:threshold=0.5", [[0, 4, 2, 4], [4, 1, 4, 3]]),
+        ("threshold:threshold=0.9", [[0, 2], [1, 4]]),
+        ("relative:threshold=0.5", [[0, 4], [1, 3]]),  # of softmax shares: e^-1 is less than half
     ],
 )
 def test_selections_say_which_and_how_many(selection, index):
@@ -95,6 +95,18 @@ def test_selections_say_which_and_how_many(selection, index):
     routing = gate_with(selection)(x, None)
     assert routing.top_k_index.tolist() == index
     assert torch.equal(routing.top_k_weights, (routing.top_k_index < 4).float())
+
+
+@pytest.mark.parametrize("selection", ["threshold:threshold=0.9", "top-p:p=0.5", "relative:threshold=0.5"])
+def test_a_rule_reads_the_constant_that_a_router_adds(selection):
+    """A score and a constant that cancel out choose what no score would."""
+    x = torch.zeros(1, 8)
+    x[0, :4] = torch.tensor([3.0, 1.0, 2.0, 0.0])
+    gate, plain = gate_with(selection), gate_with(selection)
+    gate.e_score_correction_bias.data.copy_(torch.tensor([-3.0, 0.0, 0.0, 5.0]))
+    moved = x.clone()
+    moved[0, :4] += gate.e_score_correction_bias
+    assert gate(x, None).top_k_index.tolist() == plain(moved, None).top_k_index.tolist()
 
 
 @dataclass(frozen=True, kw_only=True)

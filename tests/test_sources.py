@@ -93,11 +93,12 @@ def test_a_piece_that_cannot_be_had_names_itself(cache, monkeypatch):
         mirrors.fetch_gguf("demo", builtin.cache_folder() / "demo" / "demo.gguf", Console(stderr=True))
 
 
-def test_tiny_is_small_and_as_good_as_recorded():
-    folder = builtin.tiny_folder()
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 6e6
+@pytest.mark.parametrize(("name", "most"), [("tiny", 6e6), ("tiny-moe", 8e6)])
+def test_what_is_shipped_is_small_and_as_good_as_recorded(name, most):
+    folder = builtin.shipped_folder(name)
+    assert sum(path.stat().st_size for path in folder.iterdir()) < most
     record = json.loads((folder / "training.json").read_text())
-    model, tokenizer = load("tiny", dtype=torch.float32)
+    model, tokenizer = load(name, dtype=torch.float32)
     from moesaic.calibration.text import bundled
 
     tokens = torch.tensor([i for d in bundled("heldout") for i in tokenizer(d.text, verbose=False)["input_ids"]])

@@ -138,6 +138,7 @@ def test_evaluate(call, converted):
     ("extra", "arguments"),
     [
         ("train", ["finetune", "out", "trained", "--steps", "1"]),
+        ("train", ["adapt", "tiny-moe", "adapted"]),
         ("export", ["export", "out", "out.gguf"]),
         ("plots", ["benchmark", "out", "--plot", "roofline.png"]),
     ],

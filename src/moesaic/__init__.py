@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .adaptation.adapt import adapt
     from .comparison.frontier import frontier
     from .comparison.rows import Measurement
-    from .config import ConvertConfig, FinetuneConfig, PruneConfig
+    from .config import AdaptConfig, ConvertConfig, FinetuneConfig, PruneConfig
     from .conversion.convert import convert
     from .conversion.plans import plans
     from .errors import InputError, WorkError
     from .evaluation.benchmark import benchmark
     from .evaluation.evaluate import evaluate
+    from .evaluation.experts import inspect_experts
     from .evaluation.inspect import inspect
+    from .evaluation.oracle import inspect_oracle
     from .formats.export import export
     from .formats.loading import load
     from .models.moe_block import MoEBlock, Routing, find_blocks, routed_by
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from .training.finetune import finetune
 
 PUBLIC = {
+    "AdaptConfig": "config",
     "ConvertConfig": "config",
     "FinetuneConfig": "config",
     "InputError": "errors",
@@ -42,6 +46,7 @@ PUBLIC = {
     "PruneConfig": "config",
     "Routing": "models.moe_block",
     "WorkError": "errors",
+    "adapt": "adaptation.adapt",
     "benchmark": "evaluation.benchmark",
     "complete": "serving.generate",
     "convert": "conversion.convert",
@@ -51,6 +56,8 @@ PUBLIC = {
     "finetune": "training.finetune",
     "frontier": "comparison.frontier",
     "inspect": "evaluation.inspect",
+    "inspect_experts": "evaluation.experts",
+    "inspect_oracle": "evaluation.oracle",
     "load": "formats.loading",
     "plans": "conversion.plans",
     "prune": "pruning.prune",
@@ -77,6 +84,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "AdaptConfig",
     "ConvertConfig",
     "FinetuneConfig",
     "InputError",
@@ -86,6 +94,7 @@ __all__ = [
     "PruneConfig",
     "Routing",
     "WorkError",
+    "adapt",
     "benchmark",
     "complete",
     "convert",
@@ -95,6 +104,8 @@ __all__ = [
     "finetune",
     "frontier",
     "inspect",
+    "inspect_experts",
+    "inspect_oracle",
     "load",
     "plans",
     "prune",

@@ -36,6 +36,9 @@ class Limit:
 TOKENS, COUNT = 100_000_000, 1_000_000
 LIMITS = {
     "active": Limit(0, 1, whole=False, open=True, hint="a share of the FFN, such as 0.5,"),
+    "target_active": Limit(
+        0, 1, whole=False, open=True, hint="a share of the model's own number of experts, such as 0.7,"
+    ),
     "memory_factor": Limit(0.01, 64, whole=False),
     "expert_width": Limit(1, COUNT),
     "tokens": Limit(1, TOKENS),

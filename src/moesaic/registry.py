@@ -46,6 +46,7 @@ STAGES = {
     "selection": Stage("moesaic.routing.selection", "moesaic.routing.selection.base:Selection"),
     "recovery": Stage("moesaic.recovery", "moesaic.recovery.base:Recovery"),
     "method": Stage("moesaic.training.methods", "moesaic.training.methods.base:Method"),
+    "learner": Stage("moesaic.adaptation.learners", "moesaic.adaptation.learners.base:Learner"),
     "pruning": Stage("moesaic.pruning.methods", "moesaic.pruning.methods.base:Pruner"),
     "format": Stage("moesaic.formats.architectures", "moesaic.formats.base:Format"),
 }

@@ -1,4 +1,4 @@
-"""Built-in models: `tiny` ships in the package, the others are fetched once from the hub or, failing that, a mirror."""
+"""Built-in models: two ship in the package, the others are fetched once from the hub or, failing that, a mirror."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ BUILTINS = {
         "gemma",
     ),
 }
-NAMES = ("tiny", *BUILTINS)
+SHIPPED = ("tiny", "tiny-moe")
+"""In the package: a dense model and a Mixture-of-Experts, trained by `scripts/train_tiny.py`."""
+NAMES = (*SHIPPED, *BUILTINS)
 
 
 def known_as(model: str) -> str:
@@ -46,6 +48,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MOESAIC_CACHE") or Path(base) / "moesaic")
 
 
+def shipped_folder(name: str) -> Path:
+    """Find the folder of a model that is in the package."""
+    return Path(str(files("moesaic"))) / "data" / name.replace("-", "_")
+
+
 def tiny_folder() -> Path:
     """Find the folder of the bundled `tiny` model."""
-    return Path(str(files("moesaic"))) / "data" / "tiny"
+    return shipped_folder("tiny")

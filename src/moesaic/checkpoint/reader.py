@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from os.path import isfile  # of a name that no file can have it says no
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,18 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 """Dtypes of weights as safetensors names them; all others are some kind of quantised ones."""
 SAMPLE_NAMES = 3
 """How many tensors a message names."""
+
+
+ADAPTER_CONFIG, ADAPTER_KEY = "adapter_config.json", "moesaic_selection"
+"""The file that says what an adapter is, and the key in it by which ours are known."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Tell whether a folder holds an adapter that `moesaic adapt` made."""
+    try:
+        return isfile(folder / ADAPTER_CONFIG) and ADAPTER_KEY in read_json(folder / ADAPTER_CONFIG)
+    except InputError:
+        return False
 
 
 class Header(NamedTuple):
@@ -48,7 +61,12 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / "config.json").is_file():
-            if (folder / "adapter_config.json").is_file():
+            if is_adapter(folder):
+                raise InputError(
+                    f"'{folder}' holds an adapter that 'moesaic adapt' made, without the model that it belongs to; "
+                    "give that model, and the adapter with --adapter"
+                )
+            if (folder / ADAPTER_CONFIG).is_file():
                 raise InputError(
                     f"'{folder}' holds an adapter (LoRA or its like) without the model that it belongs to; merge the "
                     "adapter first: peft's merge_and_unload(), then save_pretrained"

@@ -11,7 +11,7 @@ from rich.console import Console
 from ..errors import InputError, first_line
 from ..given import place
 from ..registry import nearest
-from .builtin import BUILTINS, NAMES, cache_folder, tiny_folder
+from .builtin import BUILTINS, NAMES, SHIPPED, cache_folder, shipped_folder
 from .gguf_source import from_gguf
 from .mirrors import fetch_gguf
 from .reader import SINGLE, Checkpoint
@@ -44,8 +44,8 @@ def resolve(model: str, console: Console | None = None) -> Path:
     console = console or Console(stderr=True)
     model = place(model)
     path = Path(model)
-    if model == "tiny":
-        return tiny_folder()
+    if model in SHIPPED:
+        return shipped_folder(model)
     if model in BUILTINS:
         builtin, gguf = BUILTINS[model], cache_folder() / model / f"{model}.gguf"
         if (folder := _from_hub(builtin.hub_id)) is not None:

@@ -273,6 +273,10 @@ class ResumableOutput:
         write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         if check:
             check(self.folder)
+        self.take_place()
+
+    def take_place(self) -> None:
+        """Give the folder, which is whole, its name, and drop what only resuming needs."""
         if self.inner:
             clear(self.folder.parent, keep=INNER)
         if self.output.exists():

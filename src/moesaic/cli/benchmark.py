@@ -24,10 +24,12 @@ def benchmark(
     dtype: options.Dtype = "auto",
     threads: options.Threads = None,
     experts: options.Experts = None,
+    adapter: options.Adapter = None,
+    select: options.Select = None,
     plot: options.Plot = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure decode and prefill speed against the dense model, alternating in one process."""
+    """Measure speed against the dense model, or with --adapter or --select against the model without it."""
     from ..evaluation.benchmark import benchmark as run
     from ..evaluation.inspect import prompt_tokens
     from ..formats.converted import dense_origin
@@ -36,8 +38,9 @@ def benchmark(
     options.check_plot(plot)
     sizes = options.whole_numbers(batch, "--batch", given.LIMITS["batch"])
     given.check(prompt=prompt, new=new, rounds=rounds)
-    against = against or dense_origin(model)
-    loaded, tokenizer = options.load_model(model, device, dtype, threads, experts)
+    adapted = adapter is not None or select is not None
+    against = against or (model if adapted else dense_origin(model))
+    loaded, tokenizer = options.load_model(model, device, dtype, threads, experts, adapter=adapter, select=select)
     check_length(loaded, prompt, new, "--new")
     tokens_BL = prompt_tokens(tokenizer, prompt, max(sizes))
     dense, _ = options.load_model(against, device, str(loaded.dtype).removeprefix("torch."), threads)

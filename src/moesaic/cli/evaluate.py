@@ -26,6 +26,8 @@ def evaluate(
     dtype: options.ScoringDtype = "auto",
     threads: options.Threads = None,
     experts: options.Experts = None,
+    adapter: options.Adapter = None,
+    select: options.Select = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure perplexity under a named protocol, and zero-shot accuracy."""
@@ -34,7 +36,9 @@ def evaluate(
 
     given.check(items=items)
     check_request(text, protocol, window, max_tokens, tasks, harness)
-    loaded, tokenizer = options.load_model(model, device, dtype, threads, experts, for_scoring=True)
+    loaded, tokenizer = options.load_model(
+        model, device, dtype, threads, experts, for_scoring=True, adapter=adapter, select=select
+    )
     with progress(stderr, "evaluating", "step") as tick:
         result = run(
             loaded, tokenizer, text=text, protocol=protocol, window=window, max_tokens=max_tokens, tasks=tasks,

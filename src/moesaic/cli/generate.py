@@ -47,6 +47,8 @@ def generate(
     dtype: options.Dtype = "auto",
     threads: options.Threads = None,
     experts: options.Experts = None,
+    adapter: options.Adapter = None,
+    select: options.Select = None,
     as_json: options.Json = False,
 ) -> None:
     """Continue a prompt with a dense or converted model."""
@@ -54,7 +56,7 @@ def generate(
 
     prompt = read_stdin() if prompt == "-" else prompt
     check_request(prompt, max_new_tokens, temperature, seed)
-    loaded, tokenizer = options.load_model(model, device, dtype, threads, experts)
+    loaded, tokenizer = options.load_model(model, device, dtype, threads, experts, adapter=adapter, select=select)
     with options.status("generating"):
         text = complete(
             loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat, seed=seed

@@ -42,7 +42,15 @@ def expand(value: Path | str | list[str] | None) -> Path | str | list[str] | Non
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        help="hub id, folder, .gguf file, or built in: tiny, demo, demo-1.5b, gemma-270m",
+        help="hub id, folder, .gguf file, or built in: tiny, tiny-moe, demo, demo-1.5b, gemma-270m",
+        metavar="MODEL",
+        callback=expand,
+    ),
+]
+MoEArgument = Annotated[
+    str,
+    typer.Argument(
+        help="a Mixture-of-Experts: hub id, folder, converted or not, or built in: tiny-moe",
         metavar="MODEL",
         callback=expand,
     ),
@@ -122,6 +130,16 @@ Experts = Annotated[
     str | None,
     typer.Option(help="how experts run: eager, batched_mm, grouped_mm, moesaic, moesaic_triton [default: moesaic]"),
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(help="a folder that 'moesaic adapt' made for MODEL: experts vary by token", callback=expand),
+]
+Select = Annotated[
+    str | None,
+    typer.Option(
+        "--select", help="a rule in its place, such as top-k:k=2, top-p:p=0.6, relative:at_least=2,threshold=0.3"
+    ),
+]
 Items = Annotated[int | None, typer.Option(help="of each task, at most so many items")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cores)")]
 
@@ -188,26 +206,30 @@ def status(text: str) -> Iterator[None]:
 
 
 def load_model(
-    model: str, device: str, dtype: str, threads: int | None, experts: str | None = None, for_scoring: bool = False
-) -> Loaded:
+    model: str, device: str, dtype: str, threads: int | None, experts: str | None = None, for_scoring: bool = False,
+    adapter: Path | None = None, select: str | None = None,
+) -> Loaded:  # fmt: skip
     """Load a model as the options ask for.
 
     Raises:
-        InputError: no such model, device, dtype or experts implementation.
+        InputError: no such model, device, dtype, experts implementation, adapter or selection.
     """
     from ..checkpoint.sources import resolve
-    from ..formats.loading import check_experts, load
+    from ..formats.loading import check_experts, load, read_rule
     from ..models.devices import check_dtype, choose_device, choose_dtype
 
     set_threads(threads)
     check_dtype(dtype)
     where = choose_device(device)
     check_experts(experts, where)
+    read_rule(adapter, select)
     with silent_bars():
         folder = resolve(model, stderr)  # may take long, so after the checks
     wanted = None if dtype == "auto" else choose_dtype(dtype, folder)
     with status(f"loading {model}"):
-        return load(folder, dtype=wanted, device=where, experts=experts, for_scoring=for_scoring)
+        return load(
+            folder, dtype=wanted, device=where, experts=experts, for_scoring=for_scoring, adapter=adapter, select=select
+        )
 
 
 def print_result(result: Result, as_json: bool, show: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-RESUMABLE = ("convert", "export", "finetune", "frontier")
+RESUMABLE = ("adapt", "convert", "export", "finetune", "frontier", "prune")
 """Verbs that keep what is finished."""
 SHOW_CURSOR = b"\x1b[?25h"
 AGAIN_SECONDS = 0.1

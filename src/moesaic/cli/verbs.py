@@ -14,6 +14,7 @@ from rich.text import Text
 from ..errors import InputError, WorkError
 from ..registry import import_module
 from . import (
+    adapt,
     benchmark,
     convert,
     demo,
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (plan, convert, finetune, prune, export, generate, evaluate, benchmark, inspect, frontier, demo):
+for verb in (plan, convert, finetune, adapt, prune, export, generate, evaluate, benchmark, inspect, frontier, demo):
     app.command()(getattr(verb, verb.__name__.rpartition(".")[2]))
 
 

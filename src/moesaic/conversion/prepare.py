@@ -28,6 +28,7 @@ from ..plan import Plan
 from ..recovery import Recovery
 from ..routing import Router
 from ..routing.selection import Selection
+from ..routing.selection.base import SMALLEST, Counting
 from .plans import choose_plan
 from .tokens import ConversionTokens, check_domains, tokenise
 
@@ -178,7 +179,13 @@ def check_methods(config: ConvertConfig, partitioner: Partitioner, router: Route
         )
     if router.runs_all_experts and registry.text("recovery", config.recovery) != "none":
         raise InputError(f"router '{config.router}' ranks by norms that recovery changes; use it with --recovery none")
-    if selection.dynamic_top_k and router.has_bias:
+    if isinstance(selection, Counting) and selection.parameters(SMALLEST):
+        name = registry.split("selection", registry.spec(selection))[0]
+        raise InputError(
+            f"selection '{name}' has something to learn or to calibrate in each layer; convert without it, then: "
+            f"moesaic adapt OUT ADAPTER --method {name}"
+        )
+    if selection.dynamic_top_k and router.has_bias and not isinstance(selection, Counting):
         raise InputError(
             f"selection '{config.selection}' compares scores with a threshold and does not read the intercept or "
             f"balance that router '{config.router}' fits; leave it out, e.g. --router linear:intercept=False"

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +53,8 @@ def benchmark(
     does in one large product: `bytes_per_s` with one token, `flops_per_s` with many.
 
     Args:
-        model: the converted model.
-        dense: the model it came from, in the same dtype.
+        model: the converted model, or one with an adapter.
+        dense: the model it came from, in the same dtype; of an adapted one itself without the adapter.
         tokens_BL: prompts of real text, at least as many as the largest batch; routing depends on them.
         new: tokens decoded after the prompt.
         batches: sequences decoded at once.
@@ -148,29 +149,29 @@ class Case:
 def _decode(model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, size: int, new: int) -> Case:
     prompts_BL = tokens_BL[:size, : max(2, PROMPT_TOKENS // size)]
     pair = [_decode_timer(m, prompts_BL, new) for m in (model, dense)]
-    touched = experts_touched(model, pair[0])
-    read = active_weights(model, touched), active_weights(dense)
-    return Case(pair, size * new, size, touched, read, (active_weights(model), active_weights(dense)), True)
+    chosen = [experts_chosen(m, timer) for m, timer in zip((model, dense), pair, strict=True)]
+    read = [active_weights(m, c.touched) for m, c in zip((model, dense), chosen, strict=True)]
+    multiplied = [active_weights(m, c.per_token) for m, c in zip((model, dense), chosen, strict=True)]
+    return Case(pair, size * new, size, chosen[0].touched, read, multiplied, True)
 
 
 def _prefill(model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, size: int, new: int) -> Case:
     pair = [_prefill_timer(m, tokens_BL[0]) for m in (model, dense)]
-    touched = experts_touched(model, pair[0])
-    read = active_weights(model, touched), active_weights(dense)
-    return Case(pair, size, size, touched, read, (body_weights(model), body_weights(dense)), False)
+    chosen = [experts_chosen(m, timer) for m, timer in zip((model, dense), pair, strict=True)]
+    read = [active_weights(m, c.touched) for m, c in zip((model, dense), chosen, strict=True)]
+    multiplied = [body_weights(m, c.per_token) for m, c in zip((model, dense), chosen, strict=True)]
+    return Case(pair, size, size, chosen[0].touched, read, multiplied, False)
 
 
 def _block(model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, size: int, new: int) -> Case:
     inputs = [x_LD[-size:] for x_LD in ffn_inputs(model, tokens_BL[0])]
     ours, theirs = ([ffn_of(layer) for layer in decoder_layers(m)] for m in (model, dense))
     pair = [_block_timer(blocks, inputs) for blocks in (ours, theirs)]
-    touched = experts_touched(model, pair[0])
-    read = (
-        statistics.fmean(map(active_block_weights, ours, touched)),
-        statistics.fmean(map(active_block_weights, theirs)),
-    )
-    multiplied = [statistics.fmean(map(active_block_weights, blocks)) for blocks in (ours, theirs)]
-    return Case(pair, size, size, touched, read, multiplied, size <= FEW)
+    chosen = [experts_chosen(m, timer) for m, timer in zip((model, dense), pair, strict=True)]
+    both = list(zip((ours, theirs), chosen, strict=True))
+    read = [statistics.fmean(map(active_block_weights, blocks, c.touched)) for blocks, c in both]
+    multiplied = [statistics.fmean(map(active_block_weights, blocks, c.per_token)) for blocks, c in both]
+    return Case(pair, size, size, chosen[0].touched, read, multiplied, size <= FEW)
 
 
 CASES = {"decode": _decode, "prefill": _prefill, "block": _block}
@@ -210,28 +211,41 @@ def _block_timer(blocks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Timer
     def run() -> float:
         start = _now(inputs[0])
         for block, x_TD in zip(blocks, inputs, strict=True):
-            block(x_TD)
+            block(x_TD[None])
         return (_now(inputs[0]) - start) / len(blocks)
 
     return run
 
 
-def experts_touched(model: PreTrainedModel, run: Timer) -> list[float | None]:
-    """Count the different experts that a call of each layer's router chooses in `run`, on average; None: no router."""
+class Chosen(NamedTuple):
+    """The routed experts of each layer, on average over calls of its router; None where there is none."""
+
+    touched: list[float | None]
+    """Different ones in a call."""
+    per_token: list[float | None]
+
+
+def experts_chosen(model: PreTrainedModel, run: Timer) -> Chosen:
+    """Count the experts that each layer's router chooses in `run`."""
     blocks = [find_block(layer) for layer in decoder_layers(model)]
-    counts: list[list[int]] = [[] for _ in blocks]
+    different: list[list[int]] = [[] for _ in blocks]
+    each: list[list[float]] = [[] for _ in blocks]
 
-    def count(found: list[int], experts: int) -> Callable[[Tensor, Routing], None]:
-        return lambda _, routing: found.append(int((routing.top_k_index.unique() < experts).sum()))
+    def count(number: int, experts: int) -> Callable[[Tensor, Routing], None]:
+        def see(_: Tensor, routing: Routing) -> None:
+            chosen_TK = (routing.top_k_index < experts) & (routing.top_k_weights != 0)
+            different[number].append(len(routing.top_k_index[chosen_TK].unique()))
+            each[number].append(int(chosen_TK.sum()) / len(chosen_TK))
 
-    watched = [(block, found) for block, found in zip(blocks, counts, strict=True) if block is not None]
-    handles = [block.watch(count(found, block.num_experts)) for block, found in watched]
+        return see
+
+    handles = [b.watch(count(number, b.num_experts)) for number, b in enumerate(blocks) if b is not None]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    return [statistics.fmean(found) if found else None for found in counts]
+    return Chosen(*([statistics.fmean(found) if found else None for found in lists] for lists in (different, each)))
 
 
 @torch.inference_mode()

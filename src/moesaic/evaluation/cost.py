@@ -42,9 +42,14 @@ def head_weights(model: PreTrainedModel) -> Tensor:
     return head.weight
 
 
-def body_weights(model: PreTrainedModel) -> float:
-    """Count the weights that one prompt token multiplies with; the head runs on the last token only."""
-    return active_weights(model) - head_weights(model).numel()
+def body_weights(model: PreTrainedModel, experts: Sequence[float | None] | None = None) -> float:
+    """Count the weights that one prompt token multiplies with; the head runs on the last token only.
+
+    Args:
+        model: dense or a Mixture-of-Experts.
+        experts: routed experts that a token runs in each layer, where that is not a fixed number.
+    """
+    return active_weights(model, experts) - head_weights(model).numel()
 
 
 def active_weights(model: PreTrainedModel, experts: Sequence[float | None] | None = None) -> float:

@@ -29,7 +29,8 @@ from .loading import load_tokenizer
 from .verify import check
 
 PLOTS = ("layer_error.png", "activation_rates.png", "expert_load.png", "training.png")
-COPIED = (CONFIG_FILE, "generation_config.json", "metrics.jsonl", *PLOTS)
+ADAPTATION = ("adaptation.png", "experts.png", "experts.html")
+COPIED = (CONFIG_FILE, "generation_config.json", "metrics.jsonl", *PLOTS, *ADAPTATION)
 
 Progress = Callable[[int, int, str], None]
 """Called with (finished layers, all layers, what is being done)."""

@@ -14,11 +14,15 @@ from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
 from ..compat import has_experts
 from ..errors import InputError, first_line
+from ..given import path
 from ..models.devices import choose_device, compute_dtype
 from ..models.families import auto_class
 from ..models.integrity import check_contents, check_finite, check_runs, model_on_meta, read_config
+from ..moe.adaptive import attach
 from ..moe.kernels import TRITON, interpreted
 from ..moe.modeling import DEFAULT_EXPERTS, MODEL_TYPE
+from ..routing.selection.base import Counting
+from .adapter import Adapter, apply, build_selection, check_base, read_adapter
 from .converted import Converted
 from .fields import is_stock
 
@@ -42,6 +46,8 @@ def load(
     device: str | torch.device = "auto",
     experts: str | None = None,
     for_scoring: bool = False,
+    adapter: str | Path | None = None,
+    select: object = None,
 ) -> Loaded:
     """Load a folder, hub id, .gguf file or built-in name, dense or converted; the model is in eval mode.
 
@@ -55,17 +61,24 @@ def load(
             takes; None is `moesaic` for every model that has experts, unless they are quantised.
         for_scoring: for scoring texts rather than decoding: without a `dtype`, float32 on a CPU that multiplies it
             faster than the checkpoint's, for twice the memory.
+        adapter: a folder that `adapt` made for this model.
+        select: a selection or its name, e.g. `top-p:p=0.6`: how many experts run for each token, in place of the
+            model's own number.
 
     Raises:
-        InputError: no such model, a folder that is damaged, or experts that cannot run that way.
+        InputError: no such model, a folder that is damaged, experts that cannot run that way, or an adapter of another
+            model.
     """
     device = choose_device(str(device))
+    rule = read_rule(adapter, select)
     check_experts(experts, device)
     folder = resolve(str(model))
     checkpoint = Checkpoint(folder)
+    if isinstance(rule, Adapter):
+        check_base(rule, checkpoint, Path(str(adapter)))
     if dtype is None:
         dtype = compute_dtype(checkpoint.dtype(), device) if for_scoring else checkpoint.dtype()
-    if is_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE:
+    if is_ours(checkpoint):
         loaded = Converted(folder).load(dtype)
     else:
         config = read_config(folder)
@@ -79,7 +92,39 @@ def load(
     choose_experts(loaded, experts)
     ready: PreTrainedModel = loaded.to(device).eval()  # pyrefly: ignore[bad-argument-type]
     check_runs(ready, folder)
+    if isinstance(rule, Adapter):
+        apply(ready, rule, f"the adapter '{adapter}'")
+    elif rule:
+        attach(ready, rule)
     return Loaded(ready, tokenizer)
+
+
+def is_ours(checkpoint: Checkpoint) -> bool:
+    """Tell whether moesaic wrote a model, in a stock architecture or in its own."""
+    return is_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE
+
+
+def without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Make the model that `load` would, whose parameters take no memory.
+
+    Raises:
+        InputError: a configuration that is damaged.
+    """
+    folder = checkpoint.folder
+    return model_on_meta(Converted(folder).config if is_ours(checkpoint) else read_config(folder), folder)
+
+
+def read_rule(adapter: str | Path | None, select: object) -> Adapter | Counting | None:
+    """Read what says how many experts run, before anything costly: an adapter, or a selection.
+
+    Raises:
+        InputError: both, a folder that holds no adapter, or a selection that needs one.
+    """
+    if adapter is not None and select is not None:
+        raise InputError("--adapter and --select both say how many experts run; give one of them")
+    if adapter is not None:
+        return read_adapter(path(adapter))
+    return None if select is None else build_selection(select)
 
 
 def check_experts(name: str | None, device: torch.device) -> None:

@@ -55,6 +55,8 @@ class MoE(nn.Module):
         self.gate = make_gate(config) if config.num_experts else None
         self.experts = Experts(config, act_fn) if config.num_experts else None
         self.shared_experts = SharedExperts(config, act_fn) if config.shared_expert_intermediate_size else None
+        if self.experts is not None and self.gate is not None and self.gate.selection.dynamic_top_k:
+            self.experts.may_have_empty_slots = True
 
     @property
     def routed(self) -> tuple[Gate, Experts]:

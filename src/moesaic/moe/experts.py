@@ -27,6 +27,9 @@ class MoEConfig(GateConfig, Protocol):
 class Experts(nn.Module):
     """Routed experts as 3-D weights; transformers' experts interface swaps this naive forward for a fast one."""
 
+    may_have_empty_slots = False
+    """Whether indices of E, which stand for no expert, may come."""
+
     def __init__(self, config: MoEConfig, act_fn: nn.Module) -> None:
         super().__init__()
         self.num_experts = config.num_experts

@@ -11,6 +11,7 @@ Shapes: T tokens, D hidden size, E experts, K active experts, P = T K pairs of t
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,14 +27,15 @@ from transformers.integrations.moe import (
 NAME, TRITON = "moesaic", "moesaic_triton"
 GROUPED_MM_ALIGNMENT_BYTES = 16
 FEW_PAIRS = 64
-FLAGS = ("is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
+SPLIT = "_is_expert_parallel"
+FLAGS = ("is_transposed", "has_bias", "has_post_expert_norm", SPLIT)
 """What transformers says of experts that are not just two products; not every version has all."""
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Compute `y_t = sum_k weight_tk * expert_{index_tk}(x_t)`, [T, D]; equals the naive loop of `Experts.forward`.
 
-    Indices from E on stand for no expert and cost nothing on CPUs.
+    Indices from E on stand for no expert and cost nothing on CPUs, nor in the grouped products of GPUs.
     """
     mixed = torch.is_autocast_enabled(hidden_states.device.type)  # grouped products take one dtype only
     if not _plain(self) or (hidden_states.is_cuda and not mixed) or torch.compiler.is_compiling():
@@ -44,17 +46,35 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def _by_transformers(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    if _plain(self):  # theirs take indices from E on only where experts are split over devices
-        top_k_weights = top_k_weights.where(top_k_index < self.num_experts, 0)
-        top_k_index = top_k_index.clamp(max=self.num_experts - 1)
     rows = (self.gate_up_proj.shape[-1], self.down_proj.shape[-1])
     aligned = all(size * hidden_states.element_size() % GROUPED_MM_ALIGNMENT_BYTES == 0 for size in rows)
     few = top_k_index.numel() <= FEW_PAIRS
     if not aligned and not few and _plain(self) and not torch.compiler.is_compiling():
         return _by_expert(self, hidden_states, top_k_index, top_k_weights)
     if not aligned or (hidden_states.is_cuda and few):
-        return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        return _knowing_empty_slots(self, batched_mm_experts_forward, hidden_states, top_k_index, top_k_weights)
+    return _knowing_empty_slots(self, grouped_mm_experts_forward, hidden_states, top_k_index, top_k_weights)
+
+
+def _knowing_empty_slots(
+    self: Any, forward: Callable[..., Tensor], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Run one of transformers' implementations where slots may have no expert.
+
+    Theirs leave those out, as grouped products do, or ignore them, only where experts are split over devices; so that
+    is said for the call.
+    """
+    if not getattr(self, "may_have_empty_slots", False):
+        return forward(self, hidden_states, top_k_index, top_k_weights)
+    top_k_weights = top_k_weights.where(top_k_index < self.num_experts, 0)
+    if not hasattr(self, SPLIT):  # transformers before it knew empty slots
+        return forward(self, hidden_states, top_k_index.clamp(max=self.num_experts - 1), top_k_weights)
+    before = getattr(self, SPLIT)
+    setattr(self, SPLIT, True)
+    try:
+        return forward(self, hidden_states, top_k_index, top_k_weights)
+    finally:
+        setattr(self, SPLIT, before)
 
 
 def _plain(self: Any) -> bool:

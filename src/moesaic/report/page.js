@@ -29,3 +29,20 @@ for (const button of document.querySelectorAll("button[data-show]")) {
     show(input);
   }));
 }
+
+// A passage is coloured by one layer, or by the mean of all; as report/passage.py does.
+for (const choice of document.querySelectorAll("select.layers")) {
+  const tokens = [...document.querySelectorAll(".tokens span")], ends = document.querySelectorAll(".end");
+  const all = tokens.map((token) => token.dataset.experts.split(" ").map(Number));
+  choice.addEventListener("change", () => {
+    const one = (own) => choice.value === "" ? own.reduce((a, b) => a + b) / own.length : own[choice.value];
+    const found = all.map(one), low = Math.min(...found), high = Math.max(...found);
+    tokens.forEach((token, i) => {
+      const depth = high > low ? (found[i] - low) / (high - low) : 0;
+      const mix = [[240, 11], [244, 79], [250, 138]].map(([pale, dark]) => Math.round(pale + (dark - pale) * depth));
+      token.style.background = `rgb(${mix})`;
+      token.style.color = depth > 0.55 ? "#fff" : "#1b1b1f";
+    });
+    [low, high].forEach((end, i) => { ends[i].textContent = choice.value === "" ? end.toFixed(2) : end; });
+  });
+}

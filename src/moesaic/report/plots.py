@@ -198,3 +198,31 @@ def write_roofline(result: Mapping[str, object], path: Path) -> None:
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
+
+
+@optional
+def write_adaptation(history: Sequence[Mapping[str, object]], facts: Mapping[str, object], path: Path) -> None:
+    """Draw how many experts ran and what that cost over the steps of a training, and where each layer ended."""
+    figure = new_figure(7, 6.6)
+    upper, middle, lower = figure.subplots(3)
+    steps = [number(row, "step") for row in history]
+    default = number(facts, "default_experts_per_token")
+    upper.plot(steps, [number(row, "experts_per_token") for row in history], color=ACCENT, linewidth=0.9)
+    upper.axhline(default * number(facts, "target_active"), color=INK, linewidth=0.8, linestyle=":")
+    upper.set(
+        ylabel="experts a token", title=f"{facts['learner']} to {number(facts, 'target_active'):.0%} of {default:g}"
+    )
+    gaps = np.array([number(row, "gap") for row in history])
+    span = max(1, len(gaps) // 10)
+    middle.plot(steps, gaps, color=SOFT, linewidth=0.6)
+    middle.plot(steps[span - 1 :], np.convolve(gaps, np.ones(span) / span, "valid"), color=ACCENT)
+    middle.axhline(0, color=INK, linewidth=0.8, linestyle=":")
+    middle.set(xlabel="step", ylabel="loss above default\n(nats a token)")
+    layers = facts["experts_by_layer"]
+    assert isinstance(layers, list)
+    lower.bar(range(len(layers)), layers, color=ACCENT)
+    lower.axhline(default, color=INK, linewidth=0.8, linestyle=":")
+    lower.set(xlabel="layer", ylabel="experts a token\n(held-out text)")
+    for axes in (upper, middle, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)

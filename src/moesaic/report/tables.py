@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
-from rich.console import Console, RenderableType
-from rich.style import StyleType
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from ..results import (
+    AdaptResult,
     BenchmarkResult,
     ConversionResult,
     EvaluationResult,
@@ -21,30 +21,10 @@ from ..results import (
     PruningResult,
 )
 from .console import command, here, offer
+from .grid import grid as _grid
+from .grid import say as _say
 
-
-class _Grid(Table):
-    """A table whose cells are printed as they are, whatever the console makes of brackets."""
-
-    def add_row(
-        self, *renderables: RenderableType | None, style: StyleType | None = None, end_section: bool = False
-    ) -> None:
-        cells = [Text(cell) if isinstance(cell, str) else cell for cell in renderables]
-        super().add_row(*cells, style=style, end_section=end_section)
-
-
-def _grid(title: str, *columns: str, wrapped: int = 0) -> Table:
-    """Make a table; where it is too wide only the column of number `wrapped` gets narrower."""
-    grid = _Grid(title=Text(title, style="bold") if title else None, title_justify="left", header_style="bold")
-    for number, column in enumerate(columns):
-        grid.add_column(
-            column, justify="right" if number else "left", no_wrap=number != wrapped, overflow="fold"
-        )  # fmt: skip
-    return grid
-
-
-def _say(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(text), style=style)
+BUDGET_TOLERANCE = 0.02
 
 
 def show_facts(console: Console, title: str, facts: Mapping[str, object]) -> None:
@@ -103,6 +83,37 @@ def show_training(console: Console, f: FinetuneResult) -> None:
         _say(console, "held-out loss did not fall, so the model as it came was written", "yellow")
     if f.format_reason:
         _say(console, f"written as {f.format}: {f.format_reason}")
+
+
+def show_adaptation(console: Console, a: AdaptResult) -> None:
+    """How many experts run, and what that costs."""
+    grid = _grid(
+        f"{a.output}: {a.method.partition(':')[0]}, {a.active:.0%} of the experts a token", "", "own", "adapted"
+    )
+    grid.add_row("experts a token", f"{a.default_experts_per_token}", f"{a.experts_per_token:.2f}")
+    grid.add_row("held-out loss (nats a token)", f"{a.held_out_loss_default:.4f}", f"{a.held_out_loss:.4f}")
+    ratio = math.exp(min(700.0, a.held_out_loss - a.held_out_loss_default))
+    grid.add_row("perplexity ratio", "1", f"{ratio:.4f}")
+    console.print(grid)
+    layers = ", ".join(f"{count:.1f}" for count in a.experts_by_layer)
+    console.print(Text(f"by layer: {layers}"))
+    if a.learner:
+        before = f"{a.held_out_loss_start:.4f}"
+        _say(console, f"learned: {a.parameters:,} parameters in {a.steps} steps, {a.seconds:.0f} s; {before} before")
+    if not a.improved:
+        _say(console, "training did not make it better, so the rule as it started was written", "yellow")
+    off = a.active / a.target_active - 1
+    if abs(off) > BUDGET_TOLERANCE:
+        _say(console, f"{off:+.1%} from the budget on held-out text; more --tokens make that smaller", "yellow")
+    name, _, options = a.method.partition(":")
+    if name == "relative":
+        fields = dict(part.split("=") for part in options.split(",") if part)
+        _say(console, f"the same in ik_llama.cpp: -ser {fields.get('at_least', 1)},{float(fields['threshold']):.4f}")
+    assert a.output is not None
+    _say(console, "Next:")
+    model = [here(a.output)] if a.inside else [here(a.model), "--adapter", here(a.output)]
+    for verb, *prompt in (("generate", "The first"), ("evaluate",), ("benchmark",)):
+        offer(console, command("moesaic", verb, model[0], *prompt, *model[1:]), "  ")
 
 
 def show_plans(console: Console, found: Plans) -> None:

@@ -53,6 +53,10 @@ class Gate(nn.Module):
         """Score each expert for each token, [T, E] float32."""
         raise AssertionError("a gate defines its scores")
 
+    def shares(self, scores_TE: Tensor) -> Tensor:
+        """Say how much of each token goes to each expert, none negative: the softmax of the scores, [T, E]."""
+        return scores_TE.softmax(-1)
+
     def weigh(self, scores_TE: Tensor, index_TK: Tensor, dtype: torch.dtype) -> Routing:
         """Give the chosen experts their weights, [T, K]: 1.
 

@@ -33,6 +33,10 @@ class NormGate(Gate):
     def scores(self, hidden_TD: Tensor, experts: RoutedExperts) -> Tensor:
         return linear(relu(linear(hidden_TD.float(), self.hidden_proj.float())), self.weight.float()).abs()
 
+    def shares(self, scores_TE: Tensor) -> Tensor:
+        """Take the predicted norms themselves, none of which is negative."""
+        return scores_TE
+
     def weigh(self, scores_TE: Tensor, index_TK: Tensor, dtype: torch.dtype) -> Routing:
         return Routing(index_TK, (index_TK < self.num_experts).to(dtype))
 

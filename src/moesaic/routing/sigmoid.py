@@ -25,6 +25,10 @@ class SigmoidGate(LinearGate):
     def scores(self, hidden_TD: Tensor, experts: RoutedExperts) -> Tensor:
         return super().scores(hidden_TD, experts).sigmoid()
 
+    def shares(self, scores_TE: Tensor) -> Tensor:
+        """Take the sigmoids themselves."""
+        return scores_TE
+
     def weigh(self, scores_TE: Tensor, index_TK: Tensor, dtype: torch.dtype) -> Routing:
         count = scores_TE.shape[-1]
         runs_TE = torch.zeros_like(scores_TE[:, :1]).bool().expand(-1, count + 1).scatter(1, index_TK, True)[:, :-1]

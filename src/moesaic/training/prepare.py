@@ -34,7 +34,7 @@ from .data import Samples, make_samples
 from .load import MICRO_TOKENS
 from .methods import Method
 from .parameters import trainable
-from .state import RunFolder, begun_dtype, training_folder
+from .state import RunFolder, TrainingState, begun_dtype, training_folder
 from .teacher import Teacher
 
 PATIENCE = timedelta(hours=4)
@@ -56,7 +56,7 @@ class Finetuning:
     held: Samples
     teacher: Teacher | None
     accelerator: Accelerator
-    folder: RunFolder
+    folder: RunFolder[TrainingState]
     dtype: torch.dtype
     """In which the model runs; it is written as it was on disk."""
 
@@ -107,7 +107,7 @@ def prepare(
         "dtype": str(dtype).removeprefix("torch."),
         "version": " ".join(f"{name} {version}" for name, version in versions().items()),
     }
-    folder = RunFolder(output, fingerprint, resume, accelerator.is_main_process)
+    folder = RunFolder(TrainingState, output, fingerprint, resume, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     if teacher:
         teacher.keep_in(cache or training_folder(output) / "teacher", train)

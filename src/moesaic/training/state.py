@@ -6,10 +6,10 @@ import logging
 import math
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from pydantic import TypeAdapter
@@ -83,15 +83,24 @@ class StepRecord(Result):
 
 
 @dataclass(kw_only=True)
-class TrainingState:
-    """Where a training is."""
+class StepState:
+    """Where a training of any kind is."""
 
     step: int = 0
     seconds: float = 0.0
+    best_step: int = 0
+    """The step after which the best weights stood; 0: none was better than the start."""
+
+
+State = TypeVar("State", bound=StepState)
+
+
+@dataclass(kw_only=True)
+class TrainingState(StepState):
+    """Where a training of `finetune` is."""
+
     held_out: float = math.inf
     """Least held-out loss so far, nats a token; at first that of the model as it came."""
-    best_step: int = 0
-    """The step after which it was reached; 0: none was better than the start."""
     least: float = math.inf
     """Least held-out loss of the training itself, which may be above the start's."""
     stale: int = 0
@@ -102,17 +111,17 @@ class TrainingState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedTraining:
+class SavedTraining(Generic[State]):
     """What `RunFolder.save` stored."""
 
-    state: TrainingState
+    state: State
     tensors: dict[str, Tensor]
     optimizer: Json
     best_sha256: str
     """Of the file of the best weights, if there are any."""
 
 
-class RunFolder:
+class RunFolder(Generic[State]):
     """What an unfinished training needs to go on; each file is replaced at once, the state last.
 
     What was damaged since is found when it is opened again: the training starts anew then, and says so.
@@ -121,7 +130,10 @@ class RunFolder:
         InputError: it holds an unfinished training of something else.
     """
 
-    def __init__(self, output: Path, fingerprint: dict[str, str], resume: bool, main: bool = True) -> None:
+    def __init__(
+        self, state_class: type[State], output: Path, fingerprint: dict[str, str], resume: bool, main: bool = True
+    ) -> None:
+        self.state_class = state_class
         self.path = training_folder(output)
         self.best_sha256 = ""
         if not main:
@@ -178,7 +190,7 @@ class RunFolder:
         """Read the weights that `keep_best` stored."""
         return load_file(self.best_path(step))
 
-    def save(self, state: TrainingState, named: dict[str, Tensor], optimizer: Json) -> None:
+    def save(self, state: State, named: dict[str, Tensor], optimizer: Json) -> None:
         """Store where the training is; earlier best weights go when nothing speaks of them any more."""
         content = {"state": asdict(state), "tensors": named, "optimizer": optimizer, "best_sha256": self.best_sha256}
         write_whole(self.path / STATE, lambda path: torch.save(content, path))
@@ -186,23 +198,23 @@ class RunFolder:
             if path != self.best_path(state.best_step):
                 path.unlink()
 
-    def load(self) -> SavedTraining | None:
+    def load(self) -> SavedTraining[State] | None:
         """Read what `save` stored; None before the first time."""
         path = self.path / STATE
         if not path.is_file():
             return None
         found = torch.load(path, map_location="cpu", weights_only=True)
-        state = TypeAdapter(TrainingState).validate_python(found["state"])
+        state = TypeAdapter(self.state_class).validate_python(found["state"])
         self.best_sha256 = found["best_sha256"]
         return SavedTraining(
             state=state, tensors=found["tensors"], optimizer=found["optimizer"], best_sha256=self.best_sha256
         )
 
-    def start_log(self, rows: list[StepRecord]) -> None:
+    def start_log(self, rows: Sequence[Result]) -> None:
         """Write `metrics.jsonl` with the steps that are done."""
         (self.path / LOG).write_text("".join(to_json(row.to_dict()) + "\n" for row in rows))
 
-    def log(self, row: StepRecord) -> None:
+    def log(self, row: Result) -> None:
         """Append a step to `metrics.jsonl`."""
         with (self.path / LOG).open("a") as file:
             file.write(to_json(row.to_dict()) + "\n")

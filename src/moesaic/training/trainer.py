@@ -133,7 +133,7 @@ class Trainer:
         """The optimizer in accelerate's wrapping."""
         return self.optimizer.optimizer
 
-    def restore(self, found: SavedTraining) -> TrainingState:
+    def restore(self, found: SavedTraining[TrainingState]) -> TrainingState:
         """Put back what `RunFolder.load` found: weights, optimizer; returns where the training was."""
         put_back(self.kept, found.tensors)
         set_optimizer_state_dict(self.module, self.inner, found.optimizer, options=WHOLE)

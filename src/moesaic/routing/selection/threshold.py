@@ -1,20 +1,18 @@
-"""All experts whose score is above a threshold: DSMoE's rule (arXiv 2502.12455, §3)."""
+"""All experts whose score is above one threshold for all layers; DSMoE's rule (arXiv 2502.12455, §3)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from .base import ScoringGate, Selection, where_runs
+from .base import Counting, Parameters, Ranking
 
 
 @dataclass(frozen=True, kw_only=True)
-class Threshold(Selection):
-    """`scores > threshold`."""
+class Threshold(Counting):
+    """`scores > threshold`; DSMoE's scores are sigmoids, a stock router's its probabilities."""
 
-    dynamic_top_k: ClassVar[bool] = True
-
+    at_least: int = 0
     threshold: float = 0.5
 
-    def select(self, scores_TE: Tensor, hidden_TD: Tensor, gate: ScoringGate) -> Tensor:
-        return where_runs(scores_TE > self.threshold)
+    def evidence(self, ranking: Ranking, hidden_TD: Tensor, parameters: Parameters) -> Tensor:
+        return ranking.scores_TN

@@ -1,0 +1,76 @@
+"""Tables of results for models that are Mixtures of Experts already: fewer experts a token, fewer experts in all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from measured import grid, measured, read
+
+RULES = {
+    "learned-threshold": "**`learned-threshold`**",
+    "ada-k": "`ada-k`, PPO",
+    "ada-k-distill": "`ada-k`, distilled",
+    "top-p": "`top-p`",
+    "threshold": "`threshold`",
+    "entropy": "`entropy`",
+    "relative": "`relative`",
+    "skip": "`skip`",
+    "layer-k": "`layer-k`",
+}
+
+
+def adaptive(model: str) -> str:
+    """Perplexity of each rule over that of the model's own number, by budget; and over a fixed number at equal mean."""
+    file = f"adaptive-{model}/adaptive.json"
+    d = read(file)
+    shares = sorted({row["share"] for row in d["summary"] if row["method"] != "fixed"})
+    found = {(row["method"], row["share"]): row for row in d["summary"] if row["method"] != "fixed"}
+    rows = []
+    for method, label in RULES.items():
+        if any((method, share) in found for share in shares):
+            cells = [cell(found.get((method, share)), text) for text in ("web", "wikitext2") for share in shares]
+            rows.append([label, *cells])
+    for row in d["summary"]:
+        if row["method"] == "fixed":
+            rows.append([f"*`top-k`, {row['share']:.0%}*", *fixed(row, shares)])
+    head = ["", *(f"{name}, {share:.0%}" for name in ("web", "WikiText-2") for share in shares)]
+    facts = [
+        f"Protocol: perplexity `gptq`, windows of {d['window']:,}, {d['max_tokens']:,} tokens of each text at most; "
+        "in brackets, over a fixed number of experts at the same mean (log-linear between whole numbers)",
+        f"Learners: {d['minutes']:g} minutes of one core each; {d['threads']} thread",
+        f"Web text to learn from: sha256 `{d['web_sha256']}`",
+    ]
+    command = f"python benchmarks/adaptive.py --model {model} --web calibration.jsonl --text wiki.test.raw --out ..."
+    return grid(head, rows) + "\n\n" + measured(file, command, *facts)
+
+
+def cell(row: dict[str, Any] | None, text: str) -> str:
+    if row is None:
+        return ""
+    spread = f" ± {row[text]['deviation']:.3f}" if row["seeds"] > 1 else ""
+    return f"{row[text]['ratio']:.3f}{spread} ({row[text]['over_fixed']:.3f})"
+
+
+def fixed(row: dict[str, Any], shares: list[float]) -> list[str]:
+    """A fixed number stands in the column of the budget next to it."""
+    nearest = min(shares, key=lambda share: abs(share - row["share"]))
+    near = abs(nearest - row["share"]) < 0.1 and row["share"] < 1
+    return [
+        f"*{row[text]['ratio']:.3f}*" if near and share == nearest else ""
+        for text in ("web", "wikitext2")
+        for share in shares
+    ]
+
+
+def adaptive_speed(model: str) -> str:
+    """Decode speed over the model's own number of experts, beside what the bytes allow."""
+    file = f"adaptive-{model}/speed.json"
+    d = read(file)
+    rows = [
+        [f"`{name}`", f"{r['speedup']:.2f} x", f"{r['limit']:.2f} x", f"{r['share_of_limit']:.0%}"]
+        for name, r in d.items()
+        if isinstance(r, dict) and "speedup" in r
+    ]
+    command = f"python benchmarks/adaptive.py --model {model} ... --speed"
+    facts = ["Greedy decoding of 48 tokens after a prompt of 256, seven alternating rounds, medians"]
+    return grid(["rule, budget, seed", "decode", "limit", "of it"], rows) + "\n\n" + measured(file, command, *facts)

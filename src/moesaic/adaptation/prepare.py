@@ -1,0 +1,159 @@
+"""An adaptation resolved and checked before any costly work."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import registry
+from ..calibration.text import read_documents
+from ..calibration.windows import check_tokens
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.sources import resolve
+from ..checkpoint.writer import check_output
+from ..config import AdaptConfig
+from ..errors import InputError
+from ..formats.adapter import counting
+from ..formats.loading import is_ours, load, load_tokenizer, without_weights
+from ..machine import versions
+from ..models.devices import check_dtype, choose_device, choose_dtype
+from ..models.families import embedding_rows
+from ..moe.adaptive import moe_blocks_of
+from ..routing.base import Gate
+from ..routing.selection.base import Counting, Learning
+from ..training.data import Samples, make_samples
+from ..training.prepare import make_accelerator, training_dtype
+from ..training.state import RunFolder, begun_dtype, training_folder
+from .budget import check_budget
+from .learners import Learner
+from .trainer import AdaptState
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """A checked and resolved adaptation."""
+
+    name: str
+    """Of the model, as it was given."""
+    checkpoint: Checkpoint
+    output: Path
+    overwrite: bool
+    config: AdaptConfig
+    selection: Counting
+    learner: Learner | None
+    tokenizer: PreTrainedTokenizerBase
+    train: Samples
+    held: Samples
+    accelerator: Accelerator
+    folder: RunFolder[AdaptState]
+    dtype: torch.dtype
+
+    def load(self) -> PreTrainedModel:
+        """Load the model."""
+        model, _ = load(self.checkpoint.folder, dtype=self.dtype, device=self.accelerator.device)
+        return model
+
+    def calibration(self) -> torch.Tensor:
+        """Take the sequences that the budget is met on, int64 [N, L]."""
+        return self.train.tokens_NL[: max(1, self.config.tokens // self.config.window)]
+
+
+def prepare(model: str | Path, output: Path, config: AdaptConfig, *, resume: bool, overwrite: bool) -> Adaptation:
+    """Resolve and check everything that an adaptation needs.
+
+    Raises:
+        InputError: a dense model, a budget that it cannot meet, an unknown selection or one that cannot learn, unusable
+            text, or a window beyond the model's.
+    """
+    check_output(output, overwrite)
+    selection, learner = choose_methods(config)
+    check_dtype(config.dtype)
+    device = choose_device(config.device)
+    checkpoint = Checkpoint(resolve(str(model)))
+    selection = check_model(checkpoint, selection, config)
+    accelerator = make_accelerator(device, training_folder(output))
+    if config.batch % accelerator.num_processes:
+        raise InputError(
+            f"--batch {config.batch} cannot be shared by {accelerator.num_processes} processes; give a multiple of it"
+        )
+    documents = read_documents(config.data)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    train, held = make_samples(documents, tokenizer, config.samples, config.window, config.held_out, config.seed)
+    begun = begun_dtype(output) if resume else None
+    dtype = choose_dtype(config.dtype, checkpoint.folder)
+    if config.dtype == "auto":
+        dtype = training_dtype(checkpoint.dtype(), device, begun)
+    fingerprint = {
+        "model": checkpoint.fingerprint(),
+        "text": f"{train.fingerprint()} {held.fingerprint()}",
+        "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
+        "device": accelerator.device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "version": " ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    folder = RunFolder(AdaptState, output, fingerprint, resume, accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    return Adaptation(
+        str(model), checkpoint, output, overwrite, config, selection, learner, tokenizer, train, held, accelerator,
+        folder, dtype,
+    )  # fmt: skip
+
+
+def choose_methods(config: AdaptConfig) -> tuple[Counting, Learner | None]:
+    """Make the selection and what trains it, if it learns.
+
+    Raises:
+        InputError: unknown, a selection for converted models only, or a learner for one that does not learn.
+    """
+    selection = counting(registry.build("selection", config.method))
+    if isinstance(selection, Learning):
+        learner: Learner = registry.build("learner", config.learner or selection.default_learner)
+        learner.check(selection)
+        return selection, learner
+    if config.learner is not None:
+        name = registry.split("selection", registry.spec(selection))[0]
+        raise InputError(f"--method {name} is calibrated and does not learn; leave out --learner")
+    return selection, None
+
+
+def check_model(checkpoint: Checkpoint, selection: Counting, config: AdaptConfig) -> Counting:
+    """Check by its configuration that a model can be adapted, and give the selection its least count.
+
+    Raises:
+        InputError: a dense model, one whose number of experts varies already, a budget that it cannot meet, or a window
+            beyond its context.
+    """
+    ours = is_ours(checkpoint)
+    if config.inside and not ours:
+        raise InputError(
+            f"'{checkpoint.folder}' is a stock {checkpoint.config.get('model_type')}, whose format has no place for a "
+            "selection; leave out --inside and load the adapter beside it"
+        )
+    model = without_weights(checkpoint)
+    blocks = moe_blocks_of(model)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", config.window)
+    if config.window > longest:
+        raise InputError(f"--window {config.window} is more than the model's longest, {longest} tokens")
+    gates = [block.router for block in blocks if isinstance(block.router, Gate)]
+    if any(gate.selection.dynamic_top_k for gate in gates):
+        raise InputError("the model's number of experts varies by token already; adapt what it was made of")
+    if config.allow_zero and not all(block.shared_experts for block in blocks):
+        raise InputError("--allow-zero needs a shared expert in each layer, and this model has none")
+    selection = replace(selection, at_least=0 if config.allow_zero else max(1, selection.at_least))
+    default = max(block.num_experts_per_tok for block in blocks)
+    check_budget(config.target_active * default, default, selection.at_least)
+    return selection
+
+
+def check_text(samples: Samples, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a model has embeddings for all tokens.
+
+    Raises:
+        InputError: it has not.
+    """
+    check_tokens(samples.tokens_NL, embedding_rows(model), tokenizer)

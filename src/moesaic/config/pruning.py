@@ -1,0 +1,34 @@
+"""What is asked of leaving experts out."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from .settings import PrunerField, Settings
+
+
+class PruneConfig(Settings):
+    """Everything that decides what a pruned model is; saved in `moesaic.yaml` with the output."""
+
+    section: ClassVar[str] = "pruning"
+
+    experts: int | None = None
+    """Routed experts that each layer keeps; or give `ratio`."""
+    ratio: float | None = None
+    """Share of the routed experts that goes; or give `experts`."""
+    method: PrunerField = "reap"
+    """Which experts stay."""
+    recovery: Literal["closed-form", "none"] = "closed-form"
+    """Whether the kept experts' down-projections are fitted to what all experts said."""
+    calibration: tuple[str, ...] = ()
+    """Text files, .jsonl files or `datasets` names; none means the bundled text."""
+    tokens: int = 16_384
+    """Calibration tokens."""
+    window: int = 256
+    """Tokens in one calibration sequence."""
+    held_out_tokens: int = 4_096
+    """Tokens of bundled held-out text for the perplexity before and after."""
+    device: str = "auto"
+    seed: int = 0
+    collapse_ratio: float = 100.0
+    """Perplexity above this many times the source's is a collapse."""
