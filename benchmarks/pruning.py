@@ -48,8 +48,14 @@ def main() -> None:
                     key = {"method": method, "experts": keep, "recovery": recovery, "seed": seed}
                     if not any(key.items() <= row.items() for row in found["rows"]):
                         found["rows"].append(key | measure(given, key))
-                        given.out.write_text(json.dumps(found, indent=1) + "\n")
+                        given.out.write_text(written(found))
                         print(json.dumps(found["rows"][-1]), flush=True)
+
+
+def written(found: dict) -> str:
+    """Write what was found as JSON, a row a line."""
+    head = json.dumps({**found, "rows": []}, indent=1).removesuffix("[]\n}")
+    return head + "[\n" + ",\n".join(map(json.dumps, found["rows"])) + "\n]}\n"
 
 
 def start(given: argparse.Namespace) -> dict:

@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from statistics import mean, stdev
 from typing import Any
 
 import adaptive_tables
@@ -186,6 +187,35 @@ def training() -> str:
     )
 
 
+def pruning(model: str) -> str:
+    """Pruning methods at equal size, with and without recovery."""
+    file = f"pruning-{model}.json"
+    d, rows, cells = read(file), [], {}
+    for row in d["rows"]:
+        key = (row["method"], row["experts"], row["recovery"])
+        cells.setdefault(key, []).append(row["perplexity"] / d["perplexity"])
+    keeps, recoveries = sorted({key[1] for key in cells}, reverse=True), ("none", "closed-form")
+    for method in dict.fromkeys(key[0] for key in cells):
+        found = [cells.get((method, keep, recovery)) for keep in keeps for recovery in recoveries]
+        shown = [f"{mean(c):.3f}" + (f" ±{stdev(c):.3f}" if len(c) > 1 else "") if c else "" for c in found]
+        rows.append([f"`{method}`", *shown])
+    head = ["method", *(f"{keep} experts{', recovered' * (r != 'none')}" for keep in keeps for r in recoveries)]
+    counts = " ".join(map(str, keeps))
+    return (
+        grid(head, rows)
+        + "\n\n"
+        + measured(
+            file,
+            f"python benchmarks/pruning.py --model {model} --experts {counts} --out benchmarks/results/{file}",
+            f"Protocol: perplexity over the source's, which is {d['perplexity']:.2f}; `{d['protocol']}` on the bundled "
+            f"held-out text, windows of {d['window']}, {d['tokens']:,} tokens, data sha256 `{d['data_sha256'][:16]}`, "
+            f"{d['dtype']}",
+            f"Calibration: {d['calibration_tokens']:,} tokens of the {d['calibration']}; ± is the deviation over seeds "
+            f"0, 1 and 2 where a method draws anything, else seed 0; {d['threads']} thread",
+        )
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
     "quality-demo": lambda: quality("demo"),
@@ -207,6 +237,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": speed_tables.demo,
     "conversion": speed_tables.conversion,
     "assignment": speed_tables.assignment,
+    "pruning-tiny-moe": lambda: pruning("tiny-moe"),
 }
 
 
