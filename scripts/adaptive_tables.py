@@ -1,8 +1,7 @@
-"""Tables of results for models that are Mixtures of Experts already: fewer experts a token, fewer experts in all."""
+"""Tables of results of adaptive numbers of experts."""
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 from measured import grid, measured, read
@@ -75,38 +74,3 @@ def adaptive_speed(model: str) -> str:
     command = f"python benchmarks/adaptive.py --model {model} ... --speed"
     facts = ["Greedy decoding of 48 tokens after a prompt of 256, seven alternating rounds, medians"]
     return grid(["rule, budget, seed", "decode", "limit", "of it"], rows) + "\n\n" + measured(file, command, *facts)
-
-
-def pruning(model: str) -> str:
-    """Perplexity over the whole model's, by method and experts kept, without and with the experts solved again."""
-    file = f"pruning-{model}.json"
-    d = read(file)
-    kept = sorted({row["experts"] for row in d["rows"]}, reverse=True)
-    recoveries = ("none", "closed-form")
-    order = list(dict.fromkeys(row["method"] for row in d["rows"]))
-    order.sort(key=lambda name: (name == "random", name))
-    rows = []
-    for method in order:
-        cells = []
-        for count in kept:
-            for recovery in recoveries:
-                key = (method, count, recovery)
-                values = [
-                    row["perplexity"] / d["perplexity"]
-                    for row in d["rows"]
-                    if (row["method"], row["experts"], row["recovery"]) == key
-                ]
-                spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.fmean(values):.2f}{spread}" if values else "")
-        rows.append([f"`{method}`", *cells])
-    head = [
-        "",
-        *(f"{count} kept, {'closed form' if r != 'none' else 'no recovery'}" for count in kept for r in recoveries),
-    ]
-    facts = [
-        f"Protocol: perplexity `{d['protocol']}`, windows of {d['window']}, {d['tokens']:,} tokens of bundled held-out "
-        f"text, sha256 `{d['data_sha256']}`; whole model {d['perplexity']:.2f}",
-        f"Calibration: {d['calibration_tokens']:,} tokens of {d['calibration']}; spread over the seeds of what is drawn",
-    ]
-    command = f"python benchmarks/pruning.py --model {model} --experts {' '.join(map(str, kept))} --out ..."
-    return grid(head, rows) + "\n\n" + measured(file, command, *facts)
