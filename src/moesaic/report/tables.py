@@ -87,9 +87,7 @@ def show_training(console: Console, f: FinetuneResult) -> None:
 
 def show_adaptation(console: Console, a: AdaptResult) -> None:
     """How many experts run, and what that costs."""
-    grid = _grid(
-        f"{a.output}: {a.method.partition(':')[0]}, {a.active:.0%} of the experts a token", "", "own", "adapted"
-    )
+    grid = _grid(f"{a.output}: {a.method.partition(':')[0]}, {a.active:.0%} of its experts run", "", "own", "adapted")
     grid.add_row("experts a token", f"{a.default_experts_per_token}", f"{a.experts_per_token:.2f}")
     grid.add_row("held-out loss (nats a token)", f"{a.held_out_loss_default:.4f}", f"{a.held_out_loss:.4f}")
     ratio = math.exp(min(700.0, a.held_out_loss - a.held_out_loss_default))
