@@ -31,8 +31,8 @@ def adaptive(model: str) -> str:
             cells = [cell(found.get((method, share)), text) for text in ("web", "wikitext2") for share in shares]
             rows.append([label, *cells])
     for row in d["summary"]:
-        if row["method"] == "fixed":
-            rows.append([f"*`top-k`, {row['share']:.0%}*", *fixed(row, shares)])
+        if row["method"] == "fixed" and any(cells := fixed(row, shares)):
+            rows.append([f"*`top-k`, {row['share']:.0%}*", *cells])
     head = ["", *(f"{name}, {share:.0%}" for name in ("web", "WikiText-2") for share in shares)]
     facts = [
         f"Protocol: perplexity `gptq`, windows of {d['window']:,}, {d['max_tokens']:,} tokens of each text at most; "
@@ -40,6 +40,7 @@ def adaptive(model: str) -> str:
         f"Learners: {d['minutes']:g} minutes of one core each; {d['threads']} thread",
         f"Web text to learn from: sha256 `{d['web_sha256']}`",
     ]
+    facts.append(f"Model: {d['model']}")
     command = f"python benchmarks/adaptive.py --model {model} --web calibration.jsonl --text wiki.test.raw --out ..."
     return grid(head, rows) + "\n\n" + measured(file, command, *facts)
 
@@ -62,15 +63,20 @@ def fixed(row: dict[str, Any], shares: list[float]) -> list[str]:
     ]
 
 
-def adaptive_speed(model: str) -> str:
+def adaptive_speed() -> str:
     """Decode speed over the model's own number of experts, beside what the bytes allow."""
-    file = f"adaptive-{model}/speed.json"
+    file = "adaptive-speed.json"
     d = read(file)
     rows = [
-        [f"`{name}`", f"{r['speedup']:.2f} x", f"{r['limit']:.2f} x", f"{r['share_of_limit']:.0%}"]
-        for name, r in d.items()
-        if isinstance(r, dict) and "speedup" in r
+        [
+            r["model"], f"`{r['rule']}`", f"{r['experts_touched']:.1f}", f"{r['speedup']:.2f} x", f"{r['limit']:.2f} x",
+            f"{r['share_of_limit']:.0%}",
+        ]
+        for r in d["rows"]
+    ]  # fmt: skip
+    head = ["model", "rule", "experts a token", "decode", "limit by bytes", "of it"]
+    facts = [
+        f"Greedy decoding of {d['new']} tokens after a prompt of {d['prompt']}, {d['rounds']} alternating rounds, medians; "
+        f"{d['threads']} threads"
     ]
-    command = f"python benchmarks/adaptive.py --model {model} ... --speed"
-    facts = ["Greedy decoding of 48 tokens after a prompt of 256, seven alternating rounds, medians"]
-    return grid(["rule, budget, seed", "decode", "limit", "of it"], rows) + "\n\n" + measured(file, command, *facts)
+    return grid(head, rows) + "\n\n" + measured(file, "moesaic benchmark MODEL --select RULE", *facts)

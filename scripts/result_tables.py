@@ -228,6 +228,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "engines": speed_tables.engines,
     "training": training,
     "adaptive-tiny-moe": lambda: adaptive_tables.adaptive("tiny-moe"),
+    "adaptive-speed": adaptive_tables.adaptive_speed,
     "adaptive-gemma-270m": lambda: adaptive_tables.adaptive("gemma-270m"),
     "shapes-demo": lambda: speed_tables.shapes("demo"),
     "shapes-gemma-270m": lambda: speed_tables.shapes("gemma-270m"),

@@ -30,7 +30,7 @@ from moesaic.moe.adaptive import BlockRanker, Decision, attach, decided_by, mean
 from moesaic.routing.selection.ada_k import AdaK
 from moesaic.routing.selection.base import LayerSample, Ranking, mean_count
 from moesaic.routing.selection.entropy import Entropy
-from moesaic.routing.selection.layer_k import least_error
+from moesaic.routing.selection.layer_k import LayerK, least_error
 from moesaic.routing.selection.learned_threshold import LearnedThreshold
 from moesaic.routing.selection.relative import Relative
 from moesaic.routing.selection.skip import Skip
@@ -198,6 +198,44 @@ def test_a_learned_threshold_starts_as_the_threshold():
     rule = LearnedThreshold(threshold=math.log(0.15))
     parameters = rule.parameters(SimpleNamespace(hidden_size=2, num_experts=4))
     assert rule.counts(ranked, torch.randn(2, 2), parameters, 2).tolist() == counts(Threshold(threshold=0.15), ranked)
+
+
+def test_budgets_are_kept_by_what_at_least_and_at_most_allow():
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(2_000, 4, generator=generator).softmax(-1).sort(-1, descending=True).values
+    ranked = Ranking(torch.arange(4).expand(2_000, 4), shares, shares, logarithmic=True)
+    rule = Skip(at_least=2)
+    sample = LayerSample(ranked, rule.evidence(ranked, shares, {"ratio": torch.zeros(())}), 4, {})
+    fitted, parameters = rule.fit([sample, sample], 2.4)
+    count = fitted.counts(ranked, shares, parameters[0], 4).double()
+    assert count.mean() == pytest.approx(2.4, rel=0.02)
+    assert count.min() == 2
+    errors = torch.tensor([0.5, 0.2, 0.1, 0.0])
+    _, counts_ = LayerK(at_most=2).fit([sample._replace(errors_K=errors)] * 2, 2.0)
+    assert [int(c["count"]) for c in counts_] == [2, 2]
+    assert TopK(k=1, at_least=3).counts(ranked, shares, {}, 4).unique().tolist() == [3]
+
+
+def test_the_price_of_an_expert_is_finite_for_every_learning_rule():
+    """A policy's logits may all be raised without a change, so it is loosened by the number of experts instead."""
+    model = stock("qwen3-moe")
+    for selection in (AdaK(), LearnedThreshold(threshold=-1.7)):
+        policy, steering = make_policy(model, selection), Steering(mean=1.5)
+        for values in policy.parameters:
+            torch.nn.init.normal_(values["weight"], std=0.1)
+        learner = Distill()
+        learner.prepare(policy, steering, batch_of())
+        learner.step(policy, steering, batch_of(), lambda: None)
+        assert 0 <= steering.price < 1
+
+
+def test_a_token_without_an_expert_has_a_finite_gradient():
+    scores = router_scores(find_blocks(stock("mixtral"))[0])
+    keep = torch.zeros(1, 3, requires_grad=True)
+    weights = scores.weigh(torch.tensor([[0.5, 0.3, 0.2]]), keep)
+    assert weights.tolist() == [[0.0, 0.0, 0.0]]
+    weights.sum().backward()
+    assert keep.grad.abs().max() < 10
 
 
 def test_least_error_equals_brute_force():
@@ -472,6 +510,14 @@ def test_inside_a_converted_model(tmp_path):
         torch.testing.assert_close(model(TOKENS).logits, other(TOKENS).logits, rtol=1e-4, atol=1e-5)
     assert model.config.selection == within.method
     assert moesaic.inspect(tmp_path / "out").moe["selection"] == within.method
+    measured = moesaic.inspect(tmp_path / "out").metrics
+    assert measured.perplexity != moesaic.inspect(tmp_path / "moe").metrics.perplexity
+    fixed = moesaic.adapt(tmp_path / "moe", tmp_path / "fixed", AdaptConfig(method="top-k", inside=True, **quick))
+    few = moesaic.inspect(tmp_path / "fixed").metrics
+    assert (fixed.method, few.plan) == ("top-k:k=2", "S2A2E8")
+    assert json.loads((tmp_path / "fixed" / "config.json").read_text())["num_experts_per_tok"] == 2
+    assert few.format == moesaic.inspect(tmp_path / "moe").metrics.format
+    assert "S2A2E8" in (tmp_path / "fixed" / "README.md").read_text()
     with pytest.raises(InputError, match="varies by token already"):
         moesaic.adapt(tmp_path / "out", tmp_path / "again", AdaptConfig(method="threshold", **quick))
 
@@ -486,6 +532,9 @@ def test_inside_a_converted_model(tmp_path):
         ({"method": "learned-threshold", "learner": "ppo"}, "ppo trains ada-k"),
         ({"method": "ada-k", "learner": "pppo"}, "Did you mean 'ppo'"),
         ({"allow_zero": True}, "this model has none"),
+        ({"method": "top-p:at_most=1", "target_active": 0.75}, "give a share from 0.25 to 0.25"),
+        ({"method": "top-p:at_least=3,at_most=2"}, "at_least 3 is more than at_most 2"),
+        ({"method": "top-p:at_most=-1"}, "option at_most of selection 'top-p' is -1"),
         ({"inside": True}, "leave out --inside"),
         ({"window": 4_096}, "more than the model's longest"),
     ],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -16,6 +18,8 @@ import torch
 import yaml
 
 from .. import registry
+from ..calibration.text import bundled
+from ..calibration.windows import token_windows
 from ..checkpoint.claim import claim
 from ..checkpoint.facts import METRICS_FILE, copy_terms, saved_result, saved_settings
 from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, check_parent, claim_output
@@ -33,14 +37,17 @@ from ..moe.adaptive import attach
 from ..moe.modeling import MODEL_TYPE
 from ..report.passage import write_heat_map, write_passage_page
 from ..report.plots import write_adaptation
-from ..results import AdaptResult, AdaptStep
+from ..results import AdaptResult, AdaptStep, ConversionResult
 from ..routing.selection.top_k import TopK
+from ..training.data import Samples
 from ..training.state import LOG, drop, drop_finished, training_folder
 from .budget import Calibrated, calibrate
 from .policy import Policy, make_policy
 from .prepare import Adaptation, check_text, prepare
 from .trainer import AdaptState, AdaptTrainer, Measured, measure
 
+COMPARABLE = 0.05
+"""How far two mean numbers of experts may lie apart, for losses to be compared."""
 CURVE, HEAT_MAP, HEAT_PAGE = "adaptation.png", "experts.png", "experts.html"
 
 
@@ -62,7 +69,7 @@ def adapt(
     Args:
         model: a stock Mixture-of-Experts or a converted model: hub id, folder or built-in name.
         output: the folder to make; it appears only when whole.
-        config: what to do; by default Ada-K, trained to 70 per cent of the model's own number of experts.
+        config: what to do; by default a threshold that is learnt, at 70 per cent of the model's own number of experts.
         resume: go on with an unfinished training of the same model, text and configuration.
         overwrite: replace `output` if it exists.
         clock: what `minutes` go by, in seconds.
@@ -140,7 +147,8 @@ def learn(run: Adaptation, policy: Policy, clock: Callable[[], float], report: C
     state = trainer.fit(state, clock, tell)
     trained = trainer.calibrated(mean)
     measured = measure(policy.model, run.held, trained.selection, trained.parameters)
-    if measured.loss <= state.start_loss:
+    comparable = abs(state.start_experts / measured.experts_per_token - 1) <= COMPARABLE
+    if measured.loss <= state.start_loss or not comparable:  # a policy that says nothing yet meets no budget
         return Found(trained, measured, state.start_loss, True, state)
     start = run.folder.best(state.best_step)
     values = [{name: start[f"layers.{n}.{name}"] for name in own} for n, own in enumerate(policy.parameters)]
@@ -249,5 +257,19 @@ def write_inside(run: Adaptation, policy: Policy, found: Found, result: AdaptRes
     describe(run, result, found.state.history if found.state else [], made)
     picture(run, policy, found, made)
     known = at_experts_per_token(saved_result(source), converted.config, result.experts_per_token)
+    known = remeasured(run, policy, found, known)
+    if fixed:
+        known = replace(known, plan=re.sub(r"A\d+", f"A{fixed}", known.plan))
+        settings = yaml.safe_load((made / CONFIG_FILE).read_text()) | {"plan": known.plan}
+        (made / CONFIG_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
     write_json(made / METRICS_FILE, known.to_dict() | {"adapt": result.to_dict()})
     export(made, run.output, converted.format if fixed else MODEL_TYPE, resume=False, overwrite=run.overwrite)
+
+
+def remeasured(run: Adaptation, policy: Policy, found: Found, known: ConversionResult) -> ConversionResult:
+    """Correct the perplexity of a conversion's result, as the conversion measured it."""
+    protocol = known.perplexity_protocol
+    tokens_NL = token_windows(bundled("heldout"), run.tokenizer, protocol.tokens, protocol.window)
+    samples = Samples(tokens_NL, torch.ones_like(tokens_NL, dtype=torch.bool))
+    loss = measure(policy.model, samples, found.calibrated.selection, found.calibrated.parameters).loss
+    return replace(known, perplexity=math.exp(min(700.0, loss)))

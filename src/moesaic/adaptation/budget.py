@@ -148,15 +148,19 @@ def count_errors(ranker: BlockRanker, ranking: Ranking, hidden_TD: Tensor) -> Te
     return torch.stack([(partial[-1] - part_TD).square().sum(-1) / size_T for part_TD in partial], dim=1).cpu()
 
 
-def check_budget(mean: float, default: int, at_least: int) -> None:
+def check_budget(mean: float, default: int, selection: Counting) -> None:
     """Check that so many experts can run on average.
 
     Raises:
         InputError: they cannot.
     """
-    if not at_least <= mean <= default:
-        least = max(at_least, 0) / default
+    most = min(default, selection.at_most or default)
+    if selection.at_least > most:
+        raise InputError(
+            f"at_least {selection.at_least} is more than the {most} experts that a token may run; lower it"
+        )
+    if not selection.at_least <= mean <= most:
         raise InputError(
             f"--target-active {mean / default:.3g} is {mean:.3g} of the model's {default} experts a token; give a "
-            f"share from {least:.3g} to 1"
+            f"share from {selection.at_least / default:.3g} to {most / default:.3g}"
         )

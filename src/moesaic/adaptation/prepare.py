@@ -144,9 +144,12 @@ def check_model(checkpoint: Checkpoint, selection: Counting, config: AdaptConfig
         raise InputError("the model's number of experts varies by token already; adapt what it was made of")
     if config.allow_zero and not all(block.shared_experts for block in blocks):
         raise InputError("--allow-zero needs a shared expert in each layer, and this model has none")
+    if config.allow_zero and not selection.reaches_zero:
+        name = registry.split("selection", registry.spec(selection))[0]
+        raise InputError(f"--method {name} always runs an expert; leave out --allow-zero, or take threshold")
     selection = replace(selection, at_least=0 if config.allow_zero else max(1, selection.at_least))
     default = max(block.num_experts_per_tok for block in blocks)
-    check_budget(config.target_active * default, default, selection.at_least)
+    check_budget(config.target_active * default, default, selection)
     return selection
 
 

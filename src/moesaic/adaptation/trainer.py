@@ -42,6 +42,8 @@ class AdaptState(StepState):
     """Of the selection in training, its budget field."""
     start_budget: float | None = None
     """Of the selection as training started; None before that."""
+    start_experts: float = 0.0
+    """That ran then for a token."""
     start_loss: float = math.inf
     """Held-out loss of the selection as training started, nats a token."""
     saved: int = 0
@@ -143,7 +145,8 @@ class AdaptTrainer:
     def keep_start(self, state: AdaptState) -> None:
         """Calibrate the selection as it starts, measure it, and keep it: what training must surpass."""
         found = self.calibrated(state.steering.mean)
-        state.start_loss = measure(self.policy.model, self.held, found.selection, found.parameters).loss
+        measured = measure(self.policy.model, self.held, found.selection, found.parameters)
+        state.start_loss, state.start_experts = measured.loss, measured.experts_per_token
         state.start_budget = getattr(found.selection, found.selection.budget)
         state.best_step = state.step
         if self.learner.trains_on_budget:

@@ -17,13 +17,14 @@ from .. import registry
 from ..checkpoint.reader import ADAPTER_CONFIG, ADAPTER_KEY, Checkpoint, is_adapter
 from ..errors import InputError
 from ..files import read_json, write_json
-from ..models.integrity import check_finite
 from ..models.moe_block import MoEBlock
 from ..moe.adaptive import Attached, attach, moe_blocks_of
 from ..results import Json
 from ..routing.selection.base import SMALLEST, Counting, Parameters
 
 TENSORS = "adapter.safetensors"
+DEEPEST = 10_000
+"""Layers of a model, at most."""
 AGAIN = "make it again with 'moesaic adapt'"
 
 
@@ -75,16 +76,24 @@ def read_adapter(folder: Path) -> Adapter:
     for name, kind in kinds.items():
         if not isinstance(values.get(name), kind):
             raise InputError(f"'{folder / ADAPTER_CONFIG}' is damaged: {name} is {values.get(name)!r}; {AGAIN}")
+    if isinstance(values["blocks"], bool) or not 1 <= values["blocks"] <= DEEPEST:
+        raise InputError(f"'{folder / ADAPTER_CONFIG}' is damaged: blocks is {values['blocks']!r}; {AGAIN}")
     selection = counting(registry.build("selection", values[ADAPTER_KEY], imported_only=True))
     try:
         tensors = load_file(folder / TENSORS)
     except Exception as error:  # safetensors raises its own type for every kind of damage
         raise InputError(f"'{folder / TENSORS}' is not a whole safetensors file ({error}); {AGAIN}") from error
-    check_finite(tensors.items(), folder)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise InputError(
+                f"'{folder / TENSORS}' is damaged: {name} holds values that are no finite numbers; {AGAIN}"
+            )
     parameters: list[Parameters] = []
     for number in range(values["blocks"]):
         prefix = f"layers.{number}."
         parameters.append({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+    if sum(map(len, parameters)) != len(tensors):
+        raise InputError(f"'{folder / TENSORS}' holds tensors of no layer that {ADAPTER_CONFIG} speaks of; {AGAIN}")
     return Adapter(
         selection, parameters, values["base_model_name_or_path"], values["base_fingerprint"], values["result"]
     )
@@ -99,6 +108,10 @@ def counting(selection: object) -> Counting:
     if not isinstance(selection, Counting):
         raise InputError(
             f"selection '{registry.spec(selection)}' works in converted models only; derive it from Counting"
+        )
+    if selection.at_most and selection.at_least > selection.at_most:
+        raise InputError(
+            f"at_least {selection.at_least} is more than at_most {selection.at_most}; give less of the one"
         )
     return selection
 

@@ -63,7 +63,8 @@ class RouterScores:
         if not self.renormalised:
             return kept_TK
         total = weights_TN.sum(-1, keepdim=True) if self.own_only else self.scale
-        return kept_TK * (total / kept_TK.sum(-1, keepdim=True).clamp(min=1e-20))
+        # where none runs, the first one's weight keeps the gradient finite
+        return kept_TK * (total / kept_TK.sum(-1, keepdim=True).clamp(min=weights_TN[:, :1]))
 
 
 def router_logits(output: tuple[Tensor, ...]) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.facts import saved_result, saved_settings
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import CONFIG_FILE
+from ..compat import tied_weights
 from ..conversion.plans import sizes
 from ..errors import WorkError
 from ..formats.converted import Converted
@@ -51,7 +52,8 @@ any.
 
 def parameters(model: PreTrainedModel) -> int:
     """Count a model's parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
+    tied = tied_weights(model)  # on the meta device they are parameters of their own
+    return sum(p.numel() for name, p in model.named_parameters() if name not in tied)
 
 
 @torch.no_grad()

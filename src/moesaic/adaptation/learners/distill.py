@@ -78,7 +78,9 @@ class Distill(Learner):
             for evidence_TN, leaf_TN in layers:
                 gradient_TN = leaf_TN.grad if leaf_TN.grad is not None else torch.zeros_like(leaf_TN)
                 count_TN = count_gradient(selection, leaf_TN.detach(), self.temperature * steering.scale)
-                pull, cost = pull + float(gradient_TN.sum()), cost + float(count_TN.sum())
+                looser_TN = selection.looser(leaf_TN.detach())
+                pull += float((gradient_TN * looser_TN).sum())
+                cost += float((count_TN * looser_TN).sum())
                 seen.append((evidence_TN, gradient_TN / scored, count_TN / scored))
         price = max(0.0, -pull / max(cost, 1e-12))
         steering.price = price if steering.price is None else SMOOTHING * steering.price + (1 - SMOOTHING) * price

@@ -48,6 +48,10 @@ class AdaK(Learning):
         """Give `P(count >= rank)`, the policy's survival function."""
         return self.tilted(evidence_TN).softmax(-1).flip(-1).cumsum(-1).flip(-1)
 
+    def looser(self, evidence_TN: Tensor) -> Tensor:
+        """Say how logits move as the penalty falls: by the number of experts."""
+        return torch.arange(evidence_TN.shape[1], device=evidence_TN.device).expand_as(evidence_TN).float()
+
     def bounds(self, evidence: Sequence[Tensor]) -> tuple[float, float]:
         most = max(float((part.amax(-1) - part.amin(-1)).amax()) for part in evidence) + 1
         return -most, most

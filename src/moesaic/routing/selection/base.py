@@ -8,9 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, Protocol, Self
+from typing import Annotated, ClassVar, NamedTuple, Protocol, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 Parameters = Mapping[str, Tensor]
@@ -132,9 +133,12 @@ class Counting(Selection):
     needs_errors: ClassVar[bool] = False
     """Whether calibration needs `LayerSample.errors_K`, which runs the experts once for each number of them."""
 
-    at_least: int = 1
+    reaches_zero: ClassVar[bool] = False
+    """Whether a token may run no expert at all."""
+
+    at_least: Annotated[int, Field(ge=0)] = 1
     """Experts that run for every token."""
-    at_most: int = 0
+    at_most: Annotated[int, Field(ge=0)] = 0
     """Experts that run for any token; 0: all."""
 
     @abstractmethod
@@ -207,6 +211,10 @@ class Learning(Counting):
 
         `temperature` makes a rule that is sure smooth; a rule that is a distribution has no need of it.
         """
+
+    def looser(self, evidence_TN: Tensor) -> Tensor:
+        """Say how evidence moves as the budget field lets more experts run: all ranks alike, [T, N]."""
+        return torch.ones_like(evidence_TN)
 
 
 def mean_count(selection: Counting, layers: Sequence[LayerSample]) -> float:

@@ -17,6 +17,7 @@ class Entropy(Counting):
 
     budget: ClassVar[str] = "scale"
     falling: ClassVar[bool] = False
+    reaches_zero: ClassVar[bool] = True
 
     scale: Annotated[float, Field(ge=0)] = 1.0
 

@@ -35,7 +35,8 @@ class LayerK(Counting):
         errors = [s.errors_K for s in layers]
         assert all(error is not None for error in errors), "errors_K was not measured"
         total = round(mean * len(layers))
-        counts = least_error([error for error in errors if error is not None], total, max(1, self.at_least))
+        most = self.at_most or None
+        counts = least_error([error[:most] for error in errors if error is not None], total, max(1, self.at_least))
         return self, [{"count": torch.tensor(float(count))} for count in counts]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,11 +13,15 @@ from .base import Learning, Parameters, Ranking, SelectionSizes
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedThreshold(Learning):
-    """`level_e > threshold + (W x + b)_e`, W [E, D] and b of each layer; levels are scores, or log-probabilities.
+    """As many run as pass `level_e > threshold + (W x + b)_e`, W [E, D] and b of each layer.
 
-    It begins as `threshold` with one value for all layers, to which W = b = 0 is equal. It is as large as the allocator
-    of Ada-K, which sees the token but not the router's scores and so has to learn first what they say.
+    Levels are scores, or logarithms of probabilities. Which experts run is the router's order, as everywhere: where one
+    passes and a better one does not, the better one runs. It begins as `threshold` with one value for all layers, to
+    which W = b = 0 is equal. It is as large as the allocator of Ada-K, which sees the token but not the router's scores
+    and so has to learn first what they say.
     """
+
+    reaches_zero: ClassVar[bool] = True
 
     threshold: float = 0.0
 

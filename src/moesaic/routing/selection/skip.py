@@ -8,7 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Counting, LayerSample, Parameters, Ranking, SelectionSizes
+from .base import Counting, LayerSample, Parameters, Ranking, SelectionSizes, mean_count
+
+STEPS = 24
+"""Of bisection."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +38,18 @@ class Skip(Counting):
         return (evidence_TN >= 0).sum(-1)
 
     def fit(self, layers: Sequence[LayerSample], mean: float) -> tuple[Self, list[Parameters]]:
-        lesser = layers[0].default - 1
-        quantile = min(1.0, max(0.0, 1 - (mean - 1) / lesser)) if lesser else 0.0
-        parameters: list[Parameters] = []
-        for s in layers:
-            ratios = _ratios(s.ranking)[:, 1 : s.default].flatten()
-            parameters.append({"ratio": torch.quantile(_some(ratios), quantile) if len(ratios) else torch.zeros(())})
-        return replace(self, quantile=quantile), parameters
+        low, high = 0.0, 1.0
+        for _ in range(STEPS):
+            quantile = (low + high) / 2
+            tried = [s._replace(evidence_TN=_ratios(s.ranking) - _ratio(s, quantile)) for s in layers]
+            low, high = (quantile, high) if mean_count(self, tried) > mean else (low, quantile)
+        return replace(self, quantile=high), [{"ratio": _ratio(s, high)} for s in layers]
+
+
+def _ratio(layer: LayerSample, quantile: float) -> Tensor:
+    """Find the quantile of the lesser experts' shares over the greatest."""
+    ratios = _ratios(layer.ranking)[:, 1 : layer.default].flatten()
+    return torch.quantile(_some(ratios), quantile) if len(ratios) else torch.zeros(())
 
 
 def _ratios(ranking: Ranking) -> Tensor:

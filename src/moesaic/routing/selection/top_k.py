@@ -25,10 +25,14 @@ class TopK(Counting):
 
     def counts(self, ranking: Ranking, hidden_TD: Tensor, parameters: Parameters, default: int) -> Tensor:
         tokens, ranks = ranking.index_TN.shape
-        return torch.full((tokens,), min(self.k or default, ranks), device=ranking.index_TN.device)
+        return torch.full((tokens,), self.fixed(ranks, default), device=ranking.index_TN.device)
+
+    def fixed(self, ranks: int, default: int) -> int:
+        """Say how many run of so many ranks."""
+        return int(self.within(torch.tensor(self.k or default), ranks, default))
 
     def select(self, scores_TE: Tensor, hidden_TD: Tensor, gate: ScoringGate) -> Tensor:
-        count = min(self.k or gate.num_experts_per_tok, scores_TE.shape[-1])
+        count = self.fixed(scores_TE.shape[-1], gate.num_experts_per_tok)
         return (scores_TE + gate.e_score_correction_bias.float()).topk(count, dim=-1).indices
 
     def fit(self, layers: Sequence[LayerSample], mean: float) -> tuple[Self, list[Parameters]]:
