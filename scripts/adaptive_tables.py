@@ -76,7 +76,7 @@ def adaptive_speed() -> str:
     ]  # fmt: skip
     head = ["model", "rule", "experts a token", "decode", "limit by bytes", "of it"]
     facts = [
-        f"Greedy decoding of {d['new']} tokens after a prompt of {d['prompt']}, {d['rounds']} alternating rounds, medians; "
-        f"{d['threads']} threads"
+        f"Greedy decoding of {d['new']} tokens after a prompt of {d['prompt']}, {d['rounds']} alternating rounds, "
+        f"medians; {d['threads']} threads"
     ]
     return grid(head, rows) + "\n\n" + measured(file, "moesaic benchmark MODEL --select RULE", *facts)
