@@ -52,13 +52,15 @@ TEXTS = [
 ]  # fmt: skip
 """Values of options; the last four are names of what is there."""
 BASES = {
+    "adapt": "tiny-moe OUT --method top-p --samples 24 --window 32 --tokens 256",
+    "prune": "tiny-moe OUT --experts 12 --tokens 256 --window 32 --recovery none --method frequency",
     "plan": "tiny", "convert": "tiny OUT --dry-run --tokens 512 --partition random --recovery none --force",
     "evaluate": f"tiny {SCORE}", "generate": "tiny hi --max-new-tokens 2",
     "benchmark": "tiny --against tiny --prompt 8 --new 2 --rounds 1", "inspect": "CONVERTED",
     "export": "CONVERTED OUT", "finetune": f"CONVERTED OUT {TRAIN}", "demo": "--model tiny --out OUT",
     "frontier": "tiny --out OUT --methods static+closed-form --active 50 --tokens 512 --no-speed --items 2",
 }  # fmt: skip
-SLOW = {"demo", "frontier", "finetune"}
+SLOW = {"demo", "frontier", "finetune", "adapt", "prune"}
 
 
 class Hang(BaseException):

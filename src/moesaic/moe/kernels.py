@@ -64,10 +64,11 @@ def _knowing_empty_slots(
     Theirs leave those out, as grouped products do, or ignore them, only where experts are split over devices; so that
     is said for the call.
     """
-    if not getattr(self, "may_have_empty_slots", False):
+    said = getattr(self, "may_have_empty_slots", False)
+    if not said and not _plain(self):
         return forward(self, hidden_states, top_k_index, top_k_weights)
     top_k_weights = top_k_weights.where(top_k_index < self.num_experts, 0)
-    if not hasattr(self, SPLIT):  # transformers before it knew empty slots
+    if not said or not hasattr(self, SPLIT):  # nobody said so, or a transformers that knew no empty slots
         return forward(self, hidden_states, top_k_index.clamp(max=self.num_experts - 1), top_k_weights)
     before = getattr(self, SPLIT)
     setattr(self, SPLIT, True)
