@@ -75,7 +75,13 @@ def converted(call):
 
 
 def test_it_is_small(wheel):
-    assert wheel.stat().st_size < 5_000_000
+    """A dense model of 5 MB and a Mixture-of-Experts of 8 come along; all else is less than one."""
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {info.filename: info.compress_size for info in archive.infolist()}
+    models = {name: size for name, size in sizes.items() if name.endswith(".safetensors")}
+    assert {name.split("/")[-2] for name in models} == {"tiny", "tiny_moe"}
+    assert sum(sizes.values()) - sum(models.values()) < 1_000_000
+    assert wheel.stat().st_size < 11_000_000
 
 
 def test_it_holds_the_package_and_nothing_else(wheel):
