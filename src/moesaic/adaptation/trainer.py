@@ -19,7 +19,7 @@ from ..errors import WorkError
 from ..moe.adaptive import attach, mean_experts
 from ..results import AdaptStep
 from ..routing.selection.base import Counting, Parameters
-from ..training.data import Samples
+from ..training.data import Samples, step_sequences
 from ..training.load import held_out_loss
 from ..training.parameters import put_back
 from ..training.state import RunFolder, SavedTraining, StepState
@@ -226,11 +226,5 @@ class AdaptTrainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def sequences(self, step: int) -> Tensor:
-        """List the numbers of a step's sequences: each pass over the samples has its own order, given by the seed."""
-        position_B = torch.arange(step * self.config.batch, (step + 1) * self.config.batch)
-        count = len(self.train)
-        orders = {
-            epoch: torch.randperm(count, generator=torch.Generator().manual_seed(self.config.seed + epoch))
-            for epoch in (position_B // count).unique().tolist()
-        }
-        return torch.stack([orders[p // count][p % count] for p in position_B.tolist()])
+        """List the numbers of a step's sequences."""
+        return step_sequences(len(self.train), self.config.batch, step, self.config.seed)

@@ -84,3 +84,13 @@ def make_samples(
 def _samples(windows: list[Window]) -> Samples:
     tokens, scored = zip(*windows, strict=True)
     return Samples(torch.tensor(tokens), torch.tensor(scored))
+
+
+def step_sequences(count: int, batch: int, step: int, seed: int) -> Tensor:
+    """List the numbers of a step's sequences: each pass over the samples has its own order, given by the seed."""
+    position_B = torch.arange(step * batch, (step + 1) * batch)
+    orders = {
+        epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
+        for epoch in (position_B // count).unique().tolist()
+    }
+    return torch.stack([orders[p // count][p % count] for p in position_B.tolist()])

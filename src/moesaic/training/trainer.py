@@ -26,7 +26,7 @@ from ..moe.modeling import moe_blocks
 from ..results import ExpertLoad
 from . import load as balance
 from . import losses as objective
-from .data import Samples
+from .data import Samples, step_sequences
 from .load import MICRO_TOKENS, held_out_loss
 from .parameters import check_gradients, gather, part, put_back, shard, trainable, whole
 from .prepare import Finetuning
@@ -179,14 +179,8 @@ class Trainer:
         )
 
     def sequences(self, step: int) -> Tensor:
-        """List the numbers of a step's sequences: each pass over the samples has its own order, given by the seed."""
-        position_B = torch.arange(step * self.config.batch, (step + 1) * self.config.batch)
-        count = len(self.train)
-        orders = {
-            epoch: torch.randperm(count, generator=torch.Generator().manual_seed(self.config.seed + epoch))
-            for epoch in (position_B // count).unique().tolist()
-        }
-        return torch.stack([orders[p // count][p % count] for p in position_B.tolist()])
+        """List the numbers of a step's sequences."""
+        return step_sequences(len(self.train), self.config.batch, step, self.config.seed)
 
     def loss(self, index_M: Tensor, loads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Sum (the objective, the layers' own losses) of some sequences over tokens, nats; counts experts' loads."""
