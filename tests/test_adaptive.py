@@ -354,6 +354,8 @@ def test_a_relaxed_count_is_the_hard_one_with_the_gradient_of_its_probability():
     decision.keep_TN.sum().backward()
     torch.testing.assert_close(evidence.grad, count_gradient(rule, evidence.detach(), 1.0))
     assert evidence.grad[0, 0] == 0  # the best expert always runs
+    most = LearnedThreshold(threshold=0.0, at_most=2)
+    assert count_gradient(most, evidence.detach(), 1.0)[0, 2:].tolist() == [0.0, 0.0]  # these never do
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "olmoe", "ours"])

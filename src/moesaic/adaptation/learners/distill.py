@@ -147,5 +147,6 @@ def count_gradient(selection: Learning, evidence_TN: Tensor, temperature: float)
     with torch.enable_grad():
         leaf_TN = evidence_TN.clone().requires_grad_()
         rank_N = torch.arange(leaf_TN.shape[1], device=leaf_TN.device)
-        expected = (selection.keep(leaf_TN, temperature) * (rank_N >= selection.at_least)).sum()
+        free_N = (rank_N >= selection.at_least) & (rank_N < (selection.at_most or len(rank_N)))
+        expected = (selection.keep(leaf_TN, temperature) * free_N).sum()
         return torch.autograd.grad(expected, leaf_TN)[0]
