@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from conftest import random_sample
+from conftest import block_for, random_sample
 from moesaic import ConvertConfig, InputError, Plan, convert, registry
 from moesaic.routing.base import make_gate, unit_scores
 from moesaic.routing.linear import Linear
@@ -48,6 +48,16 @@ def test_moefications_router_learns_which_expert_speaks():
         gate.get_parameter(name).data.copy_(value)
     loud = sample.ffn.hidden(sample.input_TD).abs()[:, partition.experts].sum(2).argmax(1)
     assert (gate(sample.input_TD, None)[0].squeeze(1) == loud).float().mean() > 0.4
+
+
+@pytest.mark.parametrize("router", ["representative", "softmax"])
+def test_routers_with_weights_give_an_empty_slot_none(router):
+    """A rule from outside leaves slots empty though the gate's own selection does not."""
+    moe = block_for(random_sample(), Plan(0, 2, 4, 12), router)
+    scores = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
+    index = torch.tensor([[0, 4]] * 5)
+    weights = moe.gate.weigh(scores, index, torch.float32).top_k_weights
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.0]] * 5))
 
 
 def test_gate_centroids_are_mean_rows():

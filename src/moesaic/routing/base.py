@@ -30,6 +30,13 @@ class RoutedExperts(Protocol):
         ...
 
 
+class DenseConfig(Protocol):
+    """What a router may ask of the dense model's configuration."""
+
+    hidden_size: int
+    num_hidden_layers: int
+
+
 class Gate(nn.Module):
     """Scores the experts of one layer; the selection says which run. Saved as the block's `gate`.
 
@@ -71,10 +78,18 @@ class Gate(nn.Module):
             weights_TK = weights_TK + (share_TK - share_TK.detach()).to(dtype)
         return Routing(index_TK, weights_TK)
 
+    def rank_weights(self, shares_TK: Tensor) -> Tensor:
+        """Weigh experts in use, [T, K], by their shares of the token if no others ran: 1."""
+        return torch.ones_like(shares_TK)
+
     def forward(self, hidden_TD: Tensor, experts: RoutedExperts) -> Routing:
         """Choose and weigh experts for the tokens [T, D]; weights are in the tokens' dtype."""
         scores_TE = self.exact_scores(hidden_TD, experts)
         return self.weigh(scores_TE, self.selection.select(scores_TE, hidden_TD, self), hidden_TD.dtype)
+
+    def fixed(self, index_TK: Tensor, dtype: torch.dtype) -> Routing:
+        """Give experts that are decided already their weights, 1; an index of E stands for none."""
+        return Routing(index_TK, (index_TK < self.num_experts).to(dtype))
 
     def exact_scores(self, hidden_TD: Tensor, experts: RoutedExperts) -> Tensor:
         """Compute `scores` in float32 under autocast too, [T, E]."""
@@ -106,6 +121,8 @@ class Router(ABC):
     default_selection: ClassVar[str] = "top-k"
     token_clusters: ClassVar[bool] = False
     """Whether it needs a partition made from clusters of tokens."""
+    averages: ClassVar[bool] = False
+    """Whether a token's weights are shares of 1, for experts that are whole FFNs, not 1 each, for parts of one."""
     runs_all_experts: ClassVar[bool] = False
     """Whether it looks at what all experts say, so that it saves nothing and is for analysis only."""
 
@@ -118,6 +135,14 @@ class Router(ABC):
     def router_hidden_size(self) -> int:
         """Width of what the gate has between the tokens and its scores, if it has a layer there."""
         return 128
+
+    def model_fields(self, config: DenseConfig) -> dict[str, int]:
+        """Say what the converted model's configuration holds of the router beside its name.
+
+        Raises:
+            InputError: a router that does not fit the model.
+        """
+        return {"router_hidden_size": self.router_hidden_size}
 
     @property
     def gate_name(self) -> str:

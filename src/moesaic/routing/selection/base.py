@@ -27,6 +27,8 @@ class GateConfig(Protocol):
     num_experts_per_tok: int
     router: str
     router_hidden_size: int
+    norm_topk_prob: bool
+    """Whether a router whose weights are shares of the token divides them by their sum over the experts that run."""
     selection: str
 
 
@@ -97,6 +99,8 @@ class LayerSample(NamedTuple):
     parameters: Parameters
     errors_K: Tensor | None = None
     """Mean squared distance of the output of the first 1, 2, ... ranks from that of the default number."""
+    is_image_T: Tensor | None = None
+    """Which tokens are parts of pictures; None where nothing tells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +137,8 @@ class Counting(Selection):
     needs_errors: ClassVar[bool] = False
     """Whether calibration needs `LayerSample.errors_K`, which runs the experts once for each number of them."""
 
+    by_modality: ClassVar[bool] = False
+    """Whether it goes by which tokens are parts of pictures, which the model then tells."""
     reaches_zero: ClassVar[bool] = False
     """Whether a token may run no expert at all."""
 

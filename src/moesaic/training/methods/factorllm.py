@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import kl_div, linear
+from transformers import PreTrainedModel
 
 from ...moe.block import MoE
-from .base import DenseFFN
+from .base import DenseFFN, check_parts
 from .full import Full
 
 
@@ -21,6 +22,10 @@ class FactorLLM(Full):
     """
 
     needs_dense: ClassVar[bool] = True
+
+    def prepare(self, model: PreTrainedModel) -> nn.Module:
+        check_parts(model, "its label asks an expert for K / E of the FFN's output")
+        return super().prepare(model)
 
     def layer_loss(self, moe: MoE, x_TD: Tensor, index_TK: Tensor, dense: DenseFFN | None) -> Tensor | None:
         assert dense is not None

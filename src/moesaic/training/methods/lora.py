@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...models.families import layers_prefix
 from .base import Method, learn_routers
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -25,9 +26,9 @@ class Lora(Method):
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         from peft import LoraConfig, get_peft_model  # slow to import
 
-        routed = bool(model.config.num_experts)
+        routed = bool(model.config.get_text_config().num_experts)
         config = LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, target_modules="all-linear",
+            r=self.rank, lora_alpha=self.alpha, target_modules=linear_layers(model),
             target_parameters=EXPERTS if routed else None, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
         )  # fmt: skip
         adapted = get_peft_model(model, config)
@@ -36,3 +37,9 @@ class Lora(Method):
 
     def finish(self, module: nn.Module) -> PreTrainedModel:
         return module.merge_and_unload()  # pyrefly: ignore[not-callable]
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Name the linear layers of the decoder layers; those of a vision tower stay as they are."""
+    prefix = layers_prefix(model)
+    return [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and name.startswith(prefix)]
