@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import given
-from ..calibration.windows import check_tokens
 from ..errors import InputError, first_line
-from ..models.families import embedding_rows
+from ..models.processor import Processor
+from .questions import Words, as_turn, encoded, on_model, opened, opens_chats, question, tokenizer_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @torch.inference_mode()
 def complete(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Words,
     prompt: str,
     *,
+    images: Sequence[str | Path | Image] = (),
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     chat: bool = False,
     seed: int = 0,
 ) -> str:
-    """Continue a prompt: greedy at temperature 0, else sampled.
+    """Continue a prompt, or answer a question about pictures: greedy at temperature 0, else sampled.
 
     Args:
         model: a dense or converted model.
-        tokenizer: the model's.
+        tokenizer: the model's; for pictures its processor, from `load_processor`.
         prompt: the text to continue.
+        images: pictures or their files, which the prompt then asks about through the model's chat template.
         max_new_tokens: tokens to add, at most.
         temperature: of sampling.
         chat: whether the prompt goes through the model's chat template.
@@ -40,30 +48,42 @@ def complete(
 
     Raises:
         InputError: an empty prompt, one that is longer than the model's context with the tokens to add, a setting that
-            is no such number, or `chat` where the model has no chat template.
+            is no such number, `chat` where the model has no chat template, or pictures that cannot be read or that the
+            model does not take.
     """
     check_request(prompt, max_new_tokens, temperature, seed)
-    if chat and not tokenizer.chat_template:
-        raise InputError("this model has no chat template; drop --chat")
-    inputs: Any
-    if chat:
-        try:
-            inputs = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except Exception as error:  # a template is a program, and may raise anything
-            raise InputError(f"the model's chat template fails: {first_line(error)}; drop --chat") from error
+    if images or (chat and isinstance(tokenizer, Processor)):
+        made = question(tokenizer, prompt, opened(images))
+    elif chat:
+        made = _chat(model, tokenizer_of(tokenizer), prompt)
     else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        made = encoded(tokenizer_of(tokenizer), prompt, special=True)
+    inputs = on_model(model, made, tokenizer)
     check_length(model, inputs["input_ids"].shape[1], max_new_tokens)
-    check_tokens(inputs["input_ids"], embedding_rows(model), tokenizer)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
+    tokens_1L = new_tokens(model, inputs, tokenizer, max_new_tokens=max_new_tokens, **sampling)
+    return str(tokenizer_of(tokenizer).decode(tokens_1L[0], skip_special_tokens=True))
+
+
+def new_tokens(model: Any, inputs: Mapping[str, Tensor], words: Words, **settings: object) -> Tensor:
+    """Generate by transformers' settings: what comes after the prompts, int64 [B, L], shorter ones padded."""
+    tokenizer = tokenizer_of(words)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    generation: Any = model  # its class mixes `generate` in
-    tokens = generation.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)
-    return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    made_BL: Tensor = model.generate(**inputs, pad_token_id=pad, **settings)
+    return made_BL[:, inputs["input_ids"].shape[1] :]
+
+
+def _chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, Tensor]:
+    """Make the inputs of a chat of one turn without pictures, as the model's tokenizer or processor would."""
+    if not tokenizer.chat_template:
+        raise InputError("this model has no chat template; drop --chat")
+    try:
+        turns = [as_turn(model, {"role": "user", "content": prompt})]
+        text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))  # pyrefly: ignore[bad-argument-type]
+    except Exception as error:  # a template is a program, and may raise anything
+        raise InputError(f"the model's chat template fails: {first_line(error)}; drop --chat") from error
+    return encoded(tokenizer, text, special=opens_chats(model, tokenizer, text))
 
 
 def check_request(prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:

@@ -1,0 +1,69 @@
+"""Tokens into text as they come, up to a text that ends the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+UNFINISHED = "\ufffd"
+"""What a decoder writes for the beginning of a character."""
+
+
+class TextStream:
+    """The text of an answer: all that `push` and `finish` return is `tokenizer.decode` of its tokens, cut at a stop.
+
+    Text that may be the beginning of a stop is held back.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+        self.tokens: list[int] = []
+        self.stopped = False
+        """Whether one of the stops has come; tokens after it are passed over."""
+        self._tokenizer, self._stops = tokenizer, list(stops)
+        self._decoded = ""
+        """The text of all tokens but those of an unfinished character."""
+        self._shown = 0
+        self._start, self._end = 0, 0  # the tokens that the next ones' text depends on
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Take the next tokens; returns the text that is certain now."""
+        for token in tokens:
+            if self.stopped:
+                break
+            self.tokens.append(token)
+            before = self._decode(self.tokens[self._start : self._end])
+            after = self._decode(self.tokens[self._start :])
+            if len(after) > len(before) and not after.endswith(UNFINISHED):
+                self._decoded += after[len(before) :]
+                self._start, self._end = self._end, len(self.tokens)
+                self._look_for_stops()
+        return self._show(len(self._decoded) if self.stopped else len(self._decoded) - self._held())
+
+    def finish(self) -> str:
+        """End the answer; returns the text that was held back."""
+        if not self.stopped:
+            whole = self._decode(self.tokens)
+            if whole.startswith(self._decoded[: self._shown]):
+                self._decoded = whole
+                self._look_for_stops()
+        return self._show(len(self._decoded))
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _look_for_stops(self) -> None:
+        found = [at for stop in self._stops if (at := self._decoded.find(stop, self._shown)) >= 0]
+        if found:
+            self._decoded, self.stopped = self._decoded[: min(found)], True
+
+    def _held(self) -> int:
+        """Count the characters at the end that a stop may begin with."""
+        unseen = self._decoded[self._shown :]
+        sizes = (size for stop in self._stops for size in range(1, len(stop)) if unseen.endswith(stop[:size]))
+        return max(sizes, default=0)
+
+    def _show(self, end: int) -> str:
+        text = self._decoded[self._shown : end]
+        self._shown = max(self._shown, end)
+        return text
