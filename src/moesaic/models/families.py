@@ -2,7 +2,8 @@
 
 A decoder layer is convertible when one of its children computes `down(act(gate(x)) * up(x))` from bias-free linear
 layers whose names are one of `FFN_LAYOUTS`: `gate_proj`, `up_proj`, `down_proj` (Llama, Mistral, Qwen, Gemma, OLMo-2,
-Granite, SmolLM) or `gate_up_proj`, `down_proj` (Phi-3). A family with other names needs one more row there.
+Granite, SmolLM), `gate_up_proj`, `down_proj` (Phi-3) or `w1`, `w3`, `w2` (LFM2). A family with other names needs one
+more row there.
 
 Shapes: T tokens, D hidden size, F neurons of the FFN.
 """
@@ -27,6 +28,10 @@ LAYERS = "model.layers."
 """How the names of all layers' tensors begin in a text model's checkpoint."""
 EXPERT_PARTS = (("gate_proj", "up_proj"), ("w1", "w3"), ("down_proj",), ("w2",))
 """What checkpoints call the matrices of one expert, in the order in which transformers joins them."""
+FINAL_NORMS = ("norm", "embedding_norm")
+"""Of a tower, by what families call it."""
+FFN_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
+"""Of what an FFN says, before it is added to the residual stream (Gemma 2 and 3, OLMo-2, GLM-4)."""
 EMBEDDINGS, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -43,7 +48,10 @@ class FFNLayout(NamedTuple):
         return tuple(name for name in self if name is not None)
 
 
-FFN_LAYOUTS = [FFNLayout("gate_proj", "up_proj", "down_proj"), FFNLayout("gate_up_proj", None, "down_proj")]
+FFN_LAYOUTS = [
+    FFNLayout("gate_proj", "up_proj", "down_proj"), FFNLayout("gate_up_proj", None, "down_proj"),
+    FFNLayout("w1", "w3", "w2"),
+]  # fmt: skip
 """What is recognised as a gated FFN, the first that fits."""
 
 
@@ -116,16 +124,16 @@ def gated_ffn(mlp: nn.Module) -> GatedFFN:
 
 
 def activation(mlp: nn.Module) -> nn.Module:
-    """Find the FFN's activation module: the one child that is no linear layer.
+    """Find the FFN's activation module: the one child that is no linear layer; SiLU where the code has it in place.
 
     Raises:
         InputError: there are other parts, so the FFN is not just `down(act(gate(x)) * up(x))`.
     """
     others = {name: child for name, child in mlp.named_children() if not isinstance(child, nn.Linear)}
+    if not others:
+        return nn.SiLU()
     if len(others) != 1:
-        raise InputError(
-            f"{type(mlp).__name__} has {', '.join(others) or 'nothing'} beside its linear layers; expected act"
-        )
+        raise InputError(f"{type(mlp).__name__} has {', '.join(others)} beside its linear layers; expected act")
     return next(iter(others.values()))
 
 
@@ -206,9 +214,20 @@ def attention(layer: nn.Module) -> nn.Module | None:
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
     """Find the norm between the last layer and the head."""
-    norm = text_tower(model).norm
-    assert isinstance(norm, nn.Module)
-    return norm
+    tower = dict(text_tower(model).named_children())
+    return next(tower[name] for name in FINAL_NORMS if name in tower)
+
+
+def ffn_norm(layer: nn.Module) -> nn.Module | None:
+    """Find the norm of what a decoder layer's FFN says; None where that is added as it is."""
+    children = dict(layer.named_children())
+    return next((children[name] for name in FFN_NORMS if name in children), None)
+
+
+def norm_offset(norm: nn.Module) -> float:
+    """Tell what a norm adds to its weight: 0, or Gemma's 1 of `(1 + weight) * x / rms(x)`."""
+    weight = norm.get_parameter("weight")
+    return (norm(torch.ones_like(weight)) - weight).float().mean().round().item()
 
 
 def check_convertible(layers: Iterable[nn.Module]) -> None:
@@ -228,9 +247,8 @@ def scale_logits(model: PreTrainedModel, factor: float) -> str:
     """
     norm = final_norm(model)
     weight = norm.get_parameter("weight")
-    ones = torch.ones_like(weight)
+    ones, offset = torch.ones_like(weight), norm_offset(norm)
     gain = norm(ones)
-    offset = (gain - weight).float().mean().round().item()
     weight.data.copy_((weight.float() + offset) * factor - offset)
     if not torch.allclose(norm(ones).float(), gain.float() * factor, rtol=0.02, atol=1e-3):
         raise AssertionError(f"{type(norm).__name__} does not multiply by its weight")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +131,17 @@ def _refuse(
             )
 
 
+def turned(shape: Sequence[int], there: Sequence[int]) -> bool:
+    """Tell whether a checkpoint has a bank of experts with its matrices transposed, as Qwen3-VL-MoE's do.
+
+    transformers turns them when they do not fit.
+    """
+    return len(shape) == 3 and list(there) != list(shape) and list(there) == [shape[0], shape[2], shape[1]]
+
+
 def _fits(shape: list[int], there: list[list[int]]) -> bool:
     """Tell whether a checkpoint's tensors, if any, make up a model's."""
-    if len(there) == 1 and there[0] != shape:
+    if len(there) == 1 and there[0] != shape and not turned(shape, there[0]):
         return False
     return not there or sum(map(math.prod, there)) == math.prod(shape)
 

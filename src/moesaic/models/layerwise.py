@@ -5,7 +5,6 @@ Shapes: N sequences, L tokens in one, D hidden size.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,28 +20,14 @@ from ..checkpoint.reader import Checkpoint
 from ..compat import tied_weights
 from ..errors import InputError
 from .families import EXPERT_PARTS, check_convertible, decoder_layers, layers_prefix, text_config, text_tower
-from .integrity import check_contents, check_finite, model_on_meta, read_config
+from .integrity import check_contents, check_finite, model_on_meta, read_config, turned
+from .pictured import Pictured
+from .stubs import Calls, Seen, Stub
 
-log = logging.getLogger("moesaic")
 BATCH_TOKENS = 2_048
 """Tokens that run through a layer at once: enough for products at full speed, few for memory."""
 EXPERT = re.compile(r"(?P<before>.*\bexperts\.)(?P<number>\d+)\.(?P<part>\w+)\.weight")
 """The name of one expert's matrix in a checkpoint that keeps each for itself."""
-
-
-class Stub(nn.Module):
-    """Stands in for a decoder layer: keeps what it is called with and passes on `replacement`, or its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden: Tensor | None = None
-        self.arguments: dict[int, dict[str, Any]] = {}
-        """By the sequences' length."""
-        self.replacement: Tensor | None = None
-
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        self.hidden, self.arguments[hidden_states.shape[1]] = hidden_states, arguments
-        return hidden_states if self.replacement is None else self.replacement
 
 
 def batches(sequences_NL: Tensor) -> tuple[Tensor, ...]:
@@ -124,20 +109,25 @@ class LayerwiseModel:
         InputError: damaged, or no such layers.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, *, experts: bool = False) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, device: torch.device, *, experts: bool = False, text_only: bool = False
+    ) -> None:
         self.checkpoint = Checkpoint(folder)
         self.dtype, self.device = dtype, device
         whole = model_on_meta(read_config(folder), folder, dtype)
         found = check_contents(whole, self.checkpoint)
-        self.model: Any = text_model(whole, folder, dtype)
+        self.model: Any = text_model(whole, folder, dtype) if text_only else whole
         if self.model is not whole:
-            log.warning("%s takes images too; its text part alone is converted", whole.config.model_type)
             found = text_names(whole, self.model, found)
         self.take_layers()
         if not experts:
             check_convertible(self.layers)
         self.on_disk = {name: sources[0] for name, sources in found.items() if len(sources) == 1}
         """The checkpoint's names by the model's, of what both have as one tensor."""
+        shapes = self.checkpoint.shapes()
+        wanted = {self.prefix + name: part.shape for name, part in nn.ModuleList(self.layers).state_dict().items()}
+        self.turned = {name for name, own in self.on_disk.items() if turned(wanted.get(name, ()), shapes[own])}
+        """The model's names of banks of experts whose matrices are transposed in the checkpoint."""
         several = {name: sources for name, sources in found.items() if len(sources) > 1}
         self.joined = {name: Joined(name, sources) for name, sources in several.items()}
         """By the model's name, what the checkpoint has in parts."""
@@ -151,12 +141,20 @@ class LayerwiseModel:
         self.model.eval()
         self.layers = list(decoder_layers(self.model))
         self.stubs = [Stub() for _ in self.layers]
+        self.calls: list[dict[str | int, Calls]] = [{} for _ in self.layers]
+        """Of each layer, by the text's name or, where there are no pictures, the length of its sequences."""
         self.prefix = layers_prefix(self.model)
         text_tower(self.model).layers = nn.ModuleList(self.stubs)
 
     @property
     def config(self) -> Any:
+        """The configuration of the language model; of a vision-language model, of its tower."""
         return self.model.config.get_text_config()
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether it is a vision-language model."""
+        return self.config is not self.model.config
 
     def check_finite(self) -> None:
         """Check that all weights are numbers, each read once.
@@ -202,6 +200,7 @@ class LayerwiseModel:
         """Read a decoder layer's tensors by their name in the layer, as on disk but for experts, which are joined."""
         prefix = f"{self.prefix}{index}."
         found = dict(self._tensors([name for name in self.on_disk if name.startswith(prefix)]))
+        found |= {name: found[name].transpose(1, 2) for name in found.keys() & self.turned}
         for name, joined in self.joined.items():
             if name.startswith(prefix):
                 sources = [source for expert in range(joined.experts) for source in joined.sources(expert)]
@@ -220,21 +219,59 @@ class LayerwiseModel:
             layer.to("meta")
 
     @torch.no_grad()
-    def embed(self, tokens_NL: Tensor) -> Tensor:
-        """Compute what enters the first layer, [N, L, D]; from then on `run` knows how to call layers on length L."""
+    def embed(self, tokens_NL: Tensor, pictured: Pictured | None = None, text: str = "") -> Tensor:
+        """Compute what enters the first layer, [N, L, D]; from then on `run` knows how to call layers on them.
+
+        Args:
+            tokens_NL: sequences.
+            pictured: the pictures in them; None: there are none, and all sequences of that length are called alike.
+            text: by what name `run` is to know sequences with pictures.
+        """
+        if pictured is not None:
+            return self._embed_pictured(tokens_NL, pictured, text)
         parts = []
         for tokens_BL in (*batches(tokens_NL), tokens_NL[:1]):  # one alone is last: its arguments fit any batch
             self.model.base_model(input_ids=tokens_BL.to(self.device), use_cache=False)
             hidden = self.stubs[0].hidden
             assert hidden is not None
             parts.append(hidden)
+        for calls, stub in zip(self.calls, self.stubs, strict=True):
+            calls[tokens_NL.shape[1]] = Calls([stub.arguments], None)
         return torch.cat(parts[:-1])
 
+    def _embed_pictured(self, tokens_NL: Tensor, pictured: Pictured, text: str) -> Tensor:
+        """Embed one sequence at a time, since models call their layers differently on each (positions, masks)."""
+        seen = [Seen() for _ in self.stubs]
+        for tokens_1L, inputs in zip(tokens_NL.split(1), pictured.inputs, strict=True):
+            moved = {
+                name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+                for name, tensor in inputs.items()
+            }
+            self.model.base_model(input_ids=tokens_1L.to(self.device), **moved, use_cache=False)
+            for index, (of_layer, stub) in enumerate(zip(seen, self.stubs, strict=True)):
+                of_layer.see(stub, first=index == 0)
+        following = [*seen[1:], None]
+        for calls, of_layer, after in zip(self.calls, seen, following, strict=True):
+            calls[text] = of_layer.calls(after)
+        return torch.cat([hidden for hidden in seen[0].hidden if hidden is not None])
+
     @torch.no_grad()
-    def run(self, index: int, layer: nn.Module, hidden_NLD: Tensor) -> Tensor:
-        """Run a decoder layer on sequences of a length that was embedded before; returns what leaves it, [N, L, D]."""
-        arguments = self.stubs[index].arguments[hidden_NLD.shape[1]]
-        return torch.cat([layer(hidden_BLD, **arguments) for hidden_BLD in batches(hidden_NLD)])
+    def run(self, index: int, layer: nn.Module, hidden_NLD: Tensor, text: str = "") -> Tensor:
+        """Run a decoder layer on sequences that were embedded before; returns what leaves it, [N, L, D].
+
+        Args:
+            index: the layer's number.
+            layer: the layer, with its weights.
+            hidden_NLD: what enters it.
+            text: the name by which sequences with pictures were embedded; others are known by their length.
+        """
+        calls = self.calls[index].get(text) or self.calls[index][hidden_NLD.shape[1]]
+        if len(calls.arguments) == 1:
+            after_NLD = torch.cat([layer(hidden_BLD, **calls.arguments[0]) for hidden_BLD in batches(hidden_NLD)])
+        else:
+            pairs = zip(hidden_NLD.split(1), calls.arguments, strict=True)
+            after_NLD = torch.cat([layer(hidden_1LD, **arguments) for hidden_1LD, arguments in pairs])
+        return after_NLD if calls.added_NLD is None else after_NLD + calls.added_NLD
 
     @torch.no_grad()
     def token_losses(self, tokens_NL: Tensor, hidden_NLD: Tensor) -> Tensor:

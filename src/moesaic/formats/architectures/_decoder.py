@@ -6,6 +6,7 @@ Shapes: D hidden size, E routed experts, I neurons of one, X = 2 I.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def reason_against(format: Format, config: MoesaicModelConfig, *reasons: Reason)
             "it turns whole heads, the model parts of them",
         ),
         (config.rope_parameters.get("rope_type") == "longrope", "engines read longrope for other architectures only"),
-        (config.router != "linear", f"its router is linear, the model's is {config.router}"),
+        (config.router not in format.routers, f"its router is linear, the model's is {config.router}"),
         (
             config.selection != "top-k",
             f"it runs a fixed number of experts, the model's selection is {config.selection}",
@@ -86,8 +87,13 @@ def reason_against(format: Format, config: MoesaicModelConfig, *reasons: Reason)
 
 
 def renormalised_scale(config: MoesaicModelConfig) -> float:
-    """Choose ε for gates that are divided by their sum: with one expert 1, since its weight is 1 whatever its score."""
-    return 1.0 if config.num_experts_per_tok == 1 else ROUTER_SCALE
+    """Choose ε for gates that are divided by their sum: 1 if they are meant so, or weigh one expert by 1 anyway."""
+    return 1.0 if config.num_experts_per_tok == 1 or config.router == "softmax" else ROUTER_SCALE
+
+
+def renormalised_factor(config: MoesaicModelConfig) -> int:
+    """Say what undoes gates that sum to 1 where each should be 1: the active experts; 1 if they are meant so."""
+    return 1 if config.router == "softmax" else config.num_experts_per_tok
 
 
 def too_small(config: MoesaicModelConfig, scale: float) -> Reason:
@@ -188,3 +194,21 @@ def gguf_experts(gate_up_EXD: Tensor, down_EDI: Tensor, shared: Tensors) -> Tens
     gate_EID, up_EID = gate_up_EXD.chunk(2, dim=1)
     routed = {"ffn_gate_exps.weight": gate_EID, "ffn_up_exps.weight": up_EID, "ffn_down_exps.weight": down_EDI}
     return routed | {f"ffn_{name}_shexp.weight": weight for name, weight in shared.items()}
+
+
+class GGUFExperts(NamedTuple):
+    """Experts as llama.cpp has them: all routed ones, or the shared one."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    @property
+    def gate_up(self) -> Tensor:
+        """`gate` above `up`, as transformers has them."""
+        return torch.cat([self.gate, self.up], -2)
+
+
+def native_experts(theirs: Tensors, kind: str) -> GGUFExperts:
+    """Take experts out of a layer of a GGUF: the inverse of `gguf_experts`; `exps` or `shexp`."""
+    return GGUFExperts(*(theirs.pop(f"ffn_{name}_{kind}.weight") for name in GGUFExperts._fields))

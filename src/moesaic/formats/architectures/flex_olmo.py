@@ -17,19 +17,23 @@ PARTS = ("gate_proj", "up_proj", "down_proj")
 class FlexOlmo(Format):
     """Chosen experts with weight 1 from renormalised gates: `K softmax(ε z) -> 1`; exactly 1 for K = 1 (ε = 1 then).
 
-    `gate x ε`, experts' `down_proj x K`. It has no shared expert, so each expert holds a copy of it. Stock transformers
-    and vLLM have it.
+    `gate x ε`, experts' `down_proj x K`. It has no shared expert, so each expert holds a copy of it. Nothing is scaled
+    for router `softmax`, which is its own. Stock transformers and vLLM have it.
     """
 
+    routers: ClassVar[tuple[str, ...]] = ("linear", "softmax")
     sources: ClassVar[tuple[str, ...]] = ("olmo2",)
     loaded_by: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
     preference: ClassVar[int | None] = 2
     copies_shared: ClassVar[bool] = True
 
+    def expert_factor(self, config: MoesaicModelConfig) -> int:
+        return decoder.renormalised_factor(config)
+
     def reason_against(self, config: MoesaicModelConfig) -> str:
         return decoder.reason_against(
             self, config, decoder.unlike_heads(config),
-            decoder.not_power(config.num_experts_per_tok, "active experts"),
+            decoder.not_power(self.expert_factor(config), "active experts"),
             decoder.too_small(config, decoder.renormalised_scale(config)),
         )  # fmt: skip
 
@@ -37,7 +41,7 @@ class FlexOlmo(Format):
         return decoder.common_config(config, "flex_olmo", "FlexOlmoForCausalLM") | {
             "num_experts": config.num_experts,
             "intermediate_size": config.moe_intermediate_size + config.shared_expert_intermediate_size,
-            "norm_topk_prob": True,
+            "norm_topk_prob": config.router != "softmax" or config.norm_topk_prob,
             "attention_bias": False,
         }
 
@@ -45,7 +49,7 @@ class FlexOlmo(Format):
         stock = dict(tensors)
         del stock["mlp.gate.e_score_correction_bias"]
         stock["mlp.gate.weight"] = stock["mlp.gate.weight"] * decoder.renormalised_scale(config)
-        gate_up, down = decoder.replicate_shared(stock, config.num_experts_per_tok)
+        gate_up, down = decoder.replicate_shared(stock, self.expert_factor(config))
         return stock | decoder.split_experts(gate_up, down, EXPERTS, PARTS)
 
     def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
@@ -53,4 +57,4 @@ class FlexOlmo(Format):
         layer["mlp.gate.weight"] = layer["mlp.gate.weight"] / decoder.renormalised_scale(config)
         layer["mlp.gate.e_score_correction_bias"] = layer["mlp.gate.weight"].new_zeros(config.num_experts)
         gate_up, down = decoder.join_experts(layer, config.num_experts, EXPERTS, PARTS)
-        return layer | decoder.separate_shared(gate_up, down, config.moe_intermediate_size, config.num_experts_per_tok)
+        return layer | decoder.separate_shared(gate_up, down, config.moe_intermediate_size, self.expert_factor(config))

@@ -32,6 +32,9 @@ class Glm4Moe(Format):
     preference: ClassVar[int | None] = 0
     gguf_architecture: ClassVar[str | None] = "glm4moe"
 
+    def expert_factor(self, config: MoesaicModelConfig) -> int:
+        return 2
+
     def reason_against(self, config: MoesaicModelConfig) -> str:
         return decoder.reason_against(
             self, config,
@@ -60,7 +63,10 @@ class Glm4Moe(Format):
         stock["mlp.gate.weight"] = stock["mlp.gate.weight"].float() * decoder.ROUTER_SCALE
         bias_E = stock["mlp.gate.e_score_correction_bias"].float()
         stock["mlp.gate.e_score_correction_bias"] = bias_E * decoder.ROUTER_SCALE / 4
-        gate_up, down = stock.pop("mlp.experts.gate_up_proj"), stock.pop("mlp.experts.down_proj") * 2
+        gate_up, down = (
+            stock.pop("mlp.experts.gate_up_proj"),
+            stock.pop("mlp.experts.down_proj") * self.expert_factor(config),
+        )
         return stock | decoder.split_experts(gate_up, down, EXPERTS, PARTS)
 
     def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
@@ -69,7 +75,7 @@ class Glm4Moe(Format):
         for name, factor in (("weight", 1), ("e_score_correction_bias", 4)):
             layer[f"mlp.gate.{name}"] = (layer[f"mlp.gate.{name}"] / decoder.ROUTER_SCALE * factor).to(dtype)
         gate_up, down = decoder.join_experts(layer, config.num_experts, EXPERTS, PARTS)
-        return layer | {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down / 2}
+        return layer | {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down / self.expert_factor(config)}
 
     def gguf_layer(self, native: Tensors, config: MoesaicModelConfig) -> Tensors:
         gate_up, down = decoder.join_experts(native, config.num_experts, EXPERTS, PARTS)
@@ -79,6 +85,15 @@ class Glm4Moe(Format):
             "ffn_gate_inp.weight": native.pop("mlp.gate.weight"),
             "exp_probs_b.bias": native.pop("mlp.gate.e_score_correction_bias"),
         } | decoder.gguf_experts(gate_up, down, shared)
+
+    def native_layer(self, theirs: Tensors) -> Tensors:
+        routed, shared = (decoder.native_experts(theirs, kind) for kind in ("exps", "shexp"))
+        return {
+            "post_attention_layernorm.weight": theirs.pop("post_attention_norm.weight"),
+            "mlp.gate.weight": theirs.pop("ffn_gate_inp.weight"),
+            "mlp.gate.e_score_correction_bias": theirs.pop("exp_probs_b.bias"),
+            **{f"mlp.shared_experts.{n}_proj.weight": tensor for n, tensor in shared._asdict().items()},
+        } | decoder.split_experts(routed.gate_up, routed.down, EXPERTS, PARTS)
 
     def gguf_keys(self, writer: GGUFWriter, config: Json) -> None:
         from gguf import ExpertGatingFuncType

@@ -30,6 +30,9 @@ class GraniteMoeShared(Format):
     gguf_architecture: ClassVar[str | None] = "granitemoe"
     gguf_interleaved: ClassVar[bool] = True
 
+    def expert_factor(self, config: MoesaicModelConfig) -> int:
+        return config.num_experts_per_tok
+
     def reason_against(self, config: MoesaicModelConfig) -> str:
         return decoder.reason_against(
             self, config, decoder.unlike_heads(config),
@@ -57,7 +60,7 @@ class GraniteMoeShared(Format):
         moe, shared = "block_sparse_moe.", "mlp.shared_experts."
         stock[moe + "router.layer.weight"] = stock.pop("mlp.gate.weight") * decoder.renormalised_scale(config)
         stock[moe + "input_linear.weight"] = stock.pop("mlp.experts.gate_up_proj")
-        stock[moe + "output_linear.weight"] = stock.pop("mlp.experts.down_proj") * config.num_experts_per_tok
+        stock[moe + "output_linear.weight"] = stock.pop("mlp.experts.down_proj") * self.expert_factor(config)
         parts = [stock.pop(f"{shared}{name}_proj.weight") for name in ("gate", "up")]
         stock["shared_mlp.input_linear.weight"] = torch.cat(parts)
         stock["shared_mlp.output_linear.weight"] = stock.pop(f"{shared}down_proj.weight")
@@ -72,7 +75,7 @@ class GraniteMoeShared(Format):
             "mlp.gate.weight": gate_ED,
             "mlp.gate.e_score_correction_bias": gate_ED.new_zeros(len(gate_ED)),
             "mlp.experts.gate_up_proj": layer.pop(moe + "input_linear.weight"),
-            "mlp.experts.down_proj": layer.pop(moe + "output_linear.weight") / config.num_experts_per_tok,
+            "mlp.experts.down_proj": layer.pop(moe + "output_linear.weight") / self.expert_factor(config),
             f"{shared}gate_proj.weight": gate.clone(),
             f"{shared}up_proj.weight": up.clone(),
             f"{shared}down_proj.weight": layer.pop("shared_mlp.output_linear.weight"),
@@ -86,6 +89,17 @@ class GraniteMoeShared(Format):
             "ffn_norm.weight": native.pop("post_attention_layernorm.weight"),
             "ffn_gate_inp.weight": native.pop("block_sparse_moe.router.layer.weight"),
         } | decoder.gguf_experts(gate_up, down, shared)
+
+    def native_layer(self, theirs: Tensors) -> Tensors:
+        routed, shared = (decoder.native_experts(theirs, kind) for kind in ("exps", "shexp"))
+        return {
+            "post_attention_layernorm.weight": theirs.pop("ffn_norm.weight"),
+            "block_sparse_moe.router.layer.weight": theirs.pop("ffn_gate_inp.weight"),
+            "block_sparse_moe.input_linear.weight": routed.gate_up,
+            "block_sparse_moe.output_linear.weight": routed.down,
+            "shared_mlp.input_linear.weight": shared.gate_up,
+            "shared_mlp.output_linear.weight": shared.down,
+        }
 
     def gguf_keys(self, writer: GGUFWriter, config: Json) -> None:
         writer.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])

@@ -13,6 +13,7 @@ class MoesaicFormat(Format):
     """Changes nothing."""
 
     selection_bias: ClassVar[bool] = True
+    mixes_dense: ClassVar[bool] = True
 
     def reason_against(self, config: MoesaicModelConfig) -> str:
         return ""

@@ -29,6 +29,9 @@ class Qwen2Moe(Format):
     sources: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "phi3")
     loaded_by: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "sglang", "mlx")
 
+    def expert_factor(self, config: MoesaicModelConfig) -> int:
+        return config.num_experts
+
     def reason_against(self, config: MoesaicModelConfig) -> str:
         return decoder.reason_against(
             self, config, decoder.unlike_heads(config),
@@ -61,7 +64,7 @@ class Qwen2Moe(Format):
             stock[f"mlp.shared_expert.{name}.weight"] = stock.pop(f"mlp.shared_experts.{name}.weight") * factor
         stock["mlp.shared_expert_gate.weight"] = torch.full_like(stock["mlp.gate.weight"][:1], SHARED_GATE)
         gate_up, down = stock.pop("mlp.experts.gate_up_proj"), stock.pop("mlp.experts.down_proj")
-        return stock | decoder.split_experts(gate_up, down * config.num_experts, EXPERTS, PARTS)
+        return stock | decoder.split_experts(gate_up, down * self.expert_factor(config), EXPERTS, PARTS)
 
     def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
         layer = dict(tensors)
@@ -76,4 +79,4 @@ class Qwen2Moe(Format):
             factor = 2 if name == "down_proj" else 1
             layer[f"mlp.shared_experts.{name}.weight"] = layer.pop(f"mlp.shared_expert.{name}.weight") / factor
         gate_up, down = decoder.join_experts(layer, config.num_experts, EXPERTS, PARTS)
-        return layer | {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down / config.num_experts}
+        return layer | {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down / self.expert_factor(config)}
