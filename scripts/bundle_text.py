@@ -70,7 +70,7 @@ def clip(document: dict) -> str:
 
 def main(folder: Path, out: Path) -> None:
     sets: dict[str, list[str]] = {"calibration": [], "heldout": []}
-    attribution = ["# Where the bundled text comes from\n"]
+    attribution = ["# Where the bundled text and pictures come from\n"]
     for domain, rights in DOMAINS.items():
         documents = [json.loads(line) for line in (folder / f"{domain}.jsonl").open(encoding="utf-8")]
         chosen = choose(documents)
@@ -81,7 +81,9 @@ def main(folder: Path, out: Path) -> None:
         attribution += [f"- {s}" for s in sources]
     for name, lines in sets.items():
         (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / "ATTRIBUTION.md").write_text("\n".join(attribution) + "\n", encoding="utf-8")
+    path = out / "ATTRIBUTION.md"
+    pictures = path.read_text(encoding="utf-8").partition("\n## pictures\n")
+    path.write_text("\n".join(attribution) + "\n" + "".join(pictures[1:]), encoding="utf-8")
 
 
 if __name__ == "__main__":

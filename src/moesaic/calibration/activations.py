@@ -42,6 +42,10 @@ class LayerActivations:
     """The number of the text's domain that each token comes from, int64."""
     opening: LayerActivations | None = None
     """Tokens that open a text, with targets that bring back the *dense* model's stream: recovery fits them too."""
+    is_image_T: Tensor | None = None
+    """Which tokens stand for parts of pictures; None where there are no pictures."""
+    chosen_TK: Tensor | None = None
+    """The experts of each token, int64, where they are decided for the whole model ahead of its layers."""
 
     @property
     def tokens(self) -> int:
@@ -52,6 +56,11 @@ class LayerActivations:
         for first in range(0, self.tokens, CHUNK_TOKENS):
             part = slice(first, first + CHUNK_TOKENS)
             yield part, self.ffn.hidden(self.input_TD[part])
+
+    def parts(self) -> Iterator[LayerActivations]:
+        """Cut the tokens into chunks."""
+        for first in range(0, self.tokens, CHUNK_TOKENS):
+            yield self.take(slice(first, first + CHUNK_TOKENS))
 
     def subsample(self, tokens: int, generator: torch.Generator) -> LayerActivations:
         """Take at most `tokens` of the tokens, drawn without replacement."""
@@ -65,8 +74,9 @@ class LayerActivations:
 
     def take(self, pick: Tensor | slice) -> LayerActivations:
         """Take those of the tokens, by index or slice."""
-        names = ("input_TD", "output_TD", "weight_T", "domain_T")
-        return replace(self, **{name: getattr(self, name)[pick] for name in names})
+        names = ("input_TD", "output_TD", "weight_T", "domain_T", "is_image_T", "chosen_TK")
+        found = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: tensor[pick] for name, tensor in found.items() if tensor is not None})
 
     def moments(self) -> Moments:
         """Sum up each neuron over all tokens."""

@@ -88,6 +88,14 @@ def turn(messages: Sequence[Message], tokenizer: Any, opening: str, whole: str) 
 
 def rendered(messages: Sequence[Message], tokenizer: Any, opening: str, opened: bool = False) -> str:
     """Write a chat by the model's template, `opened` for an answer or not."""
-    turns = [message._asdict() for message in messages]
+    turns = [turn_of(message) for message in messages]
     text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened)
     return text.removeprefix(opening)
+
+
+def turn_of(message: Message) -> dict[str, object]:
+    """Write a turn as chat templates take it: its pictures, if any, before its text."""
+    if not message.pictures:
+        return {"role": message.role, "content": message.content}
+    text = [{"type": "text", "text": message.content}] if message.content else []
+    return {"role": message.role, "content": [{"type": "image"}] * message.pictures + text}

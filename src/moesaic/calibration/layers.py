@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..models.families import attention, ffn_name, gated_ffn
 from ..models.integrity import check_numbers
 from ..models.layerwise import LayerwiseModel
+from ..models.pictured import Pictured
 from .activations import CHUNK_TOKENS, LayerActivations
 
 SINK = 4
@@ -107,6 +108,8 @@ def calibrate(
     hidden_NLD: Tensor,
     domain_N: Tensor,
     opening: OpeningTargets | None = None,
+    pictured: Pictured | None = None,
+    image_weight: float = 1.0,
 ) -> LayerActivations:
     """Run the dense layer on the calibration tokens and keep what concerns its FFN.
 
@@ -117,11 +120,41 @@ def calibrate(
         hidden_NLD: what enters it.
         domain_N: the number of each sequence's domain.
         opening: tokens that open a text; their weights follow the same rule on the same scale.
+        pictured: what comes with the tokens in a vision-language model; padding is left out.
+        image_weight: what an error in a token of a picture is worth, relative to one in a token of text.
 
     Raises:
         WorkError: the FFN's inputs or outputs are NaN or infinite.
     """
-    input_TD, output_TD, _ = tapped(stream, index, layer, hidden_NLD)
+    found = tapped(stream, index, layer, hidden_NLD, text="calibration")
+    sample = activations(stream, index, layer, found, domain_N, opening)
+    return sample if pictured is None else weighed(sample, pictured, image_weight)
+
+
+def weighed(sample: LayerActivations, pictured: Pictured, image_weight: float) -> LayerActivations:
+    """Leave out padding, and weigh the tokens of pictures; the mean weight stays 1."""
+    is_image_T, keep_T = pictured.is_image_NL.flatten(), ~pictured.is_padding_NL.flatten()
+    is_image_T, keep_T = is_image_T.to(sample.weight_T.device), keep_T.to(sample.weight_T.device)
+    # an error counts as much as the square of its weight
+    weight_T = torch.where(is_image_T, sample.weight_T * image_weight**0.5, sample.weight_T)
+    kept = replace(sample, weight_T=weight_T, is_image_T=is_image_T).take(keep_T)
+    return replace(kept, weight_T=kept.weight_T / kept.weight_T.mean())
+
+
+def activations(
+    stream: LayerwiseModel,
+    index: int,
+    layer: nn.Module,
+    found: Tapped,
+    domain_N: Tensor,
+    opening: OpeningTargets | None = None,
+) -> LayerActivations:
+    """Keep what concerns a layer's FFN of what was seen when it ran, as `calibrate` does.
+
+    Raises:
+        WorkError: the FFN's inputs or outputs are NaN or infinite.
+    """
+    input_TD, output_TD, after_NLD = found
     check_numbers({"the FFN's inputs": input_TD, "the FFN's outputs": output_TD}, f"layer {index}", stream.dtype)
     norm_T = output_TD.float().norm(dim=1)
     least = max(MIN_NORM * norm_T.median().item(), 1e-30)
@@ -132,7 +165,7 @@ def calibrate(
         input_TD=input_TD,
         output_TD=output_TD,
         weight_T=weight_T / mean,
-        domain_T=domain_N.to(input_TD.device).repeat_interleave(hidden_NLD.shape[1]),
+        domain_T=domain_N.to(input_TD.device).repeat_interleave(after_NLD.shape[1]),
     )
     if opening is None:
         return sample
@@ -143,13 +176,25 @@ def calibrate(
 
 
 def tapped(
-    stream: LayerwiseModel, index: int, layer: nn.Module, hidden_NLD: Tensor, ffn: nn.Module | None = None
-) -> Tapped:
+    stream: LayerwiseModel, index: int, layer: nn.Module, hidden_NLD: Tensor, ffn: nn.Module | None = None,
+    text: str = "",
+) -> Tapped:  # fmt: skip
     """Run a layer, with its own FFN or `ffn` in its place, and keep what enters and leaves that."""
     tap = Tap(ffn or layer.get_submodule(ffn_name(layer)))
     with replaced_ffn(layer, tap):
-        after_NLD = stream.run(index, layer, hidden_NLD)
+        after_NLD = stream.run(index, layer, hidden_NLD, text)
     return Tapped(torch.cat(tap.inputs), torch.cat(tap.outputs), after_NLD)
+
+
+def errors_by_modality(sample: LayerActivations, output_TD: Tensor) -> dict[str, float] | None:
+    """Measure `relative_error` over tokens of text and of pictures apart; None where there are no pictures."""
+    if sample.is_image_T is None:
+        return None
+    found = {}
+    for name, pick_T in (("text", ~sample.is_image_T), ("image", sample.is_image_T)):
+        if pick_T.any():
+            found[name] = relative_error(sample.take(pick_T), output_TD[pick_T])
+    return found
 
 
 def relative_error(sample: LayerActivations, output_TD: Tensor) -> float:
@@ -172,9 +217,12 @@ class StreamError(NamedTuple):
     """The mean of `‖c_t‖ / ‖d_t‖` over attention sinks, told by `‖d_t‖ > 4 median ‖d‖`; None where there are none."""
 
 
-def residual_stream_error(dense_NLD: Tensor, converted_NLD: Tensor) -> StreamError:
+def residual_stream_error(dense_NLD: Tensor, converted_NLD: Tensor, is_padding_NL: Tensor | None = None) -> StreamError:
     """Measure how far the residual stream [N, L, D] of converted layers is from that of dense ones."""
     dense_TD, converted_TD = dense_NLD.flatten(0, 1).float(), converted_NLD.flatten(0, 1).float()
+    if is_padding_NL is not None:
+        keep_T = ~is_padding_NL.flatten().to(dense_TD.device)
+        dense_TD, converted_TD = dense_TD[keep_T], converted_TD[keep_T]
     norm_T = dense_TD.norm(dim=1)
     sinks_T = norm_T > SINK * norm_T.median()
     error = ((converted_TD - dense_TD).norm(dim=1) / norm_T.clamp(min=1e-30)).mean().item()

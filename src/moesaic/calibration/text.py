@@ -54,7 +54,7 @@ def _read(source: str) -> list[Document]:
         raise InputError(f"no text file '{source}'")
     else:
         found = _dataset(source, path.stem)
-    found = [one for one in found if one.text and not one.text.isspace()]
+    found = [one for one in found if one.pictures or (one.text and not one.text.isspace())]
     if not found:
         raise InputError(f"'{source}' holds no text")
     return found
@@ -67,7 +67,9 @@ def read_file(path: Path) -> list[Document]:
         InputError: it is neither, or a row stands for no document.
     """
     read, domain = read_rows(path), plain_name(path).stem
-    return [Document(read, domain)] if isinstance(read, str) else [document(r.value, domain, r.where) for r in read]
+    if isinstance(read, str):
+        return [Document(read, domain)]
+    return [document(row.value, domain, row.where, path.parent) for row in read]
 
 
 def _dataset(name: str, domain: str) -> list[Document]:
@@ -86,11 +88,13 @@ def _dataset(name: str, domain: str) -> list[Document]:
 
 
 def text_hash(documents: Sequence[Document]) -> str:
-    """Hash all texts and chats in order: SHA-256."""
+    """Hash all texts, chats and pictures in order: SHA-256."""
     digest = hashlib.sha256()
     for one in documents:
-        text = json.dumps(one.messages) if one.messages else one.text
+        text = json.dumps([message[:2] for message in one.messages]) if one.messages else one.text
         digest.update(text.encode() + b"\0")
+        for picture in one.pictures:
+            digest.update(picture.read_bytes() if picture.is_file() else b"")
     return digest.hexdigest()
 
 

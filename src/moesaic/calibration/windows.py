@@ -77,15 +77,19 @@ def labelled_windows(
     Raises:
         InputError: fewer tokens are asked for than one window holds, or than the text has.
     """
+    check_text(documents)
     if tokens is not None and tokens < window:
         raise InputError(f"{tokens} tokens are less than one window of {window}; raise --tokens or lower --window")
     start = bos(tokenizer)
     wanted = sys.maxsize if tokens is None else tokens // window
-    cut = [packed_windows(texts, tokenizer, start, window - len(start), wanted) for texts in by_domain(documents)]
+    domains = by_domain(documents)
+    cut = [packed_windows(texts, tokenizer, start, window - len(start), wanted) for texts in domains]
     if tokens is None:
+        domains = [texts for texts, windows in zip(domains, cut, strict=True) if windows]
         cut = [windows for windows in cut if windows]
         wanted = max(1, min(map(len, cut), default=0) * len(cut))
-    share = shares(list(map(len, cut)), wanted)
+    weights = [texts[0].share for texts in domains]
+    share = shares(list(map(len, cut)), wanted, weights)
     if sum(share) < wanted:
         have = sum(map(len, cut)) * window
         raise InputError(
@@ -94,16 +98,31 @@ def labelled_windows(
         )
     even = [[w[i * len(w) // n] for i in range(n)] for w, n in zip(cut, share, strict=True)]
     turns = [(d, window) for turn in zip_longest(*even) for d, window in enumerate(turn) if window is not None]
+    if len(set(weights)) > 1:  # spread, or the last windows would all be of the largest
+        turns = [
+            (d, w)
+            for _, d, w in sorted(((i + 0.5) / len(own), d, w) for d, own in enumerate(even) for i, w in enumerate(own))
+        ]
     return torch.tensor([ids for _, (ids, _) in turns]), torch.tensor([d for d, _ in turns])
 
 
-def shares(available: list[int], wanted: int) -> list[int]:
-    """Choose how many windows each domain gives: as equal as they allow, `wanted` in all (or all there are)."""
+def check_text(documents: Sequence[Document]) -> None:
+    """Check that documents are text alone.
+
+    Raises:
+        InputError: one has a picture.
+    """
+    for document in documents:
+        if document.pictures:
+            raise InputError(f"'{document.pictures[0]}': this model takes text only; leave rows with pictures out")
+
+
+def shares(available: list[int], wanted: int, weights: list[float]) -> list[int]:
+    """Choose how many windows each domain gives: by weight (Sainte-Laguë) as far as they allow, `wanted` or all."""
     share = [0] * len(available)
-    while sum(share) < wanted and share != available:
-        for i, most in enumerate(available):
-            if share[i] < most and sum(share) < wanted:
-                share[i] += 1
+    for _ in range(min(wanted, sum(available))):
+        open_ = [i for i, most in enumerate(available) if share[i] < most]
+        share[min(open_, key=lambda i: (share[i] + 0.5) / weights[i])] += 1
     return share
 
 

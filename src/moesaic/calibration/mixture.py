@@ -1,0 +1,101 @@
+"""Text and pictures together: sequences of one length, half of the tokens each.
+
+Shapes: N sequences, L tokens in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..models.pictured import Pictured, joined, plain
+from ..models.processor import Processor
+from .documents import Document
+from .pictured import Encoded, spread, together
+from .text import bundled, by_domain, read_documents, read_file
+from .windows import labelled_windows
+
+LEAST_WINDOW = 128
+"""Tokens of a window of text beside pictures, at least: sequences with small pictures are shorter."""
+
+
+def bundled_pictures(name: str) -> list[Document]:
+    """Read the bundled questions about pictures: `calibration`, `photos` or `heldout`; no picture is in two."""
+    return read_file(Path(str(files("moesaic"))) / "data" / "pictures" / f"{name}.jsonl")
+
+
+def pictured_documents(names: Sequence[str]) -> list[Document]:
+    """Read the documents of files, or the bundled ones where none are named."""
+    return read_documents(names) if names else bundled_both()
+
+
+def bundled_both() -> list[Document]:
+    """Read the bundled text, shapes and photographs for calibration."""
+    shown = (document for name in ("calibration", "photos") for document in bundled_pictures(name))
+    return [*bundled("calibration"), *shown]
+
+
+class Mixed(NamedTuple):
+    """Sequences of text and of pictures, domains in turn."""
+
+    tokens_NL: Tensor
+    pictured: Pictured
+    domain_N: Tensor
+
+
+def mixed(
+    documents: Sequence[Document], processor: Processor, tokens: int, window: int, longest: int, enough: bool = True
+) -> Mixed:
+    """Cut text into windows beside documents with pictures, half of the tokens each where there are both.
+
+    All sequences are as long as the longest with a picture, or as `window` where there is none. With `enough` False
+    there may be less text than is asked for.
+
+    Raises:
+        InputError: less text than is asked for, or a document with pictures of more than `longest` tokens.
+    """
+    text, shown = ([one for one in documents if bool(one.pictures) == has] for has in (False, True))
+    share = tokens // 2 if text and shown else tokens
+    of_domain = by_domain(shown)
+    parts = [
+        (number, part)
+        for number, domain in enumerate(of_domain)
+        for part in spread(domain, processor, share // len(of_domain), longest)
+    ]
+    length = max((len(part.tokens_L) for _, part in parts), default=window)
+    if not text:
+        tokens_NL, pictured = together([part for _, part in parts], processor, length)
+        return in_turn(Mixed(tokens_NL, pictured, torch.tensor([number for number, _ in parts])))
+    length = max(length, min(window, LEAST_WINDOW))
+    wanted = max(length, share)
+    text_NL, domain_N = labelled_windows(text, processor.tokenizer, wanted if enough else None, length)
+    if not enough and len(text_NL) > wanted // length:
+        even_N = torch.arange(wanted // length) * len(text_NL) // (wanted // length)
+        text_NL, domain_N = text_NL[even_N], domain_N[even_N]
+    tokens_NL, pictured = beside(text_NL, [part for _, part in parts], processor, length)
+    others_N = torch.tensor([number for number, _ in parts], dtype=torch.int64) + int(domain_N.max()) + 1
+    return in_turn(Mixed(tokens_NL, pictured, torch.cat([domain_N, others_N])))
+
+
+def in_turn(found: Mixed) -> Mixed:
+    """Spread each domain's sequences evenly over all, so that what is held out has some of each."""
+    place_N = torch.empty(len(found.domain_N))
+    for domain in found.domain_N.unique():
+        own = found.domain_N == domain
+        count = int(own.sum())
+        place_N[own] = (torch.arange(count) + 0.5) / count
+    order_N = place_N.argsort(stable=True)
+    return Mixed(found.tokens_NL[order_N], found.pictured.take(order_N), found.domain_N[order_N])
+
+
+def beside(text_NL: Tensor, parts: Sequence[Encoded], processor: Processor, length: int) -> tuple[Tensor, Pictured]:
+    """Put windows of text and documents with pictures into sequences of one length, text first."""
+    if not parts:
+        return text_NL, plain(text_NL)
+    shown_NL, pictured = together(parts, processor, length)
+    return torch.cat([text_NL, shown_NL]), joined([plain(text_NL), pictured])
