@@ -17,7 +17,7 @@ from rich.console import Console
 
 from moesaic import Measurement, frontier
 from moesaic.comparison.recipes import METHODS, NEURONS
-from moesaic.report import tables
+from moesaic.report.frontier_table import show_frontier
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,6 +30,7 @@ if __name__ == "__main__":
     parser.add_argument("--memory-factor", type=float, nargs="+", default=[1, 2, 4])
     parser.add_argument("--methods", nargs="+", default=[name for name in METHODS if name != "read-me"] + [NEURONS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--siblings", nargs="+", default=[], help="smaller dense models of the family")
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--max-tokens", type=int, default=40_960)
     parser.add_argument("--no-speed", action="store_true")
@@ -47,7 +48,7 @@ if __name__ == "__main__":
         out = a.out / f"quality-{model}"
         result = frontier(
             model, out, active=a.active, memory_factors=a.memory_factor, methods=a.methods, seeds=a.seeds,
-            measurement=measurement,
+            siblings=a.siblings, measurement=measurement,
             progress=lambda done, count, note: print(f"{time.strftime('%H:%M')} {done} of {count} {note}", flush=True),
         )  # fmt: skip
-        tables.show_frontier(Console(), result, str(out))
+        show_frontier(Console(), result, str(out))

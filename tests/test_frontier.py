@@ -10,7 +10,7 @@ from conftest import FAMILIES, small_model
 from moesaic import InputError
 from moesaic.comparison.bounds import TopNeurons, top_neurons
 from moesaic.comparison.frontier import frontier
-from moesaic.comparison.recipes import METHODS
+from moesaic.comparison.recipes import BASELINES, METHODS
 from moesaic.comparison.rows import Measurement, Point, shape_of, summarise
 from moesaic.comparison.speed import shaped
 from moesaic.conversion.auto import candidates
@@ -154,10 +154,10 @@ def test_every_method_fits_tiny(name):
 def test_all_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
     monkeypatch.setattr("moesaic.comparison.frontier._measure", lambda model, point, *_: row_of(point))
     result = frontier("tiny", tmp_path, active=[0.25], methods=["all"], measurement=MEASUREMENT)
-    assert {row.method for row in result.rows} == {*METHODS, "neurons"} - {"read-me"}
-    [(name, reason)] = result.unfit.items()
-    assert name == "read-me, 25% active"
-    assert "domain of text for each expert" in reason
+    third = {"cats", "cats+closed-form", "cats-top-k"}
+    assert {row.method for row in result.rows} == {*METHODS, *BASELINES} - {"read-me"} - third
+    assert set(result.unfit) == {f"{name}, 25% active" for name in ("read-me", *third)}
+    assert "domain of text for each expert" in result.unfit["read-me, 25% active"]
     with pytest.raises(InputError, match="no text file"):
         frontier("tiny", tmp_path, methods=["all"], measurement=Measurement(calibration=("missing.txt",)))
 

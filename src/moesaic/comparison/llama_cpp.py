@@ -1,4 +1,4 @@
-"""Speed in llama.cpp of a converted model and of the dense one, taking turns in one process."""
+"""Speed in llama.cpp of GGUF files that take turns in one process, and of a converted model beside its dense one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,23 @@ from ..errors import InputError, WorkError
 from ..results import Json, LlamaCppSpeed, Rate
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
+
+
+class Turns(NamedTuple):
+    """What files that took turns gave, tokens a second by round."""
+
+    version: str
+    rates: list[dict[str, list[float]]]
+    """Of each file: `decode` and `prefill`."""
+
+    def rate(self, ours: int, theirs: int, kind: str) -> Rate:
+        """Compare two of the files: medians, and the median of the rounds' own ratios."""
+        a, b = self.rates[ours][kind], self.rates[theirs][kind]
+        ratios = [x / y for x, y in zip(a, b, strict=True)]
+        return Rate(
+            tokens_per_s=statistics.median(a), dense_tokens_per_s=statistics.median(b),
+            speedup=statistics.median(ratios),
+        )  # fmt: skip
 
 
 def find_llama_cpp(python: Path | None = None) -> Path | None:
@@ -35,6 +53,43 @@ def find_llama_cpp(python: Path | None = None) -> Path | None:
     if done.returncode:
         raise InputError(f"--llama-cpp {python} has no xllamacpp: {python} -m pip install xllamacpp")
     return python
+
+
+def take_turns(
+    files: Sequence[Path],
+    tokens: Sequence[int],
+    python: Path,
+    *,
+    new: int,
+    rounds: int,
+    threads: int,
+    clock: str = "wall",
+) -> Turns:
+    """Run GGUF files in turns, after one round that warms up.
+
+    Args:
+        files: the models; all are open at once.
+        tokens: the prompt.
+        python: a Python that has xllamacpp; see `find_llama_cpp`.
+        new: tokens decoded after the prompt.
+        rounds: timed turns of each.
+        threads: of each.
+        clock: `wall`; or `cpu`, the process's CPU time, which other work on the machine hardly changes and which only
+            one thread makes sense of, since several wait for each other busily.
+
+    Raises:
+        InputError: CPU time of several threads.
+        WorkError: llama.cpp failed.
+    """
+    if clock == "cpu" and threads != 1:
+        raise InputError(f"CPU time is measured of one thread, not of {threads}; give --threads 1")
+    ask = {
+        "models": [str(file.absolute()) for file in files], "tokens": list(tokens), "new": new, "rounds": rounds,
+        "threads": threads, "clock": clock,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        found = _run(python, ask, Path(scratch) / "answer.json")
+    return Turns(found["version"], found["rates"])
 
 
 def llama_cpp_speed(
@@ -64,12 +119,11 @@ def llama_cpp_speed(
         InputError: a model that llama.cpp cannot run, or gguf is not installed.
         WorkError: llama.cpp failed.
     """
-    if find_spec("gguf") is None:
-        raise InputError("GGUF files are written by gguf; install it with: pip install 'moesaic[export]'")
+    check_gguf()
     from ..formats.export import export
     from ..formats.gguf.dense import write_dense_gguf
 
-    report = progress or (lambda done, count, note: None)
+    report, threads = progress or (lambda done, count, note: None), torch.get_num_threads()
     with tempfile.TemporaryDirectory(dir=converted, prefix="gguf-") as scratch:
         files = [Path(scratch) / name for name in ("dense.gguf", "converted.gguf")]
         report(0, 3, "writing GGUF")
@@ -77,28 +131,27 @@ def llama_cpp_speed(
         report(1, 3, "writing GGUF")
         export(converted, files[1], "gguf", outtype=outtype)
         report(2, 3, "speed in llama.cpp")
-        ask = {
-            "models": [str(file) for file in files], "tokens": list(tokens), "new": new, "rounds": rounds,
-            "threads": torch.get_num_threads(),
-        }  # fmt: skip
-        found = _run(python, ask, Path(scratch) / "answer.json")
-    theirs, ours = found["rates"]
+        found = take_turns(files, tokens, python, new=new, rounds=rounds, threads=threads)
     return LlamaCppSpeed(
-        version=found["version"], type=outtype, threads=torch.get_num_threads(), prompt=len(tokens), new=new,
-        rounds=rounds, decode=_rate(ours, theirs, "decode"), prefill=_rate(ours, theirs, "prefill"),
+        version=found.version, type=outtype, threads=threads, prompt=len(tokens), new=new, rounds=rounds,
+        decode=found.rate(1, 0, "decode"), prefill=found.rate(1, 0, "prefill"),
     )  # fmt: skip
 
 
-def _run(python: Path, ask: Json, answer: Path) -> Json:
+def check_gguf() -> None:
+    """Check that GGUF files can be written.
+
+    Raises:
+        InputError: gguf is not installed.
+    """
+    if find_spec("gguf") is None:
+        raise InputError("GGUF files are written by gguf; install it with: pip install 'moesaic[export]'")
+
+
+def _run(python: Path, ask: Mapping[str, object], answer: Path) -> Json:
     command = [str(python), str(WORKER), json.dumps(ask), str(answer)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not answer.is_file():
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise WorkError(f"llama.cpp failed: {last}")
     return json.loads(answer.read_text())
-
-
-def _rate(ours: Mapping[str, list[float]], theirs: Mapping[str, list[float]], kind: str) -> Rate:
-    ratios = [a / b for a, b in zip(ours[kind], theirs[kind], strict=True)]
-    medians = statistics.median(ours[kind]), statistics.median(theirs[kind])
-    return Rate(tokens_per_s=medians[0], dense_tokens_per_s=medians[1], speedup=statistics.median(ratios))

@@ -1,6 +1,7 @@
 """llama.cpp's side of `llama_cpp.py`: REQUEST (JSON) ANSWER (a file); needs xllamacpp alone, in any Python."""
 
 import json
+import resource
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +20,26 @@ def serve(path: str) -> xllamacpp.Server:
     return xllamacpp.Server(params)
 
 
+def ask_for(server: xllamacpp.Server, new: int) -> dict[str, float]:
+    """Let a server read the prompt and write so many tokens; llama.cpp's own timings."""
+    body = {"prompt": ask["tokens"], "max_tokens": new, "temperature": 0}
+    return server.handle_completions(body | {"cache_prompt": False, "ignore_eos": True})["timings"]
+
+
+def cpu_seconds(server: xllamacpp.Server, new: int) -> float:
+    """Of this process, while a server does that."""
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    ask_for(server, new)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def once(server: xllamacpp.Server) -> dict[str, float]:
-    """Measure tokens a second of the prompt and of what follows."""
-    body = {"prompt": ask["tokens"], "max_tokens": ask["new"], "temperature": 0}
-    timings = server.handle_completions(body | {"cache_prompt": False, "ignore_eos": True})["timings"]
+    """Measure tokens a second of the prompt and of what follows, or tokens a second of one thread's CPU time."""
+    if ask["clock"] == "cpu":
+        short, long = cpu_seconds(server, 1), cpu_seconds(server, 1 + ask["new"])
+        return {"prefill": len(ask["tokens"]) / short, "decode": ask["new"] / max(long - short, 1e-9)}
+    timings = ask_for(server, ask["new"])
     return {"prefill": timings["prompt_per_second"], "decode": timings["predicted_per_second"]}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .. import registry
 from ..errors import InputError
@@ -53,13 +53,41 @@ METHODS = {
 (arXiv 2602.15521, §4.1), MoEfication's code 128."""
 
 
+@dataclass(frozen=True)
+class BaselineRecipe:
+    """What one line of the frontier that is no conversion is made with."""
+
+    file: str
+    """Of `comparison/baselines`."""
+    options: dict[str, bool | str] = field(default_factory=dict)
+    """Fields of its method."""
+
+
+HEALED: dict[str, bool | str] = {"recovery": "closed-form"}
+BASELINES = {
+    "depth": BaselineRecipe("depth"),
+    "depth+closed-form": BaselineRecipe("depth", HEALED),
+    "depth-contiguous": BaselineRecipe("depth", {"contiguous": True}),
+    "depth-contiguous+closed-form": BaselineRecipe("depth", HEALED | {"contiguous": True}),
+    "cats": BaselineRecipe("cats"),
+    "cats+closed-form": BaselineRecipe("cats", HEALED),
+    "cats-top-k": BaselineRecipe("cats", {"top_k": True}),
+    "teal": BaselineRecipe("teal"),
+    "wina": BaselineRecipe("wina"),
+    NEURONS: BaselineRecipe("neurons"),
+}
+"""What practitioners would pick, and bounds, by name: fewer layers (ShortGPT, arXiv 2403.03853; contiguous: arXiv
+2403.17887), neurons by their gate (CATS, arXiv 2404.08763; each token's largest bound what thresholds reach), inputs of
+FFNs by size (TEAL, arXiv 2408.14690; WINA, arXiv 2505.19427), each token's own best neurons."""
+
+
 def chosen(names: Sequence[str]) -> list[str]:
     """List the methods of these names, `all` expanded.
 
     Raises:
         InputError: an unknown name; the message has the nearest.
     """
-    known = [*METHODS, NEURONS]
+    known = [*METHODS, *BASELINES]
     for name in names:
         if name not in (*known, ALL):
             raise InputError(
@@ -70,7 +98,7 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 def may_overlap(name: str) -> bool:
     """Tell whether memory beyond the dense model's is of use to the method."""
-    if name == NEURONS:
+    if name in BASELINES:
         return False
     partition = METHODS[name].partition
     return partition == "auto" or registry.build("partition", partition).overlapping

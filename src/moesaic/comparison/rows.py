@@ -10,12 +10,16 @@ from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
 
+from ..calibration.prompts import OWN, own_text
 from ..config import ConvertConfig
 from ..files import read_json
 from ..given import check, path
 from ..plan import nearest_plan
 from ..results import FrontierResult, FrontierRow, FrontierSummary, Json
 from .recipes import METHODS, ORACLE
+
+WINDOW = 2_048
+"""Tokens that are scored together."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,10 @@ class Point:
 
 
 def hashed_name(source: str | None) -> str | None:
-    """Name a file and its SHA-256; what is no file (a dataset) by its name alone."""
+    """Name a file and its SHA-256, also one of prompts; what is no file (a dataset) by its name alone."""
+    own = own_text(source) if source else None
+    if own and own.file:
+        return f"{OWN}:{hashed_name(str(own.file))}"
     if source is None or not isfile(file := path(source)):
         return source
     return f"{file.name} sha256:{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
@@ -89,7 +96,9 @@ class Shape(NamedTuple):
 
 def shape_of(row: FrontierRow) -> Shape | None:
     """Find a row's shape; None for a bound."""
-    if row.plan is None or row.expert_width is None or METHODS[row.method].router == ORACLE:
+    if row.plan is None or row.expert_width is None:
+        return None
+    if row.method in METHODS and METHODS[row.method].router == ORACLE:
         return None
     return Shape(row.plan, row.expert_width)
 
@@ -101,12 +110,17 @@ def read_frontier(file: Path) -> FrontierResult:
         ValueError, TypeError, KeyError: it is none.
     """
     values = read_json(file)
-    speeds = [
-        {name: s[name] for name in ("plan", "expert_width", "machine", "speedup")} for s in values.get("speeds", [])
-    ]
-    for short, whole in zip(speeds, values.get("speeds", []), strict=True):
-        short["details"] = {name: value for name, value in whole.items() if name not in short}
-    return FrontierResult.from_dict({"unfit": {}, "summary": []} | values | {"speeds": speeds}, str(file))
+    speeds = {
+        "speeds": [_with_details(s, "plan", "expert_width") for s in values.get("speeds", [])],
+        "sibling_speeds": [_with_details(s, "fingerprint") for s in values.get("sibling_speeds", [])],
+    }
+    return FrontierResult.from_dict({"unfit": {}, "summary": []} | values | speeds, str(file))
+
+
+def _with_details(speed: Json, *names: str) -> Json:
+    """Gather what a speed's record says beside what it is of."""
+    known = {name: speed[name] for name in (*names, "machine", "speedup")}
+    return known | {"details": {name: value for name, value in speed.items() if name not in known}}
 
 
 def summarise(rows: Sequence[FrontierRow]) -> list[FrontierSummary]:
@@ -126,9 +140,13 @@ def summarise(rows: Sequence[FrontierRow]) -> list[FrontierSummary]:
             FrontierSummary(
                 method=first.method, active=first.active, ffn_active=first.ffn_active,
                 memory_factor=first.memory_factor, memory=first.memory, plan=first.plan, partition=first.partition,
-                speedup=first.speedup, perplexity_ratio=mean,
+                speedup=first.speedup, speed_is=first.speed_is, perplexity_ratio=mean,
                 perplexity_ratio_deviation=math.sqrt(sum((r - mean) ** 2 for r in ratios) / max(1, len(ratios) - 1)),
-                seeds=len(same), tasks_mean=sum(tasks) / len(tasks) if tasks else None, tasks_stderr=first.tasks_stderr,
+                active_parameters=first.active_parameters, active_ratio=first.active_ratio, line=first.line,
+                over_line=sum(row.over_line or 0 for row in same) / len(same) if first.line else None,
+                line_by=first.line_by, extrapolated=first.extrapolated, line_by_speed=first.line_by_speed,
+                line_by_parameters=first.line_by_parameters, seeds=len(same),
+                tasks_mean=sum(tasks) / len(tasks) if tasks else None, tasks_stderr=first.tasks_stderr,
             )
         )  # fmt: skip
     return summary

@@ -19,18 +19,21 @@ from ..checkpoint.writer import CONFIG_FILE
 from ..compat import tied_weights
 from ..conversion.plans import sizes
 from ..errors import WorkError
+from ..formats.base import block_config
 from ..formats.converted import Converted
 from ..formats.export import write_metrics
-from ..formats.loading import load
 from ..formats.verify import TOLERANCE, check
 from ..machine import free_memory, give_back_memory
+from ..models.integrity import check_numbers
 from ..models.layerwise import LayerwiseModel
 from ..moe.modeling import MODEL_TYPE
 from ..plan import Plan
 from ..report.card import METADATA
-from ..results import Json, LayerRecord, PrunedLayer, PruningResult
+from ..results import DepthResult, Json, LayerRecord, PrunedLayer, PruningResult
+from ..serving.loading import load
 from .sources import ConvertedSource
 
+RESULT_FILE = "pruning.json"
 CARD = """\
 ---
 {metadata}---
@@ -48,6 +51,36 @@ Perplexity: {text.text}, {text.tokens} tokens in windows of {text.window}, data 
 Everything else is in `moesaic.yaml` and `pruning.json`. The licence is the source's; its files are here too, if it had
 any.
 """
+
+DEPTH_CARD = """\
+---
+{metadata}---
+# {model} with {p.num_hidden_layers} of {p.num_hidden_layers_before} decoder layers
+
+Pruned from `{model}` by [moesaic](https://pypi.org/project/moesaic) {version}: method `{p.method}`, recovery
+`{p.recovery}`. Layers {p.removed_layers} are left out. Architecture and tensor names are the source's, so what loads
+that loads this.
+
+| | before | this model |
+|---|---|---|
+| parameters | {p.total_parameters_before:,} | {p.total_parameters:,} |
+| perplexity | {p.perplexity_before:.3f} | {p.perplexity:.3f} |
+
+Perplexity: {text.text}, {text.tokens} tokens in windows of {text.window}, data sha256 `{text.data_sha256:.16}`.
+Everything else is in `moesaic.yaml` and `pruning.json`. The licence is the source's; its files are here too, if it had
+any.
+"""
+
+
+def perplexity(layerwise: LayerwiseModel, held_out_NL: Tensor, hidden_NLD: Tensor) -> float:
+    """Compute `exp(mean loss)` of held-out text; what no number can hold becomes e^700, which is a collapse.
+
+    Raises:
+        WorkError: logits are NaN or infinite.
+    """
+    loss = layerwise.token_losses(held_out_NL, hidden_NLD).mean().double()
+    check_numbers({"the logits of held-out text": loss}, "after the last layer", layerwise.dtype)
+    return loss.clamp(max=700).exp().item()
 
 
 def parameters(model: PreTrainedModel) -> int:
@@ -85,13 +118,13 @@ def stock_error(made: Path, layerwise: LayerwiseModel, tokens_1L: Tensor, expect
     return (found_LV - expected_LV).abs().max().item()
 
 
-def finish_stock(made: Path, settings: Json, result: PruningResult) -> None:
+def finish_stock(made: Path, settings: Json, result: PruningResult | DepthResult, card: str = CARD) -> None:
     """Write `moesaic.yaml` and the model card of a stock model that was pruned."""
     (made / CONFIG_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
     metadata: Json = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     metadata |= {name: settings[name] for name in METADATA if settings.get(name)}
-    metadata["tags"] = ["mixture-of-experts", "moesaic"]
-    text = CARD.format(
+    metadata["tags"] = [*["mixture-of-experts"] * isinstance(result, PruningResult), "moesaic"]
+    text = card.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True), model=result.model, p=result,
         version=result.versions["moesaic"], text=result.perplexity_protocol,
     )  # fmt: skip
@@ -104,10 +137,11 @@ def finish_converted(source: ConvertedSource, folder: Path, made: Path, settings
     Raises:
         WorkError: the check failed.
     """
-    config, format = source.config(result.num_experts), source.converted.format
+    whole, format = source.config(result.num_experts), source.converted.format
+    config = block_config(whole)
     groups = config.n_shared_experts + config.num_experts
     plan = Plan(config.n_shared_experts, config.num_experts_per_tok, groups, config.moe_intermediate_size)
-    counted, before = sizes(config, plan, format), saved_result(folder)
+    counted, before = sizes(whole, plan, format), saved_result(folder)
     metrics = replace(
         before, output=result.output, plan=str(plan), memory_factor=counted.memory_factor,
         total_parameters=counted.total_parameters, active_parameters=counted.active_parameters,

@@ -25,6 +25,8 @@ from .sample import BlockSample, dense
 from .sources import Axes, Tensors, expert_axes
 
 TEST_TOKENS = 64
+CALIBRATION = "calibration"
+"""The name by which the model's layers know the calibration tokens, if they have pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +45,12 @@ class PruningStates:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
-    def embed(cls, layerwise: LayerwiseModel, calibration_NL: Tensor, held_out_NL: Tensor) -> Self:
+    def embed(cls, pruning: Pruning) -> Self:
         """Make what enters the first layer."""
-        held_out = layerwise.embed(held_out_NL)
-        return cls(calibration=layerwise.embed(calibration_NL), pruned=held_out, whole=held_out.clone())
+        layerwise = pruning.source.layerwise
+        held_out = layerwise.embed(pruning.held_out_NL)
+        calibration = layerwise.embed(pruning.calibration_NL, pruning.pictured, CALIBRATION)
+        return cls(calibration=calibration, pruned=held_out, whole=held_out.clone())
 
 
 class Pruned(NamedTuple):
@@ -74,7 +78,7 @@ def prune_layer(pruning: Pruning, index: int, states: PruningStates) -> Pruned:
         whole = layerwise.run(index, layer, states.whole)
         block = find_block(layer, index)
         if block is None or pruning.keep == block.num_experts:
-            after = [layerwise.run(index, layer, hidden) for hidden in (states.calibration, states.pruned)]
+            after = run_both(layerwise, index, layer, states)
             kept = [] if block is None else list(range(block.num_experts))
             record = PrunedLayer(
                 layer=index, kept=kept, expert_tokens_before=[], expert_tokens=[], split_error=0.0, error=0.0,
@@ -94,12 +98,18 @@ def prune_layer(pruning: Pruning, index: int, states: PruningStates) -> Pruned:
             own = fewer.experts.get_parameter(name).to("cpu", tensors[prefix + name].dtype)
             tensors[prefix + name] = own
             fewer.experts.get_parameter(name).copy_(own)  # later layers see what is written
-    after = [layerwise.run(index, made, hidden) for hidden in (states.calibration, states.pruned)]
+    after = run_both(layerwise, index, made, states)
     made.to("meta")
     give_back_memory()
     found = PruningStates(calibration=after[0], pruned=after[1], whole=whole)
     check_numbers(found.tensors(), f"layer {index}, hidden states", layerwise.dtype)
     return Pruned(tensors, found, record)
+
+
+def run_both(layerwise: LayerwiseModel, index: int, layer: nn.Module, states: PruningStates) -> list[Tensor]:
+    """Run a layer on calibration and held-out tokens of the path of pruned layers."""
+    texts = ((states.calibration, CALIBRATION), (states.pruned, ""))
+    return [layerwise.run(index, layer, hidden_NLD, text) for hidden_NLD, text in texts]
 
 
 def load(made: nn.Module, tensors: Tensors, layerwise: LayerwiseModel, index: int) -> MoEBlock:
@@ -123,10 +133,12 @@ def gather(
     seen: list[Tensor] = []
     handle = block.watch(lambda input_TD, _: seen.append(input_TD))
     try:
-        pruning.source.layerwise.run(index, layer, hidden_NLD)
+        pruning.source.layerwise.run(index, layer, hidden_NLD, CALIBRATION)
     finally:
         handle.remove()
     input_TD = torch.cat(seen)
+    if pruning.pictured is not None:
+        input_TD = input_TD[~pruning.pictured.is_padding_NL.flatten().to(input_TD.device)]
     check_numbers({"what enters the experts": input_TD}, f"layer {index}", pruning.source.layerwise.dtype)
     router = f"{block.names['router']}."
     own = {name.removeprefix(router): axis for name, axis in axes.items() if name.startswith(router)}

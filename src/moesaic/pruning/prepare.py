@@ -12,15 +12,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import registry
-from ..calibration.text import bundled, read_documents, text_hash
+from ..calibration.mixture import bundled_both, mixed
+from ..calibration.text import bundled, text_hash
 from ..calibration.windows import check_tokens, labelled_windows, token_windows
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_space, partial_folder, read_state
 from ..config import PruneConfig
 from ..errors import InputError
-from ..formats.loading import load_tokenizer
 from ..machine import versions
 from ..models.devices import choose_device, choose_dtype, compute_dtype
+from ..models.layerwise import LayerwiseModel
+from ..models.pictured import Pictured
+from ..models.processor import Processor
+from ..models.tokenizer import load_tokenizer
+from ..serving.own_text import documents_of
 from .methods import Pruner
 from .sources import Source, expert_axes, open_source
 
@@ -44,6 +49,8 @@ class Pruning:
     tokenizer: PreTrainedTokenizerBase
     calibration_NL: Tensor
     held_out_NL: Tensor
+    pictured: Pictured | None
+    """What comes with the calibration tokens of a vision-language model."""
     text_sha256: str
 
     @cached_property
@@ -54,31 +61,35 @@ class Pruning:
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """What unfinished work must agree in to be gone on with."""
-        layerwise, tokens = (
-            self.source.layerwise,
-            torch.cat([self.calibration_NL.flatten(), self.held_out_NL.flatten()]),
-        )
-        return {
-            "model": layerwise.checkpoint.fingerprint(),
-            "calibration text": self.text_sha256,
-            "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            "configuration": hashlib.sha256(self.config.to_yaml().encode()).hexdigest(),
-            "device": layerwise.device.type,
-            COMPUTE_DTYPE: str(layerwise.dtype).removeprefix("torch."),
-            "version": " ".join(f"{name} {version}" for name, version in versions().items()),
-        }
+        tokens = [self.calibration_NL, self.held_out_NL]
+        return fingerprint(self.source.layerwise, self.config, self.text_sha256, tokens)
 
-    def check_space(self, output: Path) -> None:
-        """Check that OUT's disk has room for the weights that stay and the hidden states.
 
-        Raises:
-            InputError: it has less.
-        """
-        layerwise = self.source.layerwise
-        tokens = self.calibration_NL.numel() + 2 * self.held_out_NL.numel()
-        hidden = tokens * layerwise.config.hidden_size * layerwise.dtype.itemsize
-        done = sum(path.stat().st_size for path in partial_folder(output).glob("*.safetensors"))
-        check_space(output, max(0, layerwise.checkpoint.size() + 2 * hidden - done))
+def fingerprint(
+    layerwise: LayerwiseModel, config: PruneConfig, text_sha256: str, tokens: list[Tensor]
+) -> dict[str, str]:
+    """Say what unfinished work must agree in to be gone on with."""
+    all_tokens = torch.cat([part.flatten() for part in tokens])
+    return {
+        "model": layerwise.checkpoint.fingerprint(),
+        "calibration text": text_sha256,
+        "tokens": hashlib.sha256(all_tokens.numpy().tobytes()).hexdigest(),
+        "configuration": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
+        "device": layerwise.device.type,
+        COMPUTE_DTYPE: str(layerwise.dtype).removeprefix("torch."),
+        "version": " ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+
+
+def check_room(output: Path, layerwise: LayerwiseModel, tokens: int) -> None:
+    """Check that OUT's disk has room for the weights that stay and the hidden states of so many tokens.
+
+    Raises:
+        InputError: it has less.
+    """
+    hidden = tokens * layerwise.config.hidden_size * layerwise.dtype.itemsize
+    done = sum(path.stat().st_size for path in partial_folder(output).glob("*.safetensors"))
+    check_space(output, max(0, layerwise.checkpoint.size() + 2 * hidden - done))
 
 
 def begun_dtype(output: Path) -> torch.dtype | None:
@@ -109,24 +120,36 @@ def prepare(model: str, config: PruneConfig, compute: torch.dtype | None = None)
     check_method(config, pruner, source, keep)
     for before, after in zip(source.layerwise.layers, source.pruned_layers(keep), strict=True):
         expert_axes(before, after)
-    tokenizer, documents = load_tokenizer(folder), read_documents(config.calibration)
-    window = min(config.window, source.layerwise.config.max_position_embeddings)
-    calibration_NL, _ = labelled_windows(documents, tokenizer, config.tokens, window)
+    tokenizer, layerwise, pictured = load_tokenizer(folder), source.layerwise, None
+    longest = layerwise.config.max_position_embeddings
+    window = min(config.window, longest)
+    if layerwise.takes_pictures:
+        documents = documents_of(config.calibration, folder, config.tokens, config.seed, config.device, bundled_both)
+        processor = Processor(folder, layerwise.model.config)
+        calibration_NL, pictured, _ = mixed(documents, processor, config.tokens, window, longest)
+    else:
+        documents = documents_of(config.calibration, folder, config.tokens, config.seed, config.device)
+        calibration_NL, _ = labelled_windows(documents, tokenizer, config.tokens, window)
     held_out_NL = token_windows(bundled("heldout"), tokenizer, config.held_out_tokens, window)
-    check_tokens(torch.cat([calibration_NL, held_out_NL]), source.layerwise.config.vocab_size, tokenizer)
+    check_tokens(torch.cat([calibration_NL.flatten(), held_out_NL.flatten()]), layerwise.config.vocab_size, tokenizer)
     return Pruning(
         model=f"{folder.name}/" if Path(model).is_dir() else model, folder=folder, config=config, pruner=pruner,
         source=source, keep=keep, tokenizer=tokenizer, calibration_NL=calibration_NL, held_out_NL=held_out_NL,
-        text_sha256=text_hash(documents),
+        pictured=pictured, text_sha256=text_hash(documents),
     )  # fmt: skip
 
 
 def check_wishes(config: PruneConfig) -> None:
-    """Check that a configuration says how many experts stay, once.
+    """Check that a configuration says how many experts stay, once, and nothing of layers.
 
     Raises:
         InputError: it says so twice, or not at all.
     """
+    if config.layers is not None:
+        raise InputError(
+            f"--layers {config.layers} is for --method depth, and {registry.text('pruning', config.method)} leaves out "
+            "experts; give --experts or --ratio"
+        )
     if (config.experts is None) == (config.ratio is None):
         said = "both are given" if config.experts is not None else "neither is given"
         raise InputError(

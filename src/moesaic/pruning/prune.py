@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
-
 from .. import registry
 from ..calibration.text import bundled, text_hash
 from ..checkpoint.facts import copy_terms, origin
@@ -17,14 +15,15 @@ from ..errors import WorkError
 from ..files import write_json
 from ..given import path
 from ..machine import give_back_memory, machine, peak_rss_bytes, versions
-from ..models.integrity import check_numbers
-from ..results import Json, PerplexityProtocol, PrunedLayer, PruningResult
-from .finish import finish_converted, finish_stock, parameters, stock_error
+from ..models.processor import copy_processor
+from ..results import DepthResult, Json, PerplexityProtocol, PrunedLayer, PruningResult
+from .depth.prune import prune_depth
+from .finish import RESULT_FILE, finish_converted, finish_stock, parameters, perplexity, stock_error
 from .layer import PruningStates, prune_layer
-from .prepare import Pruning, begun_dtype, prepare
+from .methods import LayerPruner
+from .prepare import Pruning, begun_dtype, check_room, prepare
 from .sources import ConvertedSource
 
-RESULT_FILE = "pruning.json"
 Progress = Callable[[int, int, str], None]
 
 
@@ -37,35 +36,38 @@ def prune(
     overwrite: bool = False,
     force: bool = False,
     progress: Progress | None = None,
-) -> PruningResult:
-    """Leave out experts of a Mixture-of-Experts model and write the rest to `output`, in the source's own format.
+) -> PruningResult | DepthResult:
+    """Leave out experts of a Mixture of Experts, or layers of any model, and write the rest in the source's format.
 
     Args:
-        model: hub id, folder, .gguf file or built-in name: of a stock architecture, or converted by moesaic.
+        model: hub id, folder, .gguf file or built-in name: of a stock architecture, or (experts) converted by moesaic.
         output: the folder to make; it appears only when whole.
-        config: what to do; by default a quarter of the experts goes.
+        config: what to do; by default a quarter of the experts goes. Method `depth` leaves out layers.
         resume: go on with an unfinished pruning of the same model, data and configuration.
         overwrite: replace `output` if it exists.
         force: keep a collapsed result.
         progress: called with (finished layers, all layers, note).
 
     Returns:
-        What `pruning.json` in the output holds.
+        What `pruning.json` in the output holds: of layers a `DepthResult`.
 
     Raises:
         InputError: something given cannot work; nothing costly was done.
         WorkError: a self-test failed or the result collapsed.
     """
     start = time.monotonic()
-    output = path(output)
+    output, config = path(output), config or PruneConfig(ratio=0.25)
+    report = progress or (lambda done, count, note: None)
     with claim_output(output, overwrite):
-        pruning = prepare(str(model), config or PruneConfig(ratio=0.25), begun_dtype(output) if resume else None)
-        pruning.check_space(output)
+        if isinstance(registry.build("pruning", config.method), LayerPruner):
+            return prune_depth(str(model), output, config, resume=resume, force=force, progress=report)
+        pruning = prepare(str(model), config, begun_dtype(output) if resume else None)
+        check_room(output, pruning.source.layerwise, pruning.calibration_NL.numel() + 2 * pruning.held_out_NL.numel())
         pruning.source.layerwise.check_finite()
         partial = ResumableOutput(output, pruning.fingerprint, resume)
         records = [PrunedLayer.from_dict(record, str(partial.folder)) for record in partial.layers]
         start -= sum(record.seconds for record in records)
-        states = prune_layers(pruning, partial, records, progress or (lambda done, count, note: None))
+        states = prune_layers(pruning, partial, records, report)
         notes = write_rest(pruning, partial)
         result = measure(pruning, output, records, states, notes, start)
         check_collapse(result, partial, force)
@@ -88,11 +90,11 @@ def prune_layers(
     layerwise.load_embeddings_and_head()
     found = partial.hidden(layerwise.device, layerwise.dtype)
     if found is None:
-        states = PruningStates.embed(layerwise, pruning.calibration_NL, pruning.held_out_NL)
+        states = PruningStates.embed(pruning)
         partial.start(states.tensors())
     else:
         states = PruningStates(**found)
-        layerwise.embed(pruning.held_out_NL[:1])  # so that it knows how to call layers on such lengths
+        PruningStates.embed(pruning)  # so that it knows how to call layers on them
     count = len(layerwise.layers)
     for index in range(len(records), count):
         report(index, count, f"expert error {records[-1].error:.3f}" if records else "")
@@ -107,6 +109,8 @@ def write_rest(pruning: Pruning, partial: ResumableOutput) -> list[str]:
     """Write what is in OUT beside layers and results; returns what people should know of it."""
     notes = pruning.source.write_rest(partial, pruning.keep)
     pruning.tokenizer.save_pretrained(partial.folder)
+    if pruning.source.layerwise.takes_pictures:
+        copy_processor(pruning.folder, partial.folder)
     copy_terms(pruning.folder, partial.folder)
     return notes
 
@@ -116,7 +120,7 @@ def measure(
 ) -> PruningResult:
     """Measure a finished pruning; perplexities are `exp(mean loss)` on bundled held-out text."""
     source, config, held_out_NL = pruning.source, pruning.config, pruning.held_out_NL
-    before, after = (perplexity(pruning, hidden) for hidden in (states.whole, states.pruned))
+    before, after = (perplexity(source.layerwise, held_out_NL, hidden) for hidden in (states.whole, states.pruned))
     return PruningResult(
         output=str(output),
         model=pruning.model,
@@ -148,18 +152,6 @@ def measure(
         peak_rss_bytes=peak_rss_bytes(),
         seconds=time.monotonic() - start,
     )
-
-
-def perplexity(pruning: Pruning, hidden_NLD: Tensor) -> float:
-    """Compute `exp(mean loss)` of held-out text; what no number can hold becomes e^700, which is a collapse.
-
-    Raises:
-        WorkError: logits are NaN or infinite.
-    """
-    layerwise = pruning.source.layerwise
-    loss = layerwise.token_losses(pruning.held_out_NL, hidden_NLD).mean().double()
-    check_numbers({"the logits of held-out text": loss}, "after the last layer", layerwise.dtype)
-    return loss.clamp(max=700).exp().item()
 
 
 def check_collapse(result: PruningResult, partial: ResumableOutput, force: bool) -> None:

@@ -24,12 +24,13 @@ from ..checkpoint.writer import OUTER, ResumableOutput
 from ..compat import has_experts
 from ..errors import InputError
 from ..files import write_json
+from ..formats.base import block_config
 from ..formats.converted import Converted
 from ..formats.export import COPIED, write_embeddings_and_head
 from ..formats.fields import is_stock
-from ..models.families import decoder_layers, text_config
+from ..models.families import decoder_layers
 from ..models.integrity import model_on_meta
-from ..models.layerwise import LayerwiseModel, text_model
+from ..models.layerwise import LayerwiseModel
 from ..models.moe_block import MoEBlock, find_block
 from ..moe.modeling import DEFAULT_EXPERTS, MODEL_TYPE
 from ..results import Json
@@ -64,7 +65,8 @@ class Source(ABC):
         if not any(found):
             raise InputError(
                 f"'{self.checkpoint.folder}' is no Mixture of Experts: no decoder layer of "
-                f"{self.checkpoint.architecture()} has a router and experts; make one with moesaic convert"
+                f"{self.checkpoint.architecture()} has a router and experts; make one with moesaic convert, or "
+                "leave out layers of this one: --method depth"
             )
         return found
 
@@ -135,15 +137,14 @@ class StockSource(Source):
     def pruned_model(self, keep: int) -> PreTrainedModel:
         fields = {k: v for k, v in self.config_json(keep).items() if k != "quantization_config"}
         config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-        folder, dtype = self.checkpoint.folder, self.layerwise.dtype
-        whole = model_on_meta(config, folder, dtype)
-        return text_model(whole, folder, dtype) if text_config(config) is not config else whole
+        return model_on_meta(config, self.checkpoint.folder, self.layerwise.dtype)
 
     def on_disk(self, index: int, tensors: Tensors, keep: int) -> Tensors:
         found: Tensors = {}
         for name, tensor in tensors.items():
             own = f"{self.layerwise.prefix}{index}.{name}"
             joined = self.layerwise.joined.get(own)
+            tensor = tensor.transpose(1, 2).contiguous() if own in self.layerwise.turned else tensor
             found |= joined.separate(tensor) if joined else {self.layerwise.on_disk[own]: tensor}
         return found
 
@@ -180,8 +181,8 @@ class ConvertedLayers(LayerwiseModel):
 
     def __init__(self, source: Converted, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device, self.source = source.checkpoint, dtype, device, source
-        self.model: Any = model_on_meta(source.config, source.checkpoint.folder, dtype)
-        self.on_disk, self.joined = {}, {}
+        self.model: Any = model_on_meta(source.whole, source.checkpoint.folder, dtype)
+        self.on_disk, self.joined, self.turned = {}, {}, set()
         self.take_layers()
 
     def layer_tensors(self, index: int) -> Tensors:
@@ -211,12 +212,13 @@ class ConvertedSource(Source):
             )
 
     def config(self, keep: int) -> Any:
-        """Make the configuration with `keep` experts.
+        """Make the configuration with `keep` experts, of the whole model.
 
         Raises:
             InputError: the model's format cannot hold so many.
         """
-        config: Any = copy.deepcopy(self.converted.config)
+        whole: Any = copy.deepcopy(self.converted.whole)
+        config = whole.get_text_config()
         config.num_experts = keep
         try:
             self.converted.format.check(config, self.converted.has_bias())
@@ -225,13 +227,13 @@ class ConvertedSource(Source):
                 f"{error} (with {keep} experts); keep another number, or prune the working form: moesaic export "
                 f"{self.checkpoint.folder.name} WORKING --format {MODEL_TYPE}"
             ) from error
-        return config
+        return whole
 
     def pruned_model(self, keep: int) -> PreTrainedModel:
         return model_on_meta(self.config(keep), self.checkpoint.folder, self.layerwise.dtype)
 
     def on_disk(self, index: int, tensors: Tensors, keep: int) -> Tensors:
-        stock = self.converted.format.layer_exactly(tensors, self.config(keep))
+        stock = self.converted.format.layer_exactly(tensors, block_config(self.config(keep)))
         return {self.converted.prefix(index) + name: tensor for name, tensor in stock.items()}
 
     def write_rest(self, partial: ResumableOutput, keep: int) -> list[str]:

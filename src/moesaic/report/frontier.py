@@ -5,17 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from ..results import FrontierSummary
+from ..results import FrontierSibling, FrontierSummary
 
 MOST_LINES = 6
 """On the printed chart; the page has them all."""
 OURS = ("default", "specialists", "coactivation")
 """Beginnings of our methods' names."""
-BOUNDS = ("neurons", "coactivation-oracle")
-"""What no router can do; shown on the page only."""
+BOUNDS = ("neurons", "coactivation-oracle", "cats-top-k", "teal", "wina")
+"""What no router can do, or only kernels of batch 1; shown on the page only."""
 RIVALS = {
     "static+closed-form": "static pruning + our recovery",
+    "depth+closed-form": "fewer layers + our recovery",
+    "depth": "fewer layers (ShortGPT)",
+    "depth-contiguous+closed-form": "a run of layers + our recovery",
+    "depth-contiguous": "a run of layers (Gromov et al.)",
+    "cats+closed-form": "CATS + our recovery",
+    "cats": "CATS",
     "flap": "static pruning (FLAP)",
     "cmoe": "CMoE",
     "moefication": "MoEfication",
@@ -26,6 +33,52 @@ RIVALS = {
     "read-me": "Read-ME",
 }
 """Other methods, those first that the printed chart takes first, and what a reader knows them as."""
+LIMIT = "≤: what the bytes allow at batch 1; nothing here runs it so fast"
+"""What a speed-up says that is not measured."""
+
+
+def decode(point: FrontierSummary) -> str:
+    """Write a speed-up with its digits; `≤` before one that is a limit, `-` where there is none."""
+    if not point.speedup:
+        return "-"
+    return "≤" * (point.speed_is == "limit") + f"{point.speedup:.2f}"
+
+
+SIBLING = "#b3541e"
+"""The colour of smaller dense models."""
+SPEEDS = (0.25, 0.35, 0.5, 0.7, 1, 1.5, 2, 3, 5, 8, 12)
+SHARES = (1, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.02)
+"""Marks of the axes where smaller dense models are shown."""
+LINE = (
+    "ours / line: perplexity over that of the smaller dense models' line (straight in log perplexity over log cost) at "
+    "the same decode speed; p: at the same active parameters, as a speed is missing; *: the line is extrapolated "
+    "beyond the smallest. Below 1 the conversion is better."
+)
+"""What the column says."""
+
+
+class DenseDot(NamedTuple):
+    """A dense model in a chart."""
+
+    x: float
+    """Its decode speed, or its active parameters, over the dense model's."""
+    ratio: float
+    """Its perplexity over the dense model's."""
+    label: str
+
+
+def sibling_dots(siblings: Iterable[FrontierSibling], speed: bool) -> list[DenseDot]:
+    """Place the siblings that are cheaper than the dense model, the largest first; none where speed is not known."""
+    found = [DenseDot(s.speedup or 0 if speed else s.active_ratio, s.perplexity_ratio, s.label) for s in siblings]
+    cheaper = [dot for dot in found if (dot.x > 1 if speed else dot.x < 1)]
+    return sorted(cheaper, key=lambda dot: dot.x, reverse=not speed)
+
+
+def over_line(row: FrontierSummary) -> str:
+    """Write a row's perplexity over the siblings' line, with the signs that `LINE` explains."""
+    if row.over_line is None:
+        return "-"
+    return f"{row.over_line:.3f}" + "p" * (row.line_by == "parameters") + "*" * bool(row.extrapolated)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""Which experts stay: one method a file."""
+"""Which experts or layers stay: one method a file."""
 
-from .base import Kept, Pruner
+from .base import Kept, LayerPruner, Pruner, PruningMethod
 
-__all__ = ["Kept", "Pruner"]
+__all__ = ["Kept", "LayerPruner", "Pruner", "PruningMethod"]

@@ -1,0 +1,1 @@
+"""Fewer decoder layers, for any model."""
