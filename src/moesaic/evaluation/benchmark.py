@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import DynamicCache, PreTrainedModel
 
 from ..compat import experts_implementation
@@ -22,9 +21,16 @@ from ..errors import InputError
 from ..machine import machine, peak_rss_bytes, versions
 from ..models.families import decoder_layers
 from ..models.moe_block import Routing, find_block
-from ..results import BenchmarkResult, Roof, Speed
+from ..models.processor import Processor
+from ..results import BenchmarkResult, Speed
+from .clock import now
 from .cost import active_block_weights, active_weights, body_weights, ffn_of
+from .pictures import picture_inputs, picture_speed
+from .roof import roof
 from .sizes import PROMPT_TOKENS, check_sizes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 BLOCK_TOKENS = (1, 8, 32, 512)
 FEW = 32
@@ -40,6 +46,8 @@ def benchmark(
     new: int = 32,
     batches: Sequence[int] = (1,),
     rounds: int = 5,
+    processor: Processor | None = None,
+    images: Sequence[str | Path | Image] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchmarkResult:
     """Time decoding and prefill in tokens a second, each as the median of alternating runs after a warm-up.
@@ -59,27 +67,24 @@ def benchmark(
         new: tokens decoded after the prompt.
         batches: sequences decoded at once.
         rounds: timed runs of each.
+        processor: of a vision-language model, from `load_processor`; with `images` a question about them is timed too.
+        images: pictures or their files.
         progress: called with (finished, all) measurements.
 
     Raises:
-        InputError: the models have different dtypes, a number is out of its limits, or prompts and new tokens are
-            beyond the models' context or the free memory.
+        InputError: the models have different dtypes, a number is out of its limits, prompts and new tokens are beyond
+            the models' context or the free memory, or pictures cannot be used.
     """
     check_sizes(model, dense, tokens_BL, new, batches, rounds)
     if model.dtype != dense.dtype:
         raise InputError(f"the models have different dtypes, {model.dtype} and {dense.dtype}; choose one with --dtype")
-    tokens_L = tokens_BL[0]
-    conversions: list[tuple[str, int]] = [("decode", b) for b in batches] + [("prefill", len(tokens_L))]
-    conversions += [("block", min(t, len(tokens_L))) for t in BLOCK_TOKENS]
-    found: dict[str, dict[str, Speed]] = {"decode": {}, "prefill": {}, "block": {}}
-    for done, (kind, size) in enumerate(conversions):
-        if progress:
-            progress(done, len(conversions))
-        case = CASES[kind](model, dense, tokens_BL, size, new)
-        found[kind][str(size)] = case.measure(model.dtype.itemsize, rounds)
-    if progress:
-        progress(len(conversions), len(conversions))
+    shown = picture_inputs(model, processor, images, new) if images else None
+    found = _measure_all(model, dense, tokens_BL, new, batches, rounds, progress or (lambda done, count: None))
+    picture = None
+    if processor and shown:
+        picture = picture_speed(model, dense, shown, processor.image_token_id, new, rounds)
     return BenchmarkResult(
+        picture=picture,
         decode=found["decode"],
         prefill=found["prefill"],
         block=found["block"],
@@ -89,9 +94,25 @@ def benchmark(
         dtype=str(model.dtype).removeprefix("torch."),
         experts=experts_implementation(model.config),
         peak_rss_bytes=peak_rss_bytes(),
-        protocol=f"{rounds} alternating rounds after a warm-up, medians; prompt {len(tokens_L)}, {new} new tokens",
+        protocol=f"{rounds} alternating rounds after a warm-up, medians; prompt {tokens_BL.shape[1]}, {new} new tokens",
         versions=versions(),
     )
+
+
+def _measure_all(
+    model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, new: int, batches: Sequence[int], rounds: int,
+    report: Callable[[int, int], None],
+) -> dict[str, dict[str, Speed]]:  # fmt: skip
+    """Measure all cases, by kind and size."""
+    length = tokens_BL.shape[1]
+    cases = [("decode", b) for b in batches] + [("prefill", length)]
+    cases += [("block", min(t, length)) for t in BLOCK_TOKENS]
+    found: dict[str, dict[str, Speed]] = {"decode": {}, "prefill": {}, "block": {}}
+    for done, (kind, size) in enumerate(cases):
+        report(done, len(cases))
+        found[kind][str(size)] = CASES[kind](model, dense, tokens_BL, size, new).measure(model.dtype.itemsize, rounds)
+    report(len(cases), len(cases))
+    return found
 
 
 def decode_speed(
@@ -186,10 +207,10 @@ def _decode_timer(model: PreTrainedModel, tokens_BL: Tensor, new: int) -> Timer:
     @torch.inference_mode()
     def run() -> float:
         cache, next_B1 = copy.deepcopy(prompt), logits[:, -1:].argmax(-1)
-        start = _now(model)
+        start = now(model)
         for _ in range(new):
             next_B1 = model(input_ids=next_B1, past_key_values=cache).logits[:, -1:].argmax(-1)
-        return _now(model) - start
+        return now(model) - start
 
     return run
 
@@ -197,9 +218,9 @@ def _decode_timer(model: PreTrainedModel, tokens_BL: Tensor, new: int) -> Timer:
 def _prefill_timer(model: PreTrainedModel, tokens_L: Tensor) -> Timer:
     @torch.inference_mode()
     def run() -> float:
-        start = _now(model)
+        start = now(model)
         model(input_ids=tokens_L[None].to(model.device), logits_to_keep=1)
-        return _now(model) - start
+        return now(model) - start
 
     return run
 
@@ -209,10 +230,10 @@ def _block_timer(blocks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Timer
 
     @torch.inference_mode()
     def run() -> float:
-        start = _now(inputs[0])
+        start = now(inputs[0])
         for block, x_TD in zip(blocks, inputs, strict=True):
             block(x_TD[None])
-        return (_now(inputs[0]) - start) / len(blocks)
+        return (now(inputs[0]) - start) / len(blocks)
 
     return run
 
@@ -246,34 +267,6 @@ def experts_chosen(model: PreTrainedModel, run: Timer) -> Chosen:
         for handle in handles:
             handle.remove()
     return Chosen(*([statistics.fmean(found) if found else None for found in lists] for lists in (different, each)))
-
-
-@torch.inference_mode()
-def roof(device: torch.device, dtype: torch.dtype) -> Roof:
-    """Measure the `bytes_per_s` that a product with one token reads and the `flops_per_s` of one with many.
-
-    The matrix is larger than caches.
-    """
-    one, other = (torch.zeros(8_192, 8_192, dtype=dtype, device=device) for _ in range(2))
-
-    def best(x_TD: Tensor) -> float:
-        times = []
-        for _ in range(4):
-            start = _now(x_TD)
-            linear(x_TD, one)
-            linear(x_TD, other)
-            times.append((_now(x_TD) - start) / 2)
-        return min(times)
-
-    return Roof(
-        bytes_per_s=one.numel() * dtype.itemsize / best(one[:1]), flops_per_s=2 * 512 * one.numel() / best(one[:512])
-    )
-
-
-def _now(model: PreTrainedModel | Tensor) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..formats.base import MoesaicModelConfig
 from ..models.families import decoder_layers, ffn_name
 from ..models.moe_block import MoEBlock, find_block
+from ..moe.ahead import network_of
 from ..results import ConversionResult
 
 
@@ -55,13 +56,16 @@ def body_weights(model: PreTrainedModel, experts: Sequence[float | None] | None 
 def active_weights(model: PreTrainedModel, experts: Sequence[float | None] | None = None) -> float:
     """Count the weights that one decoding step reads, of one token or with so many experts touched in each layer.
 
-    The input embedding is a look-up and not counted.
+    Embeddings, that of a router ahead of the layers too, are looked up and not counted.
     """
     layers = list(decoder_layers(model))
     total = float(sum(p.numel() for p in model.parameters()))
     embedding = model.get_input_embeddings().get_parameter("weight")
     if embedding is not head_weights(model):
         total -= embedding.numel()
+    ahead = network_of(model)
+    if ahead is not None:
+        total -= ahead.embed.numel()
     for layer, touched in zip(layers, experts or [None] * len(layers), strict=True):
         block = find_block(layer)
         if block is not None:
@@ -75,6 +79,7 @@ def at_experts_per_token(known: ConversionResult, config: MoesaicModelConfig, ex
     `(shared neurons + experts * neurons of one) / neurons of the dense FFN`, and the parameters that come with it.
     """
     neurons = config.shared_expert_intermediate_size + experts * config.moe_intermediate_size
-    share = neurons / config.intermediate_size
+    dense = len(config.mlp_only_layers or ()) / config.num_hidden_layers
+    share = neurons / config.intermediate_size * (1 - dense) + dense
     more = 3 * config.num_hidden_layers * config.hidden_size * config.intermediate_size * (share - known.ffn_active)
     return replace(known, ffn_active=share, active_parameters=known.active_parameters + round(more))

@@ -1,25 +1,31 @@
-"""One call for what `moesaic evaluate` measures: perplexity, task files, the lm-eval harness."""
+"""One call for what `moesaic evaluate` measures: perplexity, task files, the lm-eval harness, what models write."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from ..given import check, optional_path
 from ..machine import versions
+from ..models.processor import Processor
 from ..results import EvaluationResult, TaskScore
+from ..serving.questions import Words, load_processor, tokenizer_of
+from .generation import Files, Generating, check_model, evaluate_generation, read_request, reference_continuations
 from .perplexity import check_protocol, perplexity
-from .tasks import evaluate_tasks, read_tasks
+from .questions import ANSWER_TOKENS
+from .tasks import check_items, evaluate_tasks, have_pictures, read_tasks
 
 Harness = Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[str]], dict[str, TaskScore]]
 
 
 def evaluate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Words,
     *,
     text: str | Path | None = None,
     protocol: str = "gptq",
@@ -27,42 +33,65 @@ def evaluate(
     max_tokens: int | None = None,
     tasks: str | Path | None = None,
     items: int | None = None,
+    answer_tokens: int = ANSWER_TOKENS,
     harness: str | None = None,
+    generate: Files | None = None,
     progress: Callable[..., None] | None = None,
+    **generating: Unpack[Generating],
 ) -> EvaluationResult:
-    """Measure perplexity (see `perplexity`), accuracies of a task file (see `evaluate_tasks`), lm-eval tasks by name.
+    """Measure perplexity (see `perplexity`), a task file (see `evaluate_tasks`), lm-eval tasks, and what models write.
 
     Args:
         model: a dense or converted model.
-        tokenizer: the model's.
+        tokenizer: the model's; for tasks with pictures its processor, from `load_processor`.
         text: a raw text file, or for `gptq` one of rows; None is the bundled held-out text.
         protocol: `gptq`, `llama.cpp` or `lm-eval`.
         window: tokens in a window.
-        max_tokens: tokens after which the perplexity stops; None: all.
-        tasks: a file of multiple-choice items.
-        items: of each task in that file, at most so many.
+        max_tokens: tokens after which the perplexity stops; None: all, but two windows beside `generate` alone.
+        tasks: a file of items: choices, or questions with answers, with pictures or without.
+        items: of each task in that file, and of each file of `generate`, at most so many.
+        answer_tokens: of an answer that is written out, at most so many.
         harness: names of lm-eval's tasks, separated by commas.
+        generate: files of exercises (see `read_exercises`) that the model writes greedily.
         progress: called with (finished, all) measurements.
+        generating: how; `allow_code_execution`, `reference` and the other fields of `Generating`.
 
     Raises:
-        InputError: bad text, window, protocol or task file, or the harness is not installed; before any costly work.
+        InputError: bad text, window, protocol or task file, items that the model cannot be asked, or the harness is
+            not installed; before any costly work.
     """
     text, tasks = optional_path(text), optional_path(tasks)
-    check(window=window, max_tokens=max_tokens, items=items)
+    check(window=window, max_tokens=max_tokens, items=items, answer_tokens=answer_tokens)
     questions = read_tasks(tasks, items) if tasks else []
+    check_items(tokenizer, questions)
+    request = read_request(generate, items, **generating)
+    check_model(request, model, tokenizer)
     run_harness = _harness() if harness else None
     report = progress or (lambda done, count, note="": None)
+    theirs = reference_continuations(request, model, tokenizer, report)  # first, as there may be no such model
+    if request.sets and text is None and max_tokens is None:
+        max_tokens = 2 * window
     found = perplexity(
-        model, tokenizer, text=text, protocol=protocol, window=window, max_tokens=max_tokens,
+        model, tokenizer_of(tokenizer), text=text, protocol=protocol, window=window, max_tokens=max_tokens,
         progress=lambda done, count: report(done, count, "perplexity"),
     )  # fmt: skip
     scores: dict[str, TaskScore] = {}
     if questions:
-        scores = evaluate_tasks(model, tokenizer, questions, lambda done, count: report(done, count, "tasks"))
+        scores = evaluate_tasks(model, tokenizer, questions, partial(report, note="tasks"), answer_tokens)
     if run_harness and harness:
-        scores |= run_harness(model, tokenizer, harness.split(","))
+        scores |= run_harness(model, tokenizer_of(tokenizer), harness.split(","))
+    wrote = evaluate_generation(request, model, tokenizer, theirs, report)
     dtype = str(model.dtype).removeprefix("torch.")
-    return EvaluationResult(**found._asdict(), tasks=scores, dtype=dtype, versions=versions())
+    return EvaluationResult(**found._asdict(), tasks=scores, generation=wrote, dtype=dtype, versions=versions())
+
+
+def task_processor(model: str | Path, tasks: Path | None) -> Processor | None:
+    """Load the processor of a model that is to be asked a task file with pictures; None where there are none.
+
+    Raises:
+        InputError: a bad task file, a model of text, or no processor.
+    """
+    return load_processor(model) if tasks and have_pictures(read_tasks(tasks)) else None
 
 
 def check_request(
@@ -72,17 +101,21 @@ def check_request(
     max_tokens: int | None,
     tasks: str | Path | None,
     harness: str | None,
+    generate: Files | None = None,
+    items: int | None = None,
+    generating: Generating | None = None,
 ) -> None:
     """Check a request, whatever the model is, before one is loaded.
 
     Raises:
-        InputError: bad text, window, protocol or task file, or the harness is not installed.
+        InputError: bad text, window, protocol, task file or file of exercises, or the harness is not installed.
     """
     text, tasks = optional_path(text), optional_path(tasks)
     check(window=window, max_tokens=max_tokens)
     check_protocol(text, protocol, window, max_tokens)
     if tasks:
         read_tasks(tasks)
+    read_request(generate, items, **(generating or {}))
     if harness:
         _harness()
 

@@ -21,7 +21,7 @@ from ..calibration.text import bundled, by_domain, read_documents, text_hash
 from ..calibration.windows import check_tokens, labelled_windows
 from ..checkpoint.reader import Checkpoint
 from ..errors import InputError
-from ..formats.loading import without_weights
+from ..formats.converted import without_weights
 from ..given import check, optional_path
 from ..models.families import embedding_rows
 from ..models.moe_block import MoEBlock, Routing

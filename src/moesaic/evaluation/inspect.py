@@ -10,8 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..calibration.text import bundled
 from ..checkpoint.facts import saved_result, saved_settings
+from ..checkpoint.sources import resolve
 from ..errors import InputError
 from ..formats.converted import Converted
+from ..formats.fields import text_json
 from ..given import check, path
 from ..results import Inspection
 
@@ -25,18 +27,19 @@ def inspect(folder: str | Path) -> Inspection:
     """Read configuration, metrics and per-layer statistics of a converted model.
 
     Raises:
-        InputError: not a folder that `convert` made.
+        InputError: not a folder, or GGUF, that `convert` made.
     """
-    folder = path(folder)
+    named = path(folder)
+    folder = resolve(str(named)) if named.is_file() else named
     saved = saved_settings(folder)
     converted = Converted(folder)
     checkpoint = converted.checkpoint
     return Inspection(
-        folder=str(folder),
+        folder=str(named),
         model=saved["model"],
         architecture=checkpoint.architecture(),
         bytes=checkpoint.size(),
-        moe={name: found for name, found in converted.fields.items() if name in MOE_FIELDS},
+        moe={name: found for name, found in text_json(converted.fields).items() if name in MOE_FIELDS},
         config=saved["config"],
         metrics=saved_result(folder),
     )

@@ -30,10 +30,12 @@ BISECTIONS = 60
 class OwnRanker(BlockRanker):
     """Ranks by what the router itself says, whatever rule is at work in the model."""
 
-    def rank(self, hidden_TD: Tensor, output: tuple[Tensor, ...]) -> Ranked:
+    def rank(
+        self, hidden_TD: Tensor, output: tuple[Tensor, ...], reorder: Callable[[Ranking], Tensor] | None = None
+    ) -> Ranked:
         if self.scores is not None:
             output = self.block.router.forward(hidden_TD)
-        return super().rank(hidden_TD, output)
+        return super().rank(hidden_TD, output, reorder)
 
 
 @dataclass

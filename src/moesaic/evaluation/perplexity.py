@@ -23,6 +23,7 @@ from ..calibration.text import bundled, text_hash
 from ..calibration.windows import bos, check_tokens, token_windows
 from ..errors import InputError, WorkError
 from ..models.families import embedding_rows
+from .text_bytes import text_bytes
 
 PROTOCOLS = ("gptq", "llama.cpp", "lm-eval")
 Progress = Callable[[int, int], None]
@@ -37,6 +38,27 @@ class MeasuredPerplexity(NamedTuple):
     window: int
     text: str
     data_sha256: str
+    scored_tokens: int
+    scored_bytes: int
+    """Of the text that the scored tokens stand for, in UTF-8."""
+    bits_per_byte: float | None
+    """The loss over those bytes: models with different tokenizers compare by it."""
+
+
+class Cut(NamedTuple):
+    """The windows of a text that a protocol scores."""
+
+    windows: Sequence[Tensor]
+    words: int
+    """Of the text in them, for word perplexity."""
+    data_sha256: str
+
+
+class Scored(NamedTuple):
+    """What of a text is scored."""
+
+    tokens: int
+    bytes: int
 
 
 def perplexity(
@@ -64,37 +86,74 @@ def perplexity(
         InputError: unknown protocol, a file that is missing or that the protocol is not defined on, a window beyond the
             model's, or text shorter than one window.
     """
+    longest = model.config.get_text_config().max_position_embeddings
     stream = check_protocol(text, protocol, window, max_tokens)
-    longest = model.config.max_position_embeddings
     if not 2 <= window <= longest:
         raise InputError(f"--window {window} is not within 2 to {longest}, the model's longest")
-    if stream is None:
-        documents = bundled("heldout")
-        tokens_NL = token_windows(documents, tokenizer, None, window)
-        if max_tokens is not None:
-            tokens_NL = tokens_NL[: max_tokens // window]
-        data, words = text_hash(documents), 0
-    else:
-        tokens_NL, words = _cut(stream.text, tokenizer, protocol, window, max_tokens)
-        data = hashlib.sha256(stream.raw.encode()).hexdigest()
-    for tokens_L in tokens_NL:
+    cut = _windows(stream, tokenizer, protocol, window, max_tokens)
+    for tokens_L in cut.windows:
         check_tokens(tokens_L, embedding_rows(model), tokenizer)
-    first = window // 2 if protocol == "llama.cpp" else 0
+    scored = _scored(cut.windows, tokenizer, protocol, window)
+    first = unscored(protocol, window)
     total, count = 0.0, 0
-    for done, tokens_L in enumerate(tokens_NL):
+    for done, tokens_L in enumerate(cut.windows):
         losses = window_losses(model, tokens_L)[first:]
-        check_losses(losses, f"window {done + 1} of {len(tokens_NL)}", model.dtype)
+        check_losses(losses, f"window {done + 1} of {len(cut.windows)}", model.dtype)
         total, count = total + losses.double().sum().item(), count + len(losses)
         if progress:
-            progress(done + 1, len(tokens_NL))
+            progress(done + 1, len(cut.windows))
+    assert count == scored.tokens
     return MeasuredPerplexity(
-        perplexity=math.exp(min(700.0, total / (max(1, words) if protocol == "lm-eval" else count))),
-        tokens=sum(map(len, tokens_NL)),
+        perplexity=math.exp(min(700.0, total / (max(1, cut.words) if protocol == "lm-eval" else count))),
+        tokens=sum(map(len, cut.windows)),
         protocol=protocol,
         window=window,
         text=str(text.name) if text else "bundled held-out text, six domains",
-        data_sha256=data,
+        data_sha256=cut.data_sha256,
+        scored_tokens=scored.tokens,
+        scored_bytes=scored.bytes,
+        bits_per_byte=total / math.log(2) / scored.bytes if scored.bytes else None,
     )
+
+
+def unscored(protocol: str, window: int) -> int:
+    """Count the losses of a window that a protocol leaves out."""
+    return window // 2 if protocol == "llama.cpp" else 0
+
+
+def scored_text(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: Path | None = None,
+    protocol: str = "gptq",
+    window: int = 2_048,
+    max_tokens: int | None = None,
+) -> Scored:
+    """Count what `perplexity` scores of a text, without a model.
+
+    Raises:
+        InputError: as `perplexity`.
+    """
+    cut = _windows(check_protocol(text, protocol, window, max_tokens), tokenizer, protocol, window, max_tokens)
+    return _scored(cut.windows, tokenizer, protocol, window)
+
+
+def _scored(windows: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase, protocol: str, window: int) -> Scored:
+    first = 1 + unscored(protocol, window)
+    ids = [i for tokens_L in windows for i in tokens_L[first:].tolist()]
+    return Scored(len(ids), text_bytes(ids, tokenizer))
+
+
+def _windows(
+    stream: Stream | None, tokenizer: PreTrainedTokenizerBase, protocol: str, window: int, max_tokens: int | None
+) -> Cut:
+    """Cut a text, or the bundled one, as a protocol does."""
+    if stream is not None:
+        windows, words = _cut(stream.text, tokenizer, protocol, window, max_tokens)
+        return Cut(windows, words, hashlib.sha256(stream.raw.encode()).hexdigest())
+    documents = bundled("heldout")
+    tokens_NL = token_windows(documents, tokenizer, None, window)
+    return Cut(tokens_NL[: None if max_tokens is None else max_tokens // window].unbind(), 0, text_hash(documents))
 
 
 class Stream(NamedTuple):
