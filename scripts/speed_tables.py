@@ -10,37 +10,6 @@ from measured import RESULTS, grid, measured, read, times
 STAGES = ("calibrate", "partition", "route", "self_test", "recover", "run_converted")
 
 
-def engines() -> str:
-    d = read("engines-demo.json")
-    halves = {(r["engine"], r["type"], r["threads"]): {} for r in d["rows"]}
-    for r in d["rows"]:
-        halves[r["engine"], r["type"], r["threads"]][r["ffn_active"]] = r
-    runs = [("decode", 0.5), ("decode", 0.25), ("prefill", 0.5), ("prefill", 0.25)]
-    rows = [
-        [
-            {"vllm": "vLLM on CPU"}.get(engine, engine),
-            f"{kind}, {threads}",
-            *(times(found[share][run]["speedup"]) for run, share in runs),
-        ]
-        for (engine, kind, threads), found in halves.items()
-    ]
-    first = next(iter(halves.values()))
-    rows.append(["*limit by bytes or FLOPs*", "", *(f"*{times(first[share][run]['limit'])}*" for run, share in runs)])
-    shapes = ", ".join(f"{r['plan']} ({r['ffn_active']:.0%})" for r in first.values())
-    head = ["engine", "type, threads", "decode, 50% active", "25%", f"prefill of {d['prompt']}, 50%", "25%"]
-    return (
-        grid(head, rows)
-        + "\n\n"
-        + measured(
-            "engines-demo.json",
-            "python benchmarks/engines.py demo out50 out25 --outtypes f16 q8_0 --out FILE",
-            "Protocol: alternating runs of dense and converted, medians; "
-            f"prompts of {d['prompt']} random tokens, {d['new']} new; shapes {shapes}, `specialists`",
-            "Engines: " + ", ".join(dict.fromkeys(r["version"] for r in d["rows"])),
-        )
-    )
-
-
 def shapes(model: str) -> str:
     """Decode speed of each shape, a column for each machine."""
     file = f"quality-{model}/frontier.json"

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from conftest import QUICK, small_model
 from moesaic import InputError, Plan, WorkError, convert, export
 from moesaic.cli import app
+from moesaic.formats import gguf_support
 from moesaic.formats.gguf import writer as gguf_export
 from moesaic.formats.gguf.vocabulary import adds, pre_tokenizer, scores, token_list
 from moesaic.moe.modeling import moesaic_config
@@ -114,7 +115,7 @@ def test_what_llama_cpp_lacks_of_a_rope_is_refused(rope, reason):
 
 
 def test_k_quants_need_llama_quantize(converted, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_export, "K_BLOCK", 16)
+    monkeypatch.setattr(gguf_support, "K_BLOCK", 16)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="llama-quantize, which is not on the PATH"):
         export(converted, tmp_path / "model.gguf", "gguf", outtype="q4_k_m")

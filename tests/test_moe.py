@@ -16,12 +16,14 @@ from moesaic.calibration.layers import AttentionTape, calibrate, residual_stream
 from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.conversion.prepare import prepare
 from moesaic.evaluation.cost import active_block_weights
-from moesaic.formats.loading import choose_experts
 from moesaic.models.moe_block import MoEBlock, Routing
+from moesaic.moe.kernels import down_product, is_turned, rows_product, turn_down, turned
+from moesaic.serving.loading import choose_experts
 
 
 def has_own_gate(name):
-    return registry.build("router", name).gate_name == name
+    router = registry.build("router", name)
+    return router.gate_name == name and router.scope == "layer"
 
 
 ROUTED = [n for n in registry.names("partition") if not registry.method_class("partition", n).static]
@@ -146,10 +148,13 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("turn", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, 200])
 @pytest.mark.parametrize("choice", ["all to one", "none", "some none", "random"])
-def test_our_experts_equal_the_naive_loop_for_any_choice(poisoned, tokens, choice):
+def test_our_experts_equal_the_naive_loop_for_any_choice(poisoned, tokens, choice, turn):
     moe, sample, _ = filled(Plan(0, 2, 4, 12))
+    if turn:
+        turn_down(moe)
     x = sample.input_TD[:tokens]
     g = torch.Generator().manual_seed(0)
     index = {
@@ -163,6 +168,53 @@ def test_our_experts_equal_the_naive_loop_for_any_choice(poisoned, tokens, choic
     moe.experts.config._experts_implementation = "moesaic"
     torch.testing.assert_close(moe.experts(x, index, weights), expected)
     torch.testing.assert_close(moe.experts(x.T.contiguous().T, index, weights), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 3, 5, 40])
+def test_a_product_with_turned_weights_is_the_product(dtype, tokens):
+    """Of few tokens it is a sum of columns, of more a product: `h Wd^T` either way."""
+    g = torch.Generator().manual_seed(0)
+    down_EDI, hidden_CI = torch.randn(3, 32, 12, generator=g).to(dtype), torch.randn(tokens, 12, generator=g).to(dtype)
+    laid = turned(down_EDI)
+    assert is_turned(laid)
+    assert not is_turned(down_EDI)
+    assert torch.equal(laid, down_EDI)
+    expected = hidden_CI.double() @ down_EDI[1].double().T
+    exact = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    torch.testing.assert_close(down_product(hidden_CI, laid[1]).double(), expected, rtol=exact, atol=exact)
+    expert_C = torch.arange(tokens) % 3
+    each = torch.stack([h.double() @ down_EDI[e].double().T for h, e in zip(hidden_CI, expert_C, strict=True)])
+    torch.testing.assert_close(rows_product(hidden_CI, laid, expert_C).double(), each, rtol=exact, atol=exact)
+
+
+def test_a_loaded_model_is_turned_and_saves_what_it_was(tmp_path):
+    model, _ = moesaic.load("tiny-moe", device="cpu")
+    downs = [name for name, _ in model.named_parameters() if name.endswith("down_proj")]
+    assert downs
+    assert all(is_turned(model.get_parameter(name)) for name in downs)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=model.dtype)
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+        assert parameter.is_contiguous()
+
+
+def test_gradients_reach_turned_experts():
+    moe, sample, _ = filled(Plan(0, 2, 4, 12))
+    moe.requires_grad_(True)
+    moe.experts.config._experts_implementation = "moesaic"
+    grads = []
+    for turn in (False, True):
+        if turn:
+            turn_down(moe)
+        for tokens in (1, 7):
+            moe.zero_grad()
+            moe(sample.input_TD[:tokens]).square().sum().backward()
+            grads.append({n: p.grad.clone() for n, p in moe.experts.named_parameters()})
+    for plain, laid in zip(grads[:2], grads[2:], strict=True):
+        for name in plain:
+            torch.testing.assert_close(laid[name], plain[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Built-in models: two ship in the package, the others are fetched once from the hub or, failing that, a mirror."""
+"""Built-in models: three ship in the package, the others are fetched once from the hub or, failing that, a mirror."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ BUILTINS = {
         "gemma",
     ),
 }
-SHIPPED = ("tiny", "tiny-moe")
-"""In the package: a dense model and a Mixture-of-Experts, trained by `scripts/train_tiny.py`."""
+SHIPPED = ("tiny", "tiny-moe", "tiny-vlm")
+"""In the package: a dense model and a Mixture-of-Experts, trained by `scripts/train_tiny.py`, and a LLaVA that answers
+questions about pictures of 64 x 64, of which `tiny` is the language model, by `scripts/train_tiny_vlm.py`."""
 NAMES = (*SHIPPED, *BUILTINS)
 
 

@@ -18,6 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..compat import require
 from ..errors import InputError
 from .builtin import cache_folder
+from .gguf_converted import CONFIG, unpack
 from .reader import some
 
 if TYPE_CHECKING:
@@ -55,16 +56,32 @@ def from_gguf(gguf: Path, console: Console) -> Path:
         partial.mkdir()
         try:
             whole = files[0]
-            if len(files) > 1:
+            if len(files) > 1 and readers[0].get_field(CONFIG) is None:
                 whole = partial / f"{gguf.stem}.gguf"
                 join(readers, whole)
-            dequantise(whole, readers, partial, gguf)
-            if len(files) > 1:
+            _unpack(whole, readers, partial, gguf)
+            if whole != files[0]:
                 whole.unlink()
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def unpack_file(gguf: Path, folder: Path) -> None:
+    """Write what one GGUF file holds to an empty folder, dequantised.
+
+    Raises:
+        InputError: it is damaged, or transformers does not read all that it holds.
+    """
+    _unpack(gguf, [read_gguf(gguf)], folder, gguf)
+
+
+def _unpack(whole: Path, readers: Sequence[GGUFReader], folder: Path, called: Path) -> None:
+    if readers[0].get_field(CONFIG) is None:
+        dequantise(whole, readers, folder, called)
+    else:
+        unpack(readers, folder, called, lambda name: _value(readers[0], name))
 
 
 def parts(gguf: Path) -> list[Path]:

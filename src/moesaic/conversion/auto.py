@@ -8,22 +8,25 @@ first candidate, whose few wide products run faster.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from .. import registry
+from ..calibration.prompts import BUNDLED, own_text, read_prompts
 from ..calibration.text import bundled
 from ..calibration.windows import token_windows
+from ..checkpoint.sources import resolve
 from ..checkpoint.writer import ResumableOutput
 from ..config import ConvertConfig
 from ..errors import InputError
 from ..models.integrity import check_numbers
+from ..models.pictured import joined, plain
 from ..results import Trial
 from .layer import convert_layer
-from .prepare import Conversion, prepare
+from .prepare import Conversion, Progress, prepare
 from .states import embed, run_dense
+from .tokens import Text
 
 CANDIDATES = (("specialists", False), ("coactivation", False), ("coactivation", True))
 """Partitions and whether they are cut fine, which is tried where the configuration says `fine`."""
@@ -34,8 +37,6 @@ TIE = 0.01
 """Nats of held-out loss (1 % of perplexity), below which the order of two candidates is chance."""
 PART = 4
 """One window in this many is held out."""
-Progress = Callable[[int, int, str], None]
-"""Called with (finished layers, all layers, what is being done)."""
 
 
 def candidates(model: str, config: ConvertConfig, compute: torch.dtype | None = None) -> list[Conversion]:
@@ -49,10 +50,15 @@ def candidates(model: str, config: ConvertConfig, compute: torch.dtype | None = 
     Raises:
         InputError: none of them fits (the error is that of the first), or the fine one that was asked for does not.
     """
-    if config.active is None and config.plan is None:
-        config = config.model_copy(update={"active": 0.5})
     if config.partition != "auto":
         return [prepare(model, config, compute)]
+    if config.active is None and config.plan is None:
+        config = config.model_copy(update={"active": 0.5})
+    if config.router is not None and registry.build("router", config.router).scope == "model":
+        raise InputError(
+            f"--router {registry.text('router', config.router)} decides for all layers at once, which --partition auto "
+            "tries on some only; name the partition, e.g. --partition paths"
+        )
     found: list[Conversion] = []
     errors: list[InputError] = []
     for name, fine in CANDIDATES:
@@ -77,6 +83,29 @@ def candidates(model: str, config: ConvertConfig, compute: torch.dtype | None = 
             "--tokens or name a partition"
         )
     return found
+
+
+def write_text(model: str, config: ConvertConfig, progress: Progress | None = None) -> None:
+    """Let the model write the calibration text that it is to write itself, so that `candidates` finds it.
+
+    Raises:
+        InputError: anything that `candidates` refuses; before a word is written.
+    """
+    if (check := unwritten(config)) is not config:
+        candidates(model, check)
+        folder = resolve(model)
+        Text.of(config).read(folder, progress=progress)
+
+
+def unwritten(config: ConvertConfig) -> ConvertConfig:
+    """Put a little bundled text in place of what the model is to write itself: all else can be checked with it."""
+    own = [found for name in config.calibration if (found := own_text(name))]
+    if not own:
+        return config
+    for one in own:
+        read_prompts(one)
+    tokens = min(config.tokens, max(PART * config.window, FEWEST_TOKENS))
+    return config.model_copy(update={"calibration": (), "tokens": tokens})
 
 
 def choose(
@@ -118,17 +147,22 @@ def trial(conversion: Conversion, progress: Progress | None = None) -> float:
     Half of them are bundled text if the calibration text is the user's.
     """
     tokens, layerwise = conversion.tokens, conversion.layerwise
-    all_NL = tokens.calibration_NL
+    all_NL, pictured = tokens.calibration_NL, dict(tokens.pictured)
     window, count = all_NL.shape[1], min(len(all_NL), trial_windows(conversion.config.tokens, all_NL.shape[1]))
     pick = torch.arange(count) * len(all_NL) // count
     fit = pick[[i for i in range(count) if i % PART != PART - 1]]
     held_out_NL = all_NL[pick[PART - 1 :: PART]]
-    if conversion.config.calibration:
+    if shown := pictured.get("calibration"):
+        pictured = {"calibration": shown.take(fit), "held_out": shown.take(pick[PART - 1 :: PART])}
+    if (sources := conversion.config.calibration) and BUNDLED not in sources:
         other_NL = token_windows(bundled("calibration"), conversion.tokenizer, held_out_NL.numel(), window)
         held_out_NL = torch.cat([held_out_NL, other_NL])
+        if shown:
+            pictured["held_out"] = joined([pictured["held_out"], plain(other_NL)])
     part = replace(
         tokens, calibration_NL=all_NL[fit], domain_N=tokens.domain_N[fit], validation_NL=all_NL[:0],
         opening_M1=tokens.opening_M1[: len(tokens.opening_M1) * len(fit) // len(all_NL)], held_out_NL=held_out_NL,
+        pictured=pictured,
     )  # fmt: skip
     conversion = replace(conversion, tokens=part)
     layerwise.load_embeddings_and_head()
@@ -136,10 +170,11 @@ def trial(conversion: Conversion, progress: Progress | None = None) -> float:
     for index in range(len(layerwise.layers)):
         if progress:
             progress(index, len(layerwise.layers), f"trying {conversion.name}")
-        if index % EVERY == EVERY - 1:
+        if index in conversion.layers[EVERY - 1 :: EVERY]:
             states = convert_layer(conversion, index, states).states
             check_numbers(states.tensors(), f"layer {index}, hidden states", layerwise.dtype)
             continue
         with layerwise.layer(index) as layer:
             states = run_dense(layerwise, index, layer, states)
-    return layerwise.token_losses(held_out_NL, states.converted).mean().item()
+    losses_NL = layerwise.token_losses(held_out_NL, states.converted)
+    return losses_NL[part.scored("held_out", held_out_NL)].mean().item()

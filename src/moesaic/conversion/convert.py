@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -12,28 +13,37 @@ from torch import Tensor
 
 from .. import registry
 from ..calibration.text import bundled, text_hash
-from ..checkpoint.facts import copy_terms, origin
+from ..checkpoint.facts import METRICS_FILE, copy_terms, origin
+from ..checkpoint.single_file import MADE, ResumableFile, claim_file
 from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, claim_output
 from ..config import ConvertConfig
 from ..errors import WorkError
 from ..evaluation.cost import at_experts_per_token
 from ..files import read_json
 from ..formats.base import Format
+from ..formats.choose import engines_of
 from ..formats.converted import Converted
+from ..formats.engines import LLAMA_CPP
 from ..formats.export import rewrite, write_embeddings_and_head, write_metrics
 from ..formats.verify import check
 from ..given import path
 from ..machine import give_back_memory, machine, peak_rss_bytes, versions
 from ..models.integrity import check_numbers
+from ..models.processor import copy_processor
 from ..moe.modeling import MODEL_TYPE
 from ..report.plots import write_plots
 from ..results import ConversionResult, Json, LayerRecord, PerplexityProtocol, Trial
-from .auto import Progress, candidates, choose
+from .ahead import LookedAhead, look_ahead
+from .answers import answers, compared, is_text
+from .auto import candidates, choose, write_text
+from .dense_layers import keep_layer
+from .engines import GGUF, for_output
+from .gguf import write_checked_gguf
 from .layer import convert_layer
 from .plans import sizes
-from .prepare import Conversion, begun_dtype, fingerprint
-from .states import HiddenStates, embed
-from .temperature import Temperature, fit_temperature
+from .prepare import Conversion, Progress, begun_dtype, fingerprint
+from .states import HiddenStates, embed, know
+from .temperature import Temperature, fit
 
 
 def convert(
@@ -50,7 +60,7 @@ def convert(
 
     Args:
         model: hub id, folder, .gguf file or built-in name (`tiny`, `demo`, `demo-1.5b`, `gemma-270m`).
-        output: the folder to make; it appears only when whole.
+        output: the folder to make, or the `.gguf` file for llama.cpp; it appears only when whole.
         config: what to do; by default half of each FFN is active.
         resume: go on with an unfinished conversion of the same model, data and configuration.
         overwrite: replace `output` if it exists.
@@ -66,28 +76,37 @@ def convert(
     """
     start = time.monotonic()
     output = path(output)
-    with claim_output(output, overwrite):
-        conversions = candidates(str(model), config or ConvertConfig(), begun_dtype(output) if resume else None)
+    config, report = for_output(config or ConvertConfig(), output), progress or (lambda done, count, note: None)
+    one_file = output.suffix == GGUF
+    with (claim_file if one_file else claim_output)(output, overwrite):
+        write_text(str(model), config, report)
+        conversions = candidates(str(model), config, begun_dtype(output) if resume else None)
         conversions[0].check_space(output)
         conversions[0].layerwise.check_finite()
-        partial = ResumableOutput(output, fingerprint(conversions), resume)
+        partial = (ResumableFile if one_file else ResumableOutput)(output, fingerprint(conversions), resume)
         records = [LayerRecord.from_dict(record, str(partial.folder)) for record in partial.layers]
         start -= sum(record.seconds for record in records)
-        report = progress or (lambda done, count, note: None)
         conversion, trials = choose(conversions, partial, report)
-        states = convert_layers(conversion, partial, records, report)
+        ahead = look_ahead(conversion, partial, report)
+        states = convert_layers(conversion, partial, records, report, ahead)
         temperature = fit(conversion, states)
         result = measure(conversion, output, records, states, temperature, trials, start)
+        if ahead:
+            result = replace(result, router=ahead.record())
         check_collapse(result, conversion.config, partial, force)
-        write_rest(conversion, partial, result, temperature)
+        write_rest(conversion, partial, result, temperature.tensors | (ahead.written(conversion) if ahead else {}))
         conversion.layerwise.drop_embeddings_and_head()  # the check needs the room
         del states
         give_back_memory()
-        return finish(conversion, partial, result)
+        return finish(conversion, partial, result, report)
 
 
 def convert_layers(
-    conversion: Conversion, partial: ResumableOutput, records: list[LayerRecord], report: Progress
+    conversion: Conversion,
+    partial: ResumableOutput,
+    records: list[LayerRecord],
+    report: Progress,
+    ahead: LookedAhead | None = None,
 ) -> HiddenStates:
     """Convert the layers that are not finished, and add to `records`.
 
@@ -106,13 +125,14 @@ def convert_layers(
         partial.start(states.tensors())
     else:
         states = HiddenStates.from_tensors(found)
-        for tokens_NL in (tokens.held_out_NL[:1], tokens.opening_M1[:1]):
-            if len(tokens_NL):
-                layerwise.embed(tokens_NL)  # so that it knows how to call layers on such lengths
+        know(layerwise, tokens)
     count = len(layerwise.layers)
     for index in range(len(records), count):
         report(index, count, f"layer error {records[-1].error:.3f}" if records else "")
-        tensors, states, record = convert_layer(conversion, index, states)
+        if index in conversion.layers:
+            tensors, states, record = convert_layer(conversion, index, states, ahead)
+        else:
+            tensors, states, record = keep_layer(conversion, index, states)
         check_numbers(states.tensors(), f"layer {index}, hidden states", layerwise.dtype)
         tensors = conversion.format.layer_exactly(tensors, conversion.model_config)
         prefix = f"{layerwise.prefix}{index}."
@@ -124,37 +144,41 @@ def convert_layers(
     return states
 
 
-def finish(conversion: Conversion, partial: ResumableOutput, result: ConversionResult) -> ConversionResult:
+def finish(
+    conversion: Conversion, partial: ResumableOutput, result: ConversionResult, report: Progress
+) -> ConversionResult:
     """Check what was written, give it its name, and return what `metrics.json` says then.
 
-    What fails as a stock architecture is written in moesaic's own format.
+    What fails as a stock architecture is written in moesaic's own format, unless it is for one engine.
 
     Raises:
-        WorkError: it is in moesaic's own format already, and the check failed.
+        WorkError: it is in moesaic's own format already, or for an engine, and the check failed.
     """
-    stock = conversion.format.name != MODEL_TYPE
+    stock, engine = conversion.format.name != MODEL_TYPE, conversion.engine
+    written: list[ConversionResult] = []
 
     def last(made: Path) -> None:
-        write_metrics(made, result.to_dict(), conversion.format, check(Converted(made), made) if stock else None)
+        found, done = check(Converted(made), made) if stock else None, result
+        write_metrics(made, done.to_dict(), conversion.format, found)
+        if engine and engine.engine == LLAMA_CPP:
+            text_NL, device = conversion.tokens.held_out_NL[is_text(conversion)], conversion.layerwise.device
+            called = partial.output if isinstance(partial, ResumableFile) else partial.output / MADE
+            done = replace(done, gguf=write_checked_gguf(made, engine.outtype or "", called, text_NL, device, report))
+            write_metrics(made, done.to_dict(), conversion.format, found)
+        written.append(ConversionResult.from_dict(read_json(made / METRICS_FILE), str(made / METRICS_FILE)))
 
     try:
         partial.finish(last)
+        return written[0]
     except WorkError as error:
-        if not stock:
+        if not stock or engine:
             raise
         own: Format = registry.build("format", MODEL_TYPE)
         write_metrics(partial.folder, result.to_dict() | {"format_reason": str(error)}, own, None)
         inner = ResumableOutput(partial.output, conversion.fingerprint, resume=False, inner=True)
         rewrite(Converted(partial.folder), own, inner, result.output, lambda done, count, note: None)
-    file = partial.output / "metrics.json"
+    file = partial.output / METRICS_FILE
     return ConversionResult.from_dict(read_json(file), str(file))
-
-
-def fit(conversion: Conversion, states: HiddenStates) -> Temperature:
-    """Fit the temperature on validation tokens; 1 without recovery or validation tokens."""
-    if registry.text("recovery", conversion.config.recovery) == "none" or states.validation is None:
-        return Temperature(1.0, {})
-    return fit_temperature(conversion.layerwise, conversion.tokens.validation_NL, states.validation)
 
 
 def measure(
@@ -169,10 +193,10 @@ def measure(
     """Measure a finished conversion; perplexities are `exp(mean loss)` on bundled held-out text."""
     layerwise, plan, held_out_NL = conversion.layerwise, conversion.plan, conversion.tokens.held_out_NL
     assert states.dense is not None
-    dense = perplexity(conversion, states.dense)
+    dense, said = perplexity(conversion, states.dense), answers(conversion, states.dense)
     layerwise.model.load_state_dict(temperature.tensors, strict=False)
-    converted = perplexity(conversion, states.converted)
-    counted = sizes(conversion.model_config, plan, conversion.format)
+    converted, says = perplexity(conversion, states.converted), answers(conversion, states.converted)
+    counted = sizes(conversion.whole_config, plan, conversion.format)
     result = ConversionResult(
         output=str(output),
         format=conversion.format.name,
@@ -180,7 +204,7 @@ def measure(
         partition=registry.text("partition", conversion.config.partition),
         plan=str(plan),
         expert_width=plan.width,
-        ffn_active=plan.ffn_active(layerwise.config.intermediate_size),
+        ffn_active=counted.ffn_active,
         memory_factor=counted.memory_factor,
         total_parameters=counted.total_parameters,
         active_parameters=counted.active_parameters,
@@ -189,7 +213,7 @@ def measure(
         perplexity=converted,
         perplexity_protocol=PerplexityProtocol(
             text="bundled held-out text, six domains",
-            tokens=held_out_NL.numel(),
+            tokens=held_out_NL[is_text(conversion)].numel(),
             window=held_out_NL.shape[1],
             data_sha256=text_hash(bundled("heldout")),
         ),
@@ -203,11 +227,14 @@ def measure(
         logit_factor=temperature.logit_factor,
         seconds=time.monotonic() - start,
         collapsed=not converted / dense <= conversion.config.collapse_ratio,
-        engines=conversion.format.engines(conversion.model_config),
+        engines=engines_of(conversion.format, conversion.whole_config),
+        engine=conversion.engine,
+        pictures=compared(conversion, said, says) if said and says else None,
     )
     if not registry.build("selection", conversion.model_config.selection).dynamic_top_k:
         return result
-    chosen = statistics.fmean(sum(record.expert_tokens) for record in layers) / conversion.tokens.calibration_NL.numel()
+    loads = [sum(layers[index].expert_tokens) for index in conversion.layers]
+    chosen = statistics.fmean(loads) / conversion.tokens.calibration_NL.numel()
     return at_experts_per_token(result, conversion.model_config, chosen)
 
 
@@ -217,7 +244,9 @@ def perplexity(conversion: Conversion, hidden_NLD: Tensor) -> float:
     Raises:
         WorkError: logits are NaN or infinite.
     """
-    loss = conversion.layerwise.token_losses(conversion.tokens.held_out_NL, hidden_NLD).mean().double()
+    text_N = is_text(conversion)
+    tokens_NL = conversion.tokens.held_out_NL[text_N]
+    loss = conversion.layerwise.token_losses(tokens_NL, hidden_NLD[text_N]).mean().double()
     check_numbers({"the logits of held-out text": loss}, "after the last layer", conversion.layerwise.dtype)
     return loss.clamp(max=700).exp().item()
 
@@ -238,17 +267,22 @@ def check_collapse(result: ConversionResult, config: ConvertConfig, partial: Res
 
 
 def write_rest(
-    conversion: Conversion, partial: ResumableOutput, result: ConversionResult, temperature: Temperature
+    conversion: Conversion, partial: ResumableOutput, result: ConversionResult, others: dict[str, Tensor]
 ) -> None:
-    """Write what is in OUT beside layers, metrics and card: other weights, configuration, tokenizer and plots."""
+    """Write what is in OUT beside layers, metrics and card: other weights, configuration, tokenizer and plots.
+
+    `others` are weights that are not the dense model's: a changed norm, a router ahead of the layers.
+    """
     folder, layerwise = partial.folder, conversion.layerwise
-    tensors = dict(layerwise.embeddings_and_head()) | temperature.tensors
+    tensors = dict(layerwise.embeddings_and_head()) | others
     tensors = {name: tensor.to(conversion.dtype) for name, tensor in tensors.items()}
-    write_embeddings_and_head(partial, conversion.format, conversion.model_config, tensors)
+    write_embeddings_and_head(partial, conversion.format, conversion.whole_config, tensors)
     generation = conversion.source / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, folder / generation.name)
     conversion.tokenizer.save_pretrained(folder)
+    if layerwise.takes_pictures:
+        copy_processor(conversion.source, folder)
     copy_terms(conversion.source, folder)
     resolved: Json = {"config": conversion.config.model_dump(mode="json"), "model": conversion.model}
     resolved |= origin(conversion.model, conversion.source)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .. import registry
+from ..config import ConvertConfig
 from ..results import Result
+from .auto import unwritten
+from .plans import mean_share
 from .prepare import Conversion
 
 
@@ -25,6 +28,9 @@ class DryRun(Result):
     selection: str
     recovery: str
     format: str
+    engine: str | None
+    outtype: str | None
+    """Of GGUF."""
     calibration_tokens: int | str
     dense_parameters: int | str
     dtype: str
@@ -33,9 +39,16 @@ class DryRun(Result):
     disk_bytes: int | str
 
 
-def describe(conversions: list[Conversion]) -> DryRun:
-    """Say what a conversion would do; `a or b` where a trial between candidates decides."""
+def describe(conversions: list[Conversion], config: ConvertConfig) -> DryRun:
+    """Say what a conversion would do; `a or b` where a trial between candidates decides.
+
+    Args:
+        conversions: the candidates, which `unwritten` text may stand in.
+        config: what was asked for.
+    """
     rows = [_describe(conversion) for conversion in conversions]
+    if unwritten(config) is not config:
+        rows = [replace(row, calibration_tokens=config.tokens // config.window * config.window) for row in rows]
     changes = {}
     for name, value in rows[0].to_dict().items():
         others = dict.fromkeys(str(row.to_dict()[name]) for row in rows)
@@ -51,13 +64,15 @@ def _describe(conversion: Conversion) -> DryRun:
         layers=len(layerwise.layers),
         plan=str(plan),
         expert_width=plan.width,
-        ffn_active=plan.ffn_active(width),
-        memory_factor=plan.memory_factor(width),
+        ffn_active=mean_share(conversion.model_config, plan.ffn_active(width)),
+        memory_factor=mean_share(conversion.model_config, plan.memory_factor(width)),
         partition=registry.text("partition", conversion.config.partition),
         router=registry.text("router", conversion.config.router),
         selection=registry.text("selection", conversion.config.selection),
         recovery=registry.text("recovery", conversion.config.recovery),
         format=conversion.format.name,
+        engine=conversion.engine.engine if conversion.engine else None,
+        outtype=conversion.engine.outtype if conversion.engine else None,
         calibration_tokens=conversion.tokens.calibration_NL.numel() + conversion.tokens.validation_NL.numel(),
         dense_parameters=layerwise.parameters(),
         dtype=str(conversion.dtype).removeprefix("torch."),

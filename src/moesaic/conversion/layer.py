@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 from ..calibration.activations import CHUNK_TOKENS, LayerActivations
 from ..calibration.layers import (
     AttentionTape,
+    StreamError,
     Tap,
     calibrate,
+    errors_by_modality,
     relative_error,
     replaced_ffn,
     residual_stream_error,
@@ -24,12 +28,15 @@ from ..calibration.layers import (
 from ..calibration.sinks import OpeningTargets, opening_targets
 from ..errors import WorkError
 from ..machine import give_back_memory, peak_rss_bytes
+from ..models.layerwise import LayerwiseModel
+from ..models.pictured import Pictured
 from ..moe.block import MoE
 from ..partition import Partition
 from ..results import LayerRecord
 from ..routing.base import unit_scores
+from .ahead import LookedAhead, following
 from .prepare import Conversion
-from .states import HiddenStates
+from .states import TEXTS, HiddenStates
 
 LEAST_EPS = 1e-5
 """Of the self-test: a long float32 sum depends on its order by more than one rounding."""
@@ -60,80 +67,126 @@ class StageTimer:
 
 
 @torch.no_grad()
-def convert_layer(conversion: Conversion, index: int, states: HiddenStates) -> ConvertedLayer:
+def convert_layer(
+    conversion: Conversion, index: int, states: HiddenStates, ahead: LookedAhead | None = None
+) -> ConvertedLayer:
     """Convert one decoder layer; without `states.dense` the record has no error of the residual stream.
+
+    Args:
+        conversion: what is converted, and how.
+        index: the layer's number.
+        states: what enters it.
+        ahead: what was decided for the whole model, if anything was.
 
     Raises:
         WorkError: a self-test failed.
     """
-    done, layerwise = StageTimer(), conversion.layerwise
+    done, layerwise, pictured = StageTimer(), conversion.layerwise, conversion.tokens.pictured
     generator = torch.Generator().manual_seed(conversion.config.seed * 1_000_003 + index)
     with layerwise.layer(index) as layer:
         done("load")
-        dense = None if states.dense is None else layerwise.run(index, layer, states.dense)
-        opening: OpeningTargets | None = None
-        if states.opening is not None and states.dense_opening is not None:
-            opening = opening_targets(layerwise, index, layer, states.opening, states.dense_opening)
+        dense = None if states.dense is None else layerwise.run(index, layer, states.dense, TEXTS["dense"])
+        opening = fitted_to(conversion, index, layer, states)
         attention = AttentionTape(layer)
         with attention.recording():
-            sample = calibrate(layerwise, index, layer, states.calibration, conversion.tokens.domain_N, opening)
+            sample = calibrate(
+                layerwise, index, layer, states.calibration, conversion.tokens.domain_N, opening,
+                pictured.get("calibration"), conversion.config.image_weight,
+            )  # fmt: skip
+        sample = ahead.mark(sample, index) if ahead else sample
         done("calibrate")
-        partition = conversion.partitioner.split(sample, conversion.plan, generator).to(layerwise.device)
+        found = ahead.partitions[index] if ahead else conversion.partitioner.split(sample, conversion.plan, generator)
+        partition = found.to(layerwise.device)
         done("partition")
         moe = build_moe(conversion, sample, partition)
         done("route")
         self_test(moe, sample, partition, index)
         few = sample.subsample(CHUNK_TOKENS, generator)
-        split_error = relative_error(few, moe(few.input_TD))
+        with following(moe, few.chosen_TK):
+            split_error = relative_error(few, moe(few.input_TD))
         done("self_test")
-        conversion.recovery.recover(moe, sample, partition)
+        with following(moe, sample.chosen_TK):
+            conversion.recovery.recover(moe, sample, partition)
         moe.to(conversion.dtype).to(layerwise.dtype)  # later layers see what is written
         done("recover")
         tap = Tap(moe)
-        with replaced_ffn(layer, tap), attention.playing():
-            calibration_NLD = layerwise.run(index, layer, states.calibration)
-        error = relative_error(sample, torch.cat(tap.outputs))
+        with replaced_ffn(layer, tap), attention.playing(), following(moe, sample.chosen_TK):
+            calibration_NLD = layerwise.run(index, layer, states.calibration, "calibration")
+        output_TD = kept(torch.cat(tap.outputs), pictured.get("calibration"))
+        error = relative_error(sample, output_TD)
         with replaced_ffn(layer, moe):
-            after = HiddenStates(
-                calibration=calibration_NLD,
-                converted=layerwise.run(index, layer, states.converted),
-                dense=dense,
-                validation=None if states.validation is None else layerwise.run(index, layer, states.validation),
-                opening=None if states.opening is None else layerwise.run(index, layer, states.opening),
+            after = replace(
+                run_converted(layerwise, index, layer, states, moe, ahead),
+                calibration=calibration_NLD, dense=dense,
                 dense_opening=None if opening is None else opening.dense_after_M1D,
-            )
-            tensors = written_tensors(layer, moe, index, conversion.dtype)
-    load_E = expert_load(moe, sample)
+            )  # fmt: skip
+            tensors = written_tensors(layer, moe, index == conversion.layers[0], conversion.dtype)
+    loads = expert_loads(moe, sample)
     rates = few.activation_rates()
     give_back_memory()
     done("run_converted")
-    record = LayerRecord(
+    record = layer_record(index, (split_error, error), stream_error(after, pictured), loads, rates, done)
+    return ConvertedLayer(tensors, after, replace(record, error_by_modality=errors_by_modality(sample, output_TD)))
+
+
+def kept(output_TD: Tensor, pictured: Pictured | None) -> Tensor:
+    """Leave out the rows of padding."""
+    return output_TD if pictured is None else output_TD[~pictured.is_padding_NL.flatten().to(output_TD.device)]
+
+
+def layer_record(
+    index: int, errors: tuple[float, float], stream: StreamError | None, loads: ExpertLoads, rates: list[float],
+    done: StageTimer,
+) -> LayerRecord:  # fmt: skip
+    """Say how the conversion of a layer went; `errors` are those of the FFN as cut and after recovery."""
+    return LayerRecord(
         layer=index,
-        split_error=split_error,
-        error=error,
-        **residual_error_fields(after),
-        expert_tokens=load_E.tolist(),
-        unreached_experts=(load_E == 0).nonzero().flatten().tolist(),
+        split_error=errors[0],
+        error=errors[1],
+        residual_error=stream.residual_error if stream else None,
+        sink_norm=stream.sink_norm if stream else None,
+        expert_tokens=loads.all_E.tolist(),
+        expert_tokens_by_modality=loads.by_modality,
+        unreached_experts=(loads.all_E == 0).nonzero().flatten().tolist(),
         activation_rates=rates,
         seconds=sum(done.seconds.values()),
         stage_seconds=done.seconds,
         stage_peak_rss_bytes=done.peak_rss_bytes,
     )
-    return ConvertedLayer(tensors, after, record)
 
 
-def written_tensors(layer: nn.Module, moe: MoE, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Take a layer's tensors to the CPU, without those of its gate that the first layer has for all."""
-    elsewhere = moe.gate.first_layer_names if index and moe.gate is not None else ()
+def run_converted(
+    layerwise: LayerwiseModel, index: int, layer: nn.Module, states: HiddenStates, moe: MoE, ahead: LookedAhead | None
+) -> HiddenStates:
+    """Run a converted layer on the texts that it is not fitted to, and on those that open one; others stay."""
+    found = states.tensors()
+    for text in ("converted", "validation", "opening"):
+        if text in found:
+            with following(moe, ahead.of(text, index) if ahead else None):
+                found[text] = layerwise.run(index, layer, found[text], TEXTS[text])
+    return HiddenStates.from_tensors(found)
+
+
+def fitted_to(conversion: Conversion, index: int, layer: nn.Module, states: HiddenStates) -> OpeningTargets | None:
+    """Find the targets of the tokens that open a text; None where there are none."""
+    if states.opening is None or states.dense_opening is None:
+        return None
+    return opening_targets(conversion.layerwise, index, layer, states.opening, states.dense_opening)
+
+
+def written_tensors(layer: nn.Module, moe: MoE, first: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Take a layer's tensors to the CPU, without those of its gate that the first converted one has for all."""
+    elsewhere = moe.gate.first_layer_names if not first and moe.gate is not None else ()
     tensors = layer.state_dict().items()
     return {n: tensor.to("cpu", dtype) for n, tensor in tensors if not n.partition(".gate.")[2].startswith(elsewhere)}
 
 
-def residual_error_fields(states: HiddenStates) -> dict[str, float | None]:
-    """Measure how far the residual stream is from the dense model's, as fields of the record; nothing in a trial."""
+def stream_error(states: HiddenStates, pictured: Mapping[str, Pictured]) -> StreamError | None:
+    """Measure how far the residual stream is from the dense model's; None in a trial."""
     if states.dense is None:
-        return {}
-    return residual_stream_error(states.dense, states.converted)._asdict()
+        return None
+    found = pictured.get("held_out")
+    return residual_stream_error(states.dense, states.converted, None if found is None else found.is_padding_NL)
 
 
 def build_moe(conversion: Conversion, sample: LayerActivations, partition: Partition) -> MoE:
@@ -152,11 +205,13 @@ def build_moe(conversion: Conversion, sample: LayerActivations, partition: Parti
 
 
 def self_test(moe: MoE, sample: LayerActivations, partition: Partition, index: int) -> None:
-    """Test that the dense FFN is understood, experts are copies of its neurons, and disjoint ones add up to it.
+    """Test that the dense FFN is understood, experts are copies of its neurons, and together they are it.
+
+    Disjoint ones add up to it; those that are all of it give it whichever run, as their weights say.
 
     Raises:
         WorkError: the formula `down(act(gate(x)) * up(x))` does not give the module's own output, a weight is not
-            bit-equal, or all experts on differ from dense by more than the rounding of the dtype.
+            bit-equal, or all experts on, or copies of the whole, differ from dense by more than the dtype's rounding.
     """
     ffn, x_TD, dense_TD = sample.ffn, sample.input_TD[:64], sample.output_TD[:64].float()
     eps = max(torch.finfo(x_TD.dtype).eps, LEAST_EPS)
@@ -176,13 +231,36 @@ def self_test(moe: MoE, sample: LayerActivations, partition: Partition, index: i
         moe.forward_all_experts(x_TD), 2 * eps * math.sqrt(1 + len(partition.experts))
     ):
         raise WorkError(f"self-test failed in layer {index}: all experts on are not the dense FFN")
+    if moe.gate is not None and moe.experts is not None and partition.is_whole(ffn.intermediate_size):
+        total_T1 = moe.gate(x_TD, moe.experts).top_k_weights.float().sum(-1, keepdim=True)
+        if differs(moe(x_TD).float() / total_T1, 2 * eps * math.sqrt(1 + moe.gate.num_experts_per_tok)):
+            raise WorkError(f"self-test failed in layer {index}: copies of the dense FFN do not give its output")
+
+
+class ExpertLoads(NamedTuple):
+    """How many of the sample's tokens run each routed expert."""
+
+    all_E: Tensor
+    by_modality: dict[str, list[int]] | None
+    """Of tokens of `text` and of pictures (`image`); None where there are no pictures."""
 
 
 @torch.no_grad()
-def expert_load(moe: MoE, sample: LayerActivations) -> Tensor:
-    """Count the sample's tokens that run each routed expert, int64 [E]."""
+def expert_loads(moe: MoE, sample: LayerActivations) -> ExpertLoads:
+    """Count the sample's tokens that run each routed expert."""
     if moe.gate is None or moe.experts is None:
-        return torch.zeros(0, dtype=torch.int64)
+        return ExpertLoads(torch.zeros(0, dtype=torch.int64), None)
     count = moe.experts.num_experts
-    chosen = [moe.gate(x_CD, moe.experts).top_k_index for x_CD in sample.input_TD.split(CHUNK_TOKENS)]
-    return torch.bincount(torch.cat(chosen).flatten().cpu(), minlength=count + 1)[:count]
+    index_TK = sample.chosen_TK
+    if index_TK is None:
+        chosen = [moe.gate(x_CD, moe.experts).top_k_index for x_CD in sample.input_TD.split(CHUNK_TOKENS)]
+        index_TK = torch.cat(chosen)
+
+    def load(index_TK: Tensor) -> Tensor:
+        return torch.bincount(index_TK.flatten().cpu(), minlength=count + 1)[:count]
+
+    if sample.is_image_T is None:
+        return ExpertLoads(load(index_TK), None)
+    picks = {"text": ~sample.is_image_T, "image": sample.is_image_T}
+    found = {name: load(index_TK[pick_T]).tolist() for name, pick_T in picks.items() if pick_T.any()}
+    return ExpertLoads(load(index_TK), found)

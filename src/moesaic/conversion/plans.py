@@ -7,23 +7,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from .. import registry
 from ..checkpoint.builtin import NAMES
 from ..checkpoint.sources import HUB_ID, resolve
 from ..config import ConvertConfig
 from ..errors import InputError
 from ..evaluation.cost import active_weights, body_weights
-from ..formats.base import Format, MoesaicModelConfig
-from ..formats.converted import choose_format
+from ..formats.base import Format, MoesaicModelConfig, block_config
+from ..formats.choose import engines_of
+from ..formats.engines import LLAMA_CPP, format_for, good_for, loaders
 from ..formats.gguf_support import K_BLOCK, gguf_format
 from ..given import check, place
-from ..models.families import check_convertible, decoder_layers, text_config
+from ..models.families import auto_class, check_convertible, decoder_layers
 from ..models.integrity import model_on_meta, read_config
 from ..moe.modeling import moesaic_config
 from ..partition import Partitioner
 from ..plan import FEWEST, FINE, Plan, disjoint_plan, parse_plan, specialists_plan
 from ..results import PlanChoice, Plans
+from .engines import check_engine_wishes, plan_for
 
 STEPS = (256, 128, 64, 32)
 """Widths of experts that kernels and quantised blocks like, the most useful first."""
@@ -36,28 +39,48 @@ BLOCKS = {"q4_k": K_BLOCK, "q8_0": 32, "f16": 1}
 K_TYPES = ("q4_k",)
 
 
-def plans(model: str, active: float = 0.5, memory_factor: float = 1.0) -> Plans:
+def plans(
+    model: str, active: float = 0.5, memory_factor: float = 1.0, engine: str | None = None, outtype: str | None = None
+) -> Plans:
     """List shapes for a dense model near a budget, specialists first; only its configuration is read.
 
     Args:
         model: hub id, folder, .gguf file or built-in name.
         active: the ffn share wanted, above 0 and at most 1.
         memory_factor: size of all experts relative to the dense FFN.
+        engine: the engine that is to run it, one of `formats.engines.ENGINES`; only what it loads is listed, those
+            shapes first between which `convert --for` chooses.
+        outtype: llama.cpp's type of weights; None: the one that measurements say.
 
     Raises:
-        InputError: no such model, or a budget that no shape fits.
+        InputError: no such model, a budget that no shape fits, or an engine that loads none of them.
     """
     check(active=active, memory_factor=memory_factor)
+    taken = check_engine_wishes(engine, outtype)
     model = place(model)
     hub = HUB_ID.fullmatch(model) and model not in NAMES and not Path(model).exists()
     folder = Path(model) if hub else resolve(model)  # of a repository only the configuration is fetched
-    config = text_config(read_config(folder))
+    config = read_config(folder)
     dense = model_on_meta(config, folder)
     check_convertible(decoder_layers(dense))
-    size = config.intermediate_size
-    found = dict.fromkeys([*specialist_shapes(active, memory_factor, size), *disjoint_shapes(active, size)])
-    choices = [choice(config, dense, partition, plan) for partition, plan in found]
-    return Plans(model=model, intermediate_size=size, active=active, choices=choices)
+    size = config.get_text_config().intermediate_size
+    shapes = [*specialist_shapes(active, memory_factor, size), *disjoint_shapes(active, size)]
+    if taken:
+        shapes = [
+            ("specialists", specialists_plan(active, memory_factor, size, taken.multiple)),
+            ("coactivation", plan_for(taken, active, size)), *shapes,
+        ]  # fmt: skip
+    choices, errors = [], []
+    for partition, plan in dict.fromkeys(shapes):
+        try:
+            choices.append(choice(config, dense, partition, plan, engine))
+        except InputError as error:
+            if engine is None:
+                raise
+            errors.append(error)
+    if not choices:
+        raise errors[0]
+    return Plans(model=model, intermediate_size=size, active=active, choices=choices, engine=taken)
 
 
 def specialist_shapes(active: float, memory_factor: float, size: int) -> Iterator[tuple[str, Plan]]:
@@ -91,14 +114,23 @@ def disjoint_shapes(active: float, size: int) -> Iterator[tuple[str, Plan]]:
                 yield "coactivation", plan
 
 
-def choice(config: PreTrainedConfig, dense: PreTrainedModel, partition: str, plan: Plan) -> PlanChoice:
-    """Describe one shape."""
-    size, routed_bias = config.intermediate_size, partition == "coactivation"
-    model_config = moesaic_config(config, plan)
-    format, reason = choose_format("auto", model_config, routed_bias)
-    converted = empty(model_config)
+def choice(
+    config: PreTrainedConfig, dense: PreTrainedModel, partition: str, plan: Plan, engine: str | None = None
+) -> PlanChoice:
+    """Describe one shape, in the format that an engine loads.
+
+    Raises:
+        InputError: it loads none.
+    """
+    routed_bias = partition == "coactivation"
+    whole = moesaic_config(config, plan)
+    model_config = block_config(whole)
+    size = model_config.intermediate_size
+    format, reason = format_for(engine, "auto", model_config, routed_bias, whole)
+    converted = empty(whole)
     copied_active = format.copied_parameters(model_config).active
-    counted = sizes(model_config, plan, format)
+    counted = sizes(whole, plan, format)
+    gguf = gguf_types(model_config, plan, routed_bias) if model_config is whole else []
     return PlanChoice(
         partition=partition,
         plan=str(plan),
@@ -111,8 +143,9 @@ def choice(config: PreTrainedConfig, dense: PreTrainedModel, partition: str, pla
         prefill_limit=body_weights(dense) / (body_weights(converted) + copied_active),
         format=format.name,
         format_reason=reason,
-        engines=format.engines(model_config) or ["transformers with moesaic"],
-        gguf=gguf_types(model_config, plan, routed_bias),
+        engines=engines_of(format, whole) or ["transformers with moesaic"],
+        good_for=good_for(plan.width, [*([LLAMA_CPP] if gguf else []), *loaders(format, whole)]),
+        gguf=gguf,
         options=f"--partition {partition} --plan {plan} --expert-width {plan.width}",
     )
 
@@ -134,30 +167,40 @@ class Sizes(NamedTuple):
     """Parameters of a converted model in the format that is written."""
 
     memory_factor: float
-    """Neurons that are kept, relative to the dense FFN's."""
+    """Neurons that are kept, relative to the dense FFN's, on average over layers."""
+    ffn_active: float
+    """Those that one token runs."""
     total_parameters: int
     active_parameters: int
 
 
-def sizes(config: MoesaicModelConfig, plan: Plan, format: Format) -> Sizes:
-    """Count the parameters of a converted model."""
-    named = dict(empty(config).named_parameters())
+def sizes(whole: PreTrainedConfig, plan: Plan, format: Format) -> Sizes:
+    """Count the parameters of a converted model, those of a vision tower too."""
+    named = dict(empty(whole).named_parameters())
+    config = block_config(whole)
     total = sum(p.numel() for p in named.values())
     routed = sum(p.numel() for name, p in named.items() if ".experts." in name)
     idle = routed * (1 - plan.num_experts_per_tok / plan.num_experts) if plan.num_experts else 0
     copied = format.copied_parameters(config)
     dense_ffns = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
     return Sizes(
-        plan.memory_factor(config.intermediate_size) + copied.total / dense_ffns,
+        mean_share(config, plan.memory_factor(config.intermediate_size)) + copied.total / dense_ffns,
+        mean_share(config, plan.ffn_active(config.intermediate_size)),
         total + copied.total,
         round(total - idle) + copied.active,
     )
 
 
-def empty(config: object) -> PreTrainedModel:
+def mean_share(config: MoesaicModelConfig, share: float) -> float:
+    """Average what converted layers have or run of an FFN over all layers, of which those that stay dense have 1."""
+    dense = len(config.mlp_only_layers or ()) / config.num_hidden_layers
+    return share * (1 - dense) + dense
+
+
+def empty(config: PreTrainedConfig) -> PreTrainedModel:
     """Make a model of a configuration without weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class(config).from_config(config)
 
 
 def choose_plan(config: ConvertConfig, partitioner: Partitioner, intermediate_size: int) -> Plan:
@@ -167,6 +210,10 @@ def choose_plan(config: ConvertConfig, partitioner: Partitioner, intermediate_si
         InputError: contradictory wishes or a shape that does not fit the FFN.
     """
     _check_wishes(config, partitioner)
+    if partitioner.whole_experts:
+        whole = partitioner.shape(1.0, 1.0, intermediate_size)
+        assert whole is not None, "a partition into whole FFNs says how many"
+        return whole
     if config.plan is not None:
         plan = parse_plan(config.plan, intermediate_size, config.expert_width, partitioner.overlapping)
         if partitioner.overlapping and plan.num_experts_per_tok != 1:
@@ -175,11 +222,34 @@ def choose_plan(config: ConvertConfig, partitioner: Partitioner, intermediate_si
             )
     else:
         assert config.active is not None
-        if partitioner.overlapping:
-            plan = specialists_plan(config.active, config.memory_factor, intermediate_size)
+        own = partitioner.shape(config.active, config.memory_factor, intermediate_size)
+        taken = check_engine_wishes(config.engine, config.outtype)
+        if own is not None:
+            plan = own
+        elif partitioner.overlapping:
+            multiple = taken.multiple if taken else 1
+            plan = specialists_plan(config.active, config.memory_factor, intermediate_size, multiple)
+        elif taken and config.expert_width is None:
+            plan = plan_for(taken, config.active, intermediate_size)
         else:
             plan = disjoint_plan(config.active, intermediate_size, config.expert_width, config.fine)
     return plan.as_static() if partitioner.static else plan
+
+
+def _check_no_shape(config: ConvertConfig) -> None:
+    """Check that no shape is asked for of experts that are whole FFNs.
+
+    Raises:
+        InputError: one is.
+    """
+    for name in ("active", "plan", "expert_width", "memory_factor", "fine"):
+        value = getattr(config, name)
+        if value != ConvertConfig.model_fields[name].default:
+            shown = "" if value is True else f" {value}"
+            raise InputError(
+                f"experts of --partition {registry.text('partition', config.partition)} are whole FFNs, so "
+                f"--{name.replace('_', '-')}{shown} has no say; drop it (upcycle:experts=4,active=2 says how many)"
+            )
 
 
 def _check_wishes(config: ConvertConfig, partitioner: Partitioner) -> None:
@@ -188,6 +258,9 @@ def _check_wishes(config: ConvertConfig, partitioner: Partitioner) -> None:
     Raises:
         InputError: they do.
     """
+    if partitioner.whole_experts:
+        _check_no_shape(config)
+        return
     if config.plan is not None and config.active is not None:
         raise InputError("--plan fixes what --active would choose; give one of them")
     if config.memory_factor != 1 and not partitioner.overlapping:
@@ -198,6 +271,8 @@ def _check_wishes(config: ConvertConfig, partitioner: Partitioner) -> None:
         raise InputError("--plan fixes how many experts there are, so --memory-factor has no say; give one of them")
     if partitioner.overlapping and config.expert_width is not None and config.plan is None:
         raise InputError("a specialist's width follows from --active; drop --expert-width, or fix a --plan too")
+    if config.fine and config.engine:
+        raise InputError(f"--for {config.engine} chooses how fine the groups are, so --fine has no say; drop one")
     if config.fine and (partitioner.overlapping or config.plan is not None or config.expert_width is not None):
         other = next((name for name in ("plan", "expert_width") if getattr(config, name) is not None), "partition")
         raise InputError(

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .. import registry
+from ..calibration.prompts import sources_for
 from ..calibration.windows import check_tokens
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_space, partial_folder, read_state
 from ..compat import set_experts_implementation
 from ..config import ConvertConfig
 from ..errors import InputError
-from ..formats.base import Format, MoesaicModelConfig
-from ..formats.converted import choose_format
-from ..formats.loading import load_tokenizer
+from ..formats.base import Format, MoesaicModelConfig, block_config
+from ..formats.engines import LLAMA_CPP, format_for
 from ..machine import versions
 from ..models.devices import choose_device, choose_dtype, compute_dtype
 from ..models.layerwise import LayerwiseModel
+from ..models.tokenizer import load_tokenizer
 from ..moe.modeling import DEFAULT_EXPERTS, moesaic_config
 from ..partition import Partitioner
-from ..plan import Plan
+from ..partition.base import WholeModel
+from ..plan import Plan, dense_layers
 from ..recovery import Recovery
+from ..results import EngineChoice
 from ..routing import Router
+from ..routing.pregate import Pregate
 from ..routing.selection import Selection
 from ..routing.selection.base import SMALLEST, Counting
+from .engines import check_engine_wishes
+from .gguf import check_gguf
+from .pictures import tokenise_pictures
 from .plans import choose_plan
 from .tokens import ConversionTokens, check_domains, tokenise
 
+Progress = Callable[[int, int, str], None]
+"""Called with (finished layers, all layers, what is being done)."""
 COMPUTE_DTYPE = "compute dtype"
 """Of the fingerprint."""
 
@@ -52,19 +62,32 @@ class Conversion:
     """The dense model; it calculates in a dtype of its own."""
     dtype: torch.dtype
     """Of what is written."""
-    model_config: MoesaicModelConfig
+    whole_config: PreTrainedConfig
     """The converted model's transformers configuration."""
     format: Format
     """How it is written."""
     format_reason: str
     """Why that is no stock architecture though one was welcome, or nothing."""
+    engine: EngineChoice | None
+    """What it is like for the engine that is to run it; None: for any."""
     tokenizer: PreTrainedTokenizerBase
     tokens: ConversionTokens
+
+    @property
+    def model_config(self) -> MoesaicModelConfig:
+        """The part of the configuration that says what the block is like: all, or that of the language tower."""
+        return block_config(self.whole_config)
 
     @property
     def name(self) -> str:
         """Its cut, e.g. `coactivation S2A2E8`."""
         return f"{registry.text('partition', self.config.partition)} {self.plan}"
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the layers that are converted; the others stay dense."""
+        dense = set(self.model_config.mlp_only_layers or ())
+        return [index for index in range(len(self.layerwise.layers)) if index not in dense]
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -73,7 +96,9 @@ class Conversion:
             "model": self.layerwise.checkpoint.fingerprint(),
             "calibration text": self.tokens.text_sha256,
             "tokens": self.tokens.fingerprint(),
-            "configuration": hashlib.sha256(self.config.to_yaml().encode()).hexdigest(),
+            "configuration": hashlib.sha256(
+                self.config.model_copy(update={"outtype": None}).to_yaml().encode()
+            ).hexdigest(),
             "plan": f"{self.plan} of {self.plan.width}",
             "format": self.format.name,
             "device": self.layerwise.device.type,
@@ -86,7 +111,11 @@ class Conversion:
         checkpoint, config = self.layerwise.checkpoint, self.layerwise.config
         weights = checkpoint.size() * max(1.0, self.plan.memory_factor(config.intermediate_size))
         weights *= self.dtype.itemsize / checkpoint.dtype().itemsize
+        if self.model_config.router == "pregate":
+            weights += config.vocab_size * self.model_config.router_hidden_size * self.dtype.itemsize
         weights += self.format.copied_parameters(self.model_config).total * self.dtype.itemsize
+        if self.engine and self.engine.engine == LLAMA_CPP:
+            weights *= 3  # the GGUF, and what is read back of it
         hidden = self.tokens.count() * config.hidden_size * self.layerwise.dtype.itemsize
         return round(1.1 * weights) + 2 * hidden
 
@@ -131,39 +160,111 @@ def prepare(
     Raises:
         InputError: unknown model or method, a plan that does not fit, or unusable calibration text.
     """
-    if config.active is None and config.plan is None:
-        config = config.model_copy(update={"active": 0.5})
     partitioner: Partitioner = registry.build("partition", config.partition)
+    if config.active is None and config.plan is None and not partitioner.whole_experts:
+        config = config.model_copy(update={"active": 0.5})
     router: Router = registry.build("router", config.router or partitioner.default_router)
     selection: Selection = registry.build("selection", config.selection or router.default_selection)
-    config = config.model_copy(
-        update={"router": config.router or partitioner.default_router, "selection": registry.spec(selection)}
-    )
+    chosen = {
+        "router": config.router or partitioner.default_router, "selection": registry.spec(selection),
+        "recovery": config.recovery or partitioner.default_recovery,
+    }  # fmt: skip
+    config = config.model_copy(update=chosen)
     recovery: Recovery = registry.build("recovery", config.recovery)
     check_methods(config, partitioner, router, selection)
     source = resolve(str(model))
     device, dtype = choose_device(config.device), choose_dtype(config.dtype, source)
-    layerwise = layerwise or LayerwiseModel(source, compute or compute_dtype(dtype, device), device)
+    compute = compute or compute_dtype(dtype, device)
+    layerwise = layerwise or LayerwiseModel(source, compute, device, text_only=config.text_only)
     plan = choose_plan(config, partitioner, layerwise.config.intermediate_size)
-    model_config = moesaic_config(
-        layerwise.config, plan, router.gate_name, registry.spec(selection),
-        router_hidden_size=router.router_hidden_size, shared_expert_bias=partitioner.static,
+    whole = moesaic_config(
+        layerwise.model.config, plan, router.gate_name, registry.spec(selection),
+        shared_expert_bias=partitioner.static,
+        mlp_only_layers=layers_left_dense(config, partitioner, router, len(layerwise.layers)),
+        **router.model_fields(layerwise.config),  # pyrefly: ignore[bad-argument-type]
     )  # fmt: skip
-    model_config.dtype = dtype
-    set_experts_implementation(model_config, DEFAULT_EXPERTS)
-    format, format_reason = choose_format(config.format, model_config, router.has_bias and plan.num_experts > 0)
-    if partitioner.labelled:
-        check_domains(config, plan)
-    tokens = tokenise(source, config, min(config.window, layerwise.config.max_position_embeddings))
+    model_config = block_config(whole)
+    whole.dtype = model_config.dtype = dtype
+    set_experts_implementation(whole, DEFAULT_EXPERTS)
+    biased = router.has_bias and plan.num_experts > 0
+    format, format_reason = format_for(config.engine, config.format, model_config, biased, whole)
+    check_pictures(config, router, layerwise)
+    window = min(config.window, layerwise.config.max_position_embeddings)
     tokenizer = load_tokenizer(source)
+    chats = bool(tokenizer.chat_template) and not layerwise.takes_pictures
+    config = config.model_copy(update={"calibration": config.calibration or sources_for(config.for_use, chats)})
+    if partitioner.labelled:
+        check_domains(config, plan, source)
+    tokens = tokenise_pictures(source, config, window) if layerwise.takes_pictures else tokenise(source, config, window)
+    engine = check_gguf(check_engine_wishes(config.engine, config.outtype), model_config, tokenizer)
     check_tokens(tokens.all(), layerwise.config.vocab_size, tokenizer)
-    # a folder is known by its name only, with a stroke to tell it from a built-in model's
     return Conversion(
-        model=f"{source.name}/" if Path(model).is_dir() else str(model),
-        source=source, config=config, plan=plan, partitioner=partitioner, router=router, recovery=recovery,
-        layerwise=layerwise, dtype=dtype, model_config=model_config, format=format, format_reason=format_reason,
-        tokenizer=tokenizer, tokens=tokens,
+        model=called(model, source), source=source, config=config, plan=plan, partitioner=partitioner, router=router,
+        recovery=recovery, layerwise=layerwise, dtype=dtype, whole_config=whole, format=format,
+        format_reason=format_reason, engine=engine, tokenizer=tokenizer, tokens=tokens,
     )  # fmt: skip
+
+
+def called(model: str | Path, source: Path) -> str:
+    """Name a model; a folder by its name only, with a stroke to tell it from a built-in model."""
+    return f"{source.name}/" if Path(model).is_dir() else str(model)
+
+
+def layers_left_dense(config: ConvertConfig, partitioner: Partitioner, router: Router, layers: int) -> list[int] | None:
+    """Say which layers stay dense; None where all are converted.
+
+    Raises:
+        InputError: there are none such, or methods decide for all layers at once.
+    """
+    if config.dense_layers is None:
+        return None
+    found = dense_layers(config.dense_layers, layers)
+    if isinstance(partitioner, WholeModel) or router.scope == "model":
+        raise InputError(
+            f"--dense-layers {config.dense_layers} leaves layers dense, and --partition "
+            f"{registry.text('partition', config.partition)} with router {registry.text('router', config.router)} "
+            "decides for all layers at once; drop it"
+        )
+    return found
+
+
+def check_pictures(config: ConvertConfig, router: Router, layerwise: LayerwiseModel) -> None:
+    """Check what is asked of pictures against whether the model takes any.
+
+    Raises:
+        InputError: the two do not go together.
+    """
+    if layerwise.takes_pictures and router.scope == "model":
+        raise InputError(
+            f"router '{registry.text('router', config.router)}' decides by token ids alone, which say nothing of a "
+            "picture; choose another router, or convert the text model alone with --text-only"
+        )
+    if not layerwise.takes_pictures and config.image_weight != ConvertConfig().image_weight:
+        raise InputError(f"--image-weight {config.image_weight:g} is for models that take pictures; leave it out")
+
+
+def check_weights(config: ConvertConfig, partitioner: Partitioner, router: Router) -> None:
+    """Check that experts that are whole FFNs are averaged, and parts of one added up.
+
+    Raises:
+        InputError: they are not.
+    """
+    names = {name: registry.text(name, getattr(config, name)) for name in ("partition", "router", "recovery")}
+    if partitioner.whole_experts and names["recovery"] != "none":
+        raise InputError(
+            f"with --partition {names['partition']} a model starts as the dense one, so --recovery {names['recovery']} "
+            "has nothing to win back; drop it"
+        )
+    if partitioner.whole_experts and not router.averages:
+        raise InputError(
+            f"router '{names['router']}' adds experts up, and those of --partition {names['partition']} are whole "
+            "FFNs; use --router softmax"
+        )
+    if router.averages and not (partitioner.whole_experts or partitioner.static):
+        raise InputError(
+            f"router '{names['router']}' averages experts, and those of --partition {names['partition']} are parts of "
+            "a sum; use --router linear, or --partition upcycle"
+        )
 
 
 def check_methods(config: ConvertConfig, partitioner: Partitioner, router: Router, selection: Selection) -> None:
@@ -172,9 +273,9 @@ def check_methods(config: ConvertConfig, partitioner: Partitioner, router: Route
     Raises:
         InputError: they do not.
     """
-    if router.scope == "model":
+    if router.scope == "model" and not isinstance(router, Pregate):
         raise InputError(
-            f"router '{config.router}' decides ahead of the whole model; a conversion fits a router in each layer. "
+            f"router '{config.router}' decides ahead of the whole model, and of such a conversion fits 'pregate' only. "
             "Hand its decisions to the blocks (moesaic.models.moe_block.routed_by)"
         )
     if router.runs_all_experts and registry.text("recovery", config.recovery) != "none":
@@ -190,6 +291,7 @@ def check_methods(config: ConvertConfig, partitioner: Partitioner, router: Route
             f"selection '{config.selection}' compares scores with a threshold and does not read the intercept or "
             f"balance that router '{config.router}' fits; leave it out, e.g. --router linear:intercept=False"
         )
+    check_weights(config, partitioner, router)
     if router.token_clusters and not partitioner.token_clusters:
         raise InputError(
             f"router '{config.router}' needs clusters of tokens (specialists:alternations=0); with "

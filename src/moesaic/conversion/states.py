@@ -16,6 +16,12 @@ from ..models.integrity import check_numbers
 from ..models.layerwise import LayerwiseModel
 from .tokens import ConversionTokens
 
+TEXTS = {
+    "calibration": "calibration", "converted": "held_out", "dense": "held_out", "validation": "validation",
+    "opening": "opening", "dense_opening": "opening",
+}  # fmt: skip
+"""The text that each of the hidden states is of."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenStates:
@@ -47,7 +53,11 @@ def embed(layerwise: LayerwiseModel, tokens: ConversionTokens, *, dense: bool = 
     """Make the hidden states that enter the first layer; with `dense`, held-out text on the dense path too."""
     texts = {"calibration": tokens.calibration_NL, "validation": tokens.validation_NL, "opening": tokens.opening_M1}
     texts |= {"converted": tokens.held_out_NL}
-    found = {name: layerwise.embed(tokens_NL) for name, tokens_NL in texts.items() if len(tokens_NL)}
+    found = {
+        name: layerwise.embed(tokens_NL, tokens.pictured.get(TEXTS[name]), TEXTS[name])
+        for name, tokens_NL in texts.items()
+        if len(tokens_NL)
+    }
     if "opening" in found:
         found["dense_opening"] = found["opening"].clone()
     if dense:
@@ -57,6 +67,18 @@ def embed(layerwise: LayerwiseModel, tokens: ConversionTokens, *, dense: bool = 
 
 def run_dense(layerwise: LayerwiseModel, index: int, layer: torch.nn.Module, states: HiddenStates) -> HiddenStates:
     """Run a layer that stays dense on all of them."""
-    after = {name: layerwise.run(index, layer, hidden_NLD) for name, hidden_NLD in states.tensors().items()}
+    after = {
+        name: layerwise.run(index, layer, hidden_NLD, TEXTS[name]) for name, hidden_NLD in states.tensors().items()
+    }
     check_numbers(after, f"layer {index}", layerwise.dtype)
     return HiddenStates.from_tensors(after)
+
+
+def know(layerwise: LayerwiseModel, tokens: ConversionTokens) -> None:
+    """Let a model know how it calls its layers on texts that were embedded in another process."""
+    texts = {"calibration": tokens.calibration_NL, "validation": tokens.validation_NL, "held_out": tokens.held_out_NL}
+    for name, tokens_NL in (texts | {"opening": tokens.opening_M1}).items():
+        pictured = tokens.pictured.get(name)
+        few_NL = tokens_NL if pictured else tokens_NL[:1]
+        if len(few_NL):
+            layerwise.embed(few_NL, pictured, name)

@@ -11,8 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import registry
 from ..models.families import final_norm, scale_logits
 from ..models.layerwise import LayerwiseModel
+from .prepare import Conversion
+from .states import HiddenStates
 
 STEP, LEAST = 0.05, 0.5
 
@@ -47,3 +50,15 @@ def fit_temperature(layerwise: LayerwiseModel, tokens_NL: Tensor, hidden_NLD: Te
             break
         factor, least, best = factor - STEP, found, scaled
     return best
+
+
+def fit(conversion: Conversion, states: HiddenStates) -> Temperature:
+    """Fit the temperature on validation text; 1 without recovery or such text."""
+    if registry.text("recovery", conversion.config.recovery) == "none" or states.validation is None:
+        return Temperature(1.0, {})
+    tokens_NL, hidden_NLD = conversion.tokens.validation_NL, states.validation
+    if (pictured := conversion.tokens.pictured.get("validation")) is not None:
+        # a model may be surer of its answers than the bundled ones make right, whatever the conversion did
+        text_N = ~pictured.has_pictures_N
+        tokens_NL, hidden_NLD = tokens_NL[text_N], hidden_NLD[text_N.to(hidden_NLD.device)]
+    return fit_temperature(conversion.layerwise, tokens_NL, hidden_NLD) if len(tokens_NL) else Temperature(1.0, {})

@@ -6,23 +6,29 @@ Shapes: N sequences, L tokens in one, M opening tokens.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from os.path import isfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import registry
+from ..calibration.documents import Document
 from ..calibration.files import local
+from ..calibration.prompts import own_text
 from ..calibration.sinks import opening_tokens
-from ..calibration.text import bundled, read_documents, text_hash
+from ..calibration.text import bundled, text_hash
 from ..calibration.windows import labelled_windows, token_windows
 from ..config import ConvertConfig
 from ..errors import InputError
-from ..formats.loading import load_tokenizer
+from ..models.pictured import Pictured
+from ..models.tokenizer import load_tokenizer
 from ..plan import Plan
+from ..serving.own_text import Bundle, Progress, bundled_text, documents_of
 
 VALIDATION = 16
 
@@ -43,6 +49,8 @@ class ConversionTokens:
     """Bundled text on which the converted model is compared with the dense one."""
     text_sha256: str
     """Of the calibration text."""
+    pictured: Mapping[str, Pictured] = field(default_factory=dict)
+    """What comes with `calibration`, `validation` and `held_out`, by these names, in a vision-language model."""
 
     def all(self) -> Tensor:
         """Put all tokens in one row."""
@@ -51,7 +59,16 @@ class ConversionTokens:
 
     def fingerprint(self) -> str:
         """Hash all tokens: SHA-256."""
-        return hashlib.sha256(self.all().numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(self.all().numpy().tobytes())
+        for pictured in self.pictured.values():
+            for tensor in pictured.tensors():
+                digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+    def scored(self, text: str, tokens_NL: Tensor) -> Tensor:
+        """Tell which of a text's tokens count in a loss when they are predicted, bool [N, L - 1]: all, or answers."""
+        found = self.pictured.get(text)
+        return torch.ones_like(tokens_NL[:, 1:], dtype=torch.bool) if found is None else found.is_scored_NL[:, 1:]
 
     def count(self) -> int:
         """Count the tokens whose hidden states are kept, on both paths where there are two."""
@@ -59,13 +76,13 @@ class ConversionTokens:
         return once + 2 * self.held_out_NL.numel() + 2 * self.opening_M1.numel()
 
 
-def check_domains(config: ConvertConfig, plan: Plan) -> None:
+def check_domains(config: ConvertConfig, plan: Plan, source: Path) -> None:
     """Check that the calibration text has a domain for each expert.
 
     Raises:
         InputError: the partition needs more domains.
     """
-    domains = len({document.domain for document in read_documents(config.calibration)})
+    domains = len({document.domain for document in Text.of(config).read(source)})
     if domains < plan.num_experts:
         raise InputError(
             f"partition '{registry.text('partition', config.partition)}' needs a domain of text for each expert: "
@@ -80,24 +97,46 @@ def tokenise(source: Path, config: ConvertConfig, window: int) -> ConversionToke
     Raises:
         InputError: a file that is missing or not text, or less text than is asked for.
     """
-    paths = [local(name) for name in config.calibration]
-    stamps = tuple(path.stat().st_mtime_ns if isfile(path) else 0 for path in paths)
     opening = config.first_tokens if registry.text("recovery", config.recovery) != "none" else 0
-    return _tokenise(source, config.calibration, stamps, config.tokens, window, opening, config.held_out_tokens)
+    return _tokenise(source, Text.of(config), window, opening, config.held_out_tokens)
+
+
+class Text(NamedTuple):
+    """What text a conversion is calibrated on."""
+
+    sources: tuple[str, ...]
+    stamps: tuple[int, ...]
+    """When each file was changed last, ns."""
+    tokens: int
+    seed: int
+    """Of text that the model writes."""
+    device: str
+    """Where it writes that."""
+
+    @classmethod
+    def of(cls, config: ConvertConfig) -> Text:
+        """Find what a configuration asks for."""
+        sources = config.calibration
+        own = [own_text(name) for name in sources]
+        paths = [found.file if found else local(name) for name, found in zip(sources, own, strict=True)]
+        stamps = tuple(path.stat().st_mtime_ns if path and isfile(path) else 0 for path in paths)
+        return cls(sources, stamps, config.tokens, config.seed if any(own) else 0, config.device)
+
+    def read(self, source: Path, bundle: Bundle = bundled_text, progress: Progress | None = None) -> list[Document]:
+        """Read the documents, those that the model writes after it has written them."""
+        return documents_of(self.sources, source, self.tokens, self.seed, self.device, bundle, progress)
 
 
 @lru_cache(maxsize=4)
 def _tokenise(
     source: Path,
-    calibration: tuple[str, ...],
-    stamps: tuple[int, ...],
-    tokens: int,
+    text: Text,
     window: int,
     opening: int | None,
     held_out: int,
 ) -> ConversionTokens:
-    tokenizer, documents = load_tokenizer(source), read_documents(calibration)
-    tokens_NL, domain_N = labelled_windows(documents, tokenizer, tokens, window)
+    tokenizer, documents = load_tokenizer(source), text.read(source)
+    tokens_NL, domain_N = labelled_windows(documents, tokenizer, text.tokens, window)
     spare = torch.arange(len(tokens_NL)) % VALIDATION == VALIDATION - 1
     return ConversionTokens(
         calibration_NL=tokens_NL[~spare],

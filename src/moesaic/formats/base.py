@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 from ..errors import InputError, WorkError
+from ..models.families import ATTENTION
 from ..results import Json
+from .gguf_names import OUTER, RENAMED, ROPE_FACTORS, block_of, halved
 
 Tensors = dict[str, Tensor]
 """A decoder layer's tensors by their name in the layer, e.g. `mlp.gate.weight`."""
@@ -46,6 +49,11 @@ class MoesaicModelConfig(Protocol):
     shared_expert_bias: bool
     router: str
     router_hidden_size: int
+    pregate_groups: int
+    pregate_heads: int
+    mlp_only_layers: list[int] | None
+    """Layers that keep their dense FFN."""
+    norm_topk_prob: bool
     selection: str
     vocab_size: int
     hidden_size: int
@@ -69,6 +77,11 @@ class MoesaicModelConfig(Protocol):
         ...
 
 
+def block_config(whole: PreTrainedConfig) -> MoesaicModelConfig:
+    """Find what says what the block is like: a configuration or, of a vision-language model, its language tower's."""
+    return whole.get_text_config()  # pyrefly: ignore[bad-return]
+
+
 class CopiedParameters(NamedTuple):
     """Parameters that a format holds beyond moesaic's own, those of copies of the shared expert."""
 
@@ -86,6 +99,10 @@ class Format(ABC):
 
     selection_bias: ClassVar[bool] = False
     """Whether its router can add a constant to each expert's score, which serves the selection only."""
+    mixes_dense: ClassVar[bool] = False
+    """Whether some layers may keep their dense FFN."""
+    routers: ClassVar[tuple[str, ...]] = ("linear",)
+    """Kinds of gates that it can say."""
     sources: ClassVar[tuple[str, ...]] = ()
     """Model types of the dense families that it can hold."""
     loaded_by: ClassVar[tuple[str, ...]] = ()
@@ -104,6 +121,11 @@ class Format(ABC):
     model_type: ClassVar[str] = ""
     """In transformers; nothing where it is the file's name."""
 
+    whole_model_type: ClassVar[str] = ""
+    """Of the vision-language model whose language tower the format is; nothing where it stands for itself."""
+    whole_architecture: ClassVar[str] = ""
+    """The class of that."""
+
     @property
     def name(self) -> str:
         """The `model_type` in transformers."""
@@ -113,9 +135,43 @@ class Format(ABC):
         """Name what is left of a layer's tensors, without attention and its norms, as llama.cpp does."""
         raise AssertionError(f"{self.name} has no GGUF")
 
+    def native_layer(self, theirs: Tensors) -> Tensors:
+        """Name what `gguf_layer` made as the stock architecture does: its inverse; takes the tensors out of `theirs`.
+
+        Raises:
+            InputError: the format does not read GGUF back.
+        """
+        raise InputError(f"{self.name} is not read back from GGUF; give the folder that the file was made from")
+
+    def read_gguf(self, theirs: Tensors, config: Json) -> Tensors:
+        """Name tensors of a GGUF, of one layer or of what is in none, as the stock architecture does.
+
+        Args:
+            theirs: by llama.cpp's names.
+            config: `config.json` of the stock architecture.
+        """
+        if not any(name.startswith("blk.") for name in theirs):
+            ours = {theirs_: ours for ours, theirs_ in OUTER.items()}
+            return {ours[name]: tensor for name, tensor in theirs.items() if name != ROPE_FACTORS}
+        prefix = block_of(next(iter(theirs))).prefix
+        layer = {block_of(name).name: tensor for name, tensor in theirs.items()}
+        stock = {ours: layer.pop(name) for ours, name in RENAMED.items() if name in layer}
+        if self.gguf_interleaved:
+            for n, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads")):
+                name = f"{ATTENTION}.{n}_proj.weight"
+                stock[name] = halved(stock[name], config[heads])
+        stock |= self.native_layer(layer)
+        if layer:
+            raise ValueError(f"unknown tensors {', '.join(sorted(layer)[:3])}")
+        return {prefix + name: tensor for name, tensor in stock.items()}
+
     def gguf_keys(self, writer: GGUFWriter, config: Json) -> None:
         """Write the keys of the architecture that are beyond those of any decoder; `config` is `config.json`'s."""
         return
+
+    def expert_factor(self, config: MoesaicModelConfig) -> int:
+        """Say what the routed experts' down-projections are multiplied by in this format."""
+        return 1
 
     def engines(self, config: MoesaicModelConfig) -> list[str]:
         """List those of `loaded_by` that run this model rightly; MLX scales rope for none of these architectures."""
@@ -146,6 +202,8 @@ class Format(ABC):
 
     def reason(self, config: MoesaicModelConfig, has_bias: bool) -> str:
         """Say why the format cannot hold a model whose routers add a constant to each score, or do not."""
+        if config.mlp_only_layers and not self.mixes_dense:
+            return "every layer of it is a Mixture of Experts, and of this model some are dense (--dense-layers)"
         against = self.reason_against(config)
         if not against and has_bias and not self.selection_bias:
             return (

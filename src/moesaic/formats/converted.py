@@ -3,74 +3,44 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .. import registry
 from ..checkpoint.facts import saved_settings
 from ..checkpoint.reader import Checkpoint
+from ..checkpoint.sources import resolve
 from ..compat import parameters_on_meta
 from ..errors import InputError, first_line
 from ..files import AGAIN
-from ..models.families import EMBEDDINGS, HEAD, LAYERS
-from ..models.integrity import SIZES, check_fields, check_finite, check_tensors, model_on_meta
+from ..models.families import HEAD, auto_class, layers_prefix
+from ..models.integrity import SIZES, check_fields, check_finite, check_tensors, model_on_meta, read_config
+from ..models.layerwise import EXPERT
 from ..moe.modeling import MODEL_TYPE, MoesaicConfig
-from .base import Format, MoesaicModelConfig
-from .fields import check_agreement, is_stock, making_sense, moesaic_fields
+from ..results import Json
+from .base import Format, MoesaicModelConfig, block_config
+from .fields import check_agreement, is_stock, making_sense, moesaic_fields, text_json
 
 Config = TypeVar("Config")
 ROUNDING = 0.01
 """How far a weight may be from what was written and still count as rounded to another dtype."""
 PARTS = dict.fromkeys(
     ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts",
-     "shared_expert_intermediate_size", "router_hidden_size"), (0, 1_000_000)
+     "shared_expert_intermediate_size", "router_hidden_size", "pregate_groups", "pregate_heads"), (0, 1_000_000)
 )  # fmt: skip
 """Fields of a configuration that say how the FFN is cut, and what they can be."""
 GENERATION = "generation_config.json"
 GATE_BIAS = "mlp.gate.e_score_correction_bias"
 
 
-class ChosenFormat(NamedTuple):
-    """How a model is written, and why not as a stock architecture (nothing if it is)."""
-
-    format: Format
-    reason: str
-
-
-def choose_format(wish: object, config: MoesaicModelConfig, has_bias: bool) -> ChosenFormat:
-    """Choose the format to write a model in.
-
-    Args:
-        wish: a format or its name, or `auto` for the first stock architecture that holds the model, else moesaic's own.
-        config: the model's.
-        has_bias: whether routers add a constant to each expert's score.
-
-    Raises:
-        InputError: a format that is unknown or cannot hold the model.
-    """
-    if wish == "gguf":
-        raise InputError("GGUF is made of a converted model: moesaic export OUT OUT.gguf --format gguf")
-    if wish != "auto":
-        format: Format = registry.build("format", wish)
-        format.check(config, has_bias)
-        return ChosenFormat(format, "")
-    reasons = []
-    formats: list[Format] = [registry.build("format", name) for name in registry.names("format")]
-    able = [f for f in formats if f.preference is not None and config.dense_model_type in f.sources]
-    for format in sorted(able, key=lambda f: f.preference or 0):
-        copies = format.copies_shared and config.n_shared_experts and config.num_experts_per_tok > 1
-        several = "each of several active experts would run a copy of the shared one" if copies else ""
-        reason = several or format.reason(config, has_bias) or format.width_reason(config)
-        if not reason:
-            return ChosenFormat(format, "")
-        reasons.append(f"not {format.name}: {reason}")
-    reasons.append(f"no stock Mixture-of-Experts has {config.dense_model_type}'s layers")
-    return ChosenFormat(registry.build("format", MODEL_TYPE), reasons[0])
+def is_expert_tensor(name: str, shape: Sequence[int]) -> bool:
+    """Tell whether a tensor of a decoder layer holds routed experts: all of them, or a matrix of one."""
+    return len(shape) == 3 or EXPERT.fullmatch(name) is not None
 
 
 class Converted:
@@ -84,32 +54,44 @@ class Converted:
     def __init__(self, folder: Path) -> None:
         self.checkpoint = Checkpoint(folder)
         self.fields = moesaic_fields(self.checkpoint)
+        text = text_json(self.fields)
         if self.fields.get("model_type") != MODEL_TYPE:
             raise InputError(
                 f"'{folder}' holds a {self.fields.get('model_type')} model that moesaic did not make; expected a "
                 "folder made by 'moesaic convert' or 'moesaic export'"
             )
         stock = is_stock(self.checkpoint)
-        named = self.fields.pop("format", None) if stock else None
-        named = named or self.checkpoint.config.get("model_type")
+        named = text.pop("format", None) if stock else MODEL_TYPE
+        named = named or architecture_named(self.checkpoint.config)
         self.format: Format = registry.build("format", named, imported_only=True)
-        if self.fields.get("tie_word_embeddings") and not self._tied():
-            self.fields = self.fields | {"tie_word_embeddings": False}
         with making_sense(self.checkpoint):
-            self.config: MoesaicModelConfig = MoesaicConfig.from_dict(self.fields)
+            self.whole: PreTrainedConfig = MoesaicConfig.from_dict(self.fields)
             check_fields(self.config, SIZES | PARTS, folder)
+            self.outside = outside_names(model_on_meta(self.whole, folder))
+            if not self._tied():
+                untie(self.whole)
             if stock:
                 check_agreement(self.checkpoint, self.format, self.config)
             shapes = self._shapes()
         check_tensors(self.checkpoint, shapes, f"the {self.format.name} model that config.json describes")
 
+    @property
+    def config(self) -> MoesaicModelConfig:
+        """The configuration of the language model; of a vision-language model, of its tower."""
+        return block_config(self.whole)
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether it is a vision-language model."""
+        return self.config is not self.whole
+
     def _shapes(self) -> dict[str, list[int]]:
         """Say which tensors the folder must hold, in which shape."""
-        state = model_on_meta(self.config, self.checkpoint.folder).state_dict()
-        if self.config.tie_word_embeddings and self.format.name == MODEL_TYPE:
+        state = model_on_meta(self.whole, self.checkpoint.folder).state_dict()
+        if self.whole.tie_word_embeddings and self.format.name == MODEL_TYPE:
             del state[HEAD]
         layers = range(self.config.num_hidden_layers)
-        found = {name: tensor for name, tensor in state.items() if not name.startswith(LAYERS)}
+        found = {name: tensor for name, tensor in state.items() if not name.startswith(self.outside.layers)}
         for index in layers:
             prefix = self.prefix(index)
             layer = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
@@ -118,9 +100,12 @@ class Converted:
 
     def _tied(self) -> bool:
         """Tell whether the head is still the embeddings: a stock format holds both, and one may have been trained."""
-        if HEAD not in self.checkpoint or EMBEDDINGS not in self.checkpoint:
+        if not self.whole.tie_word_embeddings:
+            return False
+        both = [HEAD, self.outside.embeddings]
+        if not all(name in self.checkpoint for name in both):
             return True
-        head, embeddings = (tensor for _, tensor in self.checkpoint.items([HEAD, EMBEDDINGS]))
+        head, embeddings = (tensor for _, tensor in self.checkpoint.items(both))
         return torch.equal(head, embeddings)
 
     def has_bias(self) -> bool:
@@ -150,18 +135,39 @@ class Converted:
                     )
         return layer
 
+    def layer_without_experts(self, index: int) -> dict[str, Tensor]:
+        """Read what a decoder layer has beside its routed experts, by its name in the layer.
+
+        Raises:
+            InputError: a tensor is NaN or infinite somewhere.
+        """
+        prefix = self.prefix(index)
+        found = {name.removeprefix(prefix): h for name, h in self.checkpoint.headers.items() if name.startswith(prefix)}
+        routed = {name: header for name, header in found.items() if is_expert_tensor(name, header.shape)}
+        rest = dict(self.checkpoint.items([prefix + name for name in found if name not in routed]))
+        check_finite(rest.items(), self.checkpoint.folder)
+        named = {name.removeprefix(prefix): tensor for name, tensor in rest.items()}
+        for name, header in routed.items():
+            match = EXPERT.fullmatch(name)
+            if match and self.format.copies_shared:  # the shared expert is in each, so the first one's will do for all
+                named[name] = self.checkpoint.read(f"{prefix}{match['before']}0.{match['part']}.weight")
+            else:
+                named[name] = torch.empty(header.shape, device="meta")
+        layer = self.format.moesaic_layer(named, self.config)
+        return {name: tensor for name, tensor in layer.items() if not is_expert_tensor(name, tensor.shape)}
+
     def prefix(self, index: int) -> str:
         """Name the beginning of the names of a layer's tensors."""
-        return f"{LAYERS}{index}."
+        return f"{self.outside.layers}{index}."
 
     def embeddings_and_head(self) -> dict[str, Tensor]:
-        """Read embeddings, final norm, and the head if it is not the embeddings.
+        """Read what is outside the layers: embeddings, norm, the head if it is not the embeddings, a vision tower.
 
         Raises:
             InputError: one is NaN or infinite somewhere.
         """
-        names = [name for name in self.checkpoint.names() if not name.startswith(LAYERS)]
-        if self.config.tie_word_embeddings:
+        names = [name for name in self.checkpoint.names() if not name.startswith(self.outside.layers)]
+        if self.whole.tie_word_embeddings:
             names = [name for name in names if name != HEAD]
         found = dict(self.checkpoint.items(names))
         check_finite(found.items(), self.checkpoint.folder)
@@ -176,9 +182,9 @@ class Converted:
 
     def load(self, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
         """Load moesaic's own format into memory, or its first `layers` layers and the head."""
-        config, folder = shortened(self.config, layers), self.checkpoint.folder
+        config, folder = shortened(self.whole, layers), self.checkpoint.folder
         with parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = auto_class(config).from_config(config, dtype=dtype)
         state = {name: tensor.to(dtype) for name, tensor in self.tensors(layers)}
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
@@ -199,13 +205,41 @@ def read_generation(folder: Path) -> GenerationConfig:
         raise InputError(f"'{folder / GENERATION}' is damaged: {first_line(error)}; {AGAIN}, or delete it") from error
 
 
+def architecture_named(config: Json) -> str:
+    """Name the stock architecture that a `config.json` is of, or that of its language tower."""
+    whole = str(config.get("model_type"))
+    return whole if whole.replace("_", "-") in registry.names("format") else str(text_json(config).get("model_type"))
+
+
+class Outside(NamedTuple):
+    """Names of tensors by where they are."""
+
+    layers: str
+    """How those of all decoder layers begin."""
+    embeddings: str
+
+
+def outside_names(model: PreTrainedModel) -> Outside:
+    """Find how a model names its layers and embeddings."""
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    return Outside(layers_prefix(model), f"{name}.weight")
+
+
+def untie(config: PreTrainedConfig) -> None:
+    """Say that the head is not the embeddings."""
+    config.tie_word_embeddings = False
+    config.get_text_config().tie_word_embeddings = False
+
+
 def shortened(config: Config, layers: int | None) -> Config:
     """Shorten a configuration to the model's first `layers` layers."""
     short: Any = copy.deepcopy(config)
+    text = short.get_text_config()
     if layers is not None:
-        short.num_hidden_layers = layers
-        if getattr(short, "layer_types", None):
-            short.layer_types = short.layer_types[:layers]
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
     return short
 
 
@@ -219,7 +253,23 @@ def dense_origin(model: str, option: str = "--against") -> str:
     Raises:
         InputError: unknown, or a folder that only its maker knows.
     """
-    origin = saved_settings(Path(model).expanduser())["model"]
+    place = Path(model).expanduser()
+    origin = saved_settings(resolve(model) if place.is_file() else place)["model"]
     if origin.endswith(("/", ".gguf")):
         raise InputError(f"'{model}' was converted from the local '{origin}'; name it with {option}")
     return origin
+
+
+def is_ours(checkpoint: Checkpoint) -> bool:
+    """Tell whether moesaic wrote a model, in a stock architecture or in its own."""
+    return is_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE
+
+
+def without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Make the model that `load` would, whose parameters take no memory.
+
+    Raises:
+        InputError: a configuration that is damaged.
+    """
+    folder = checkpoint.folder
+    return model_on_meta(Converted(folder).whole if is_ours(checkpoint) else read_config(folder), folder)

@@ -7,25 +7,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from .. import registry
 from ..checkpoint.claim import clear
 from ..checkpoint.facts import METRICS_FILE, check_conversion_files, copy_terms, saved_settings
 from ..checkpoint.reader import Checkpoint
+from ..checkpoint.single_file import MADE
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import CONFIG_FILE, OUTER, ResumableOutput, check_space, claim_output
 from ..errors import InputError, StorageError, WorkError
 from ..files import read_json, write_json
 from ..given import path
-from ..models.families import EMBEDDINGS, HEAD
+from ..models.families import HEAD
+from ..models.processor import copy_processor
+from ..models.tokenizer import load_tokenizer
 from ..moe.modeling import MODEL_TYPE
 from ..report.card import CardFacts, write_card
 from ..results import Check, ConversionResult, ExportResult, Json
-from .base import Format, MoesaicModelConfig
-from .converted import Converted, choose_format
-from .fields import stock_json
+from .base import Format
+from .choose import choose_format, engines_of
+from .converted import Converted
+from .fields import stock_config
 from .gguf_support import gguf_format
-from .loading import load_tokenizer
 from .verify import check
 
 PLOTS = ("layer_error.png", "activation_rates.png", "expert_load.png", "training.png")
@@ -76,7 +79,7 @@ def export(
         raise InputError(
             f"--outtype {outtype} is a type of GGUF; add --format gguf, or drop it: the dtype stays as it is"
         )
-    chosen, reason = choose_format(format, source.config, source.has_bias())
+    chosen, reason = choose_format(format, source.config, source.has_bias(), source.whole)
     if reason:
         raise InputError(f"no engine's architecture holds this model: {reason}")
     check_conversion_files(folder)
@@ -107,8 +110,10 @@ def rewrite(source: Converted, format: Format, partial: ResumableOutput, called:
         report(index, count, "writing")
         tensors = format.layer_exactly(source.layer(index), source.config)
         partial.add_layer({source.prefix(index) + name: tensor for name, tensor in tensors.items()}, {}, {})
-    write_embeddings_and_head(partial, format, source.config, source.embeddings_and_head())
+    write_embeddings_and_head(partial, format, source.whole, source.embeddings_and_head())
     load_tokenizer(folder).save_pretrained(partial.folder)
+    if source.takes_pictures:
+        copy_processor(folder, partial.folder)
     for name in COPIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, partial.folder / name)
@@ -125,31 +130,30 @@ def rewrite(source: Converted, format: Format, partial: ResumableOutput, called:
 
 
 def write_embeddings_and_head(
-    partial: ResumableOutput, format: Format, config: MoesaicModelConfig, tensors: dict[str, Tensor]
+    partial: ResumableOutput, format: Format, whole: PreTrainedConfig, tensors: dict[str, Tensor]
 ) -> None:
     """Write what is in no layer, and `config.json`."""
-    config.save_pretrained(partial.folder)
+    whole.save_pretrained(partial.folder)
     if format.name != MODEL_TYPE:
-        fields = read_json(partial.folder / "config.json")
-        outside = registry.spec(format) if ":" in registry.spec(format) else None
-        written = stock_json(format.config_json(config), fields | ({"format": outside} if outside else {}))
-        if config.tie_word_embeddings:  # some engines cannot tie
-            tensors = tensors | {HEAD: tensors[EMBEDDINGS].clone()}
-        write_json(partial.folder / "config.json", written)
+        if whole.tie_word_embeddings:  # some engines cannot tie
+            embeddings = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+            tensors = tensors | {HEAD: tensors[embeddings].clone()}
+        write_json(partial.folder / "config.json", stock_config(format, whole))
     partial.write(OUTER, tensors)
 
 
 def write_metrics(folder: Path, metrics: Json, format: Format, found: Check | None) -> None:
     """Write `metrics.json` and the model card of a finished model; `found` is the check of a stock architecture."""
     source = Converted(folder)
-    metrics = {name: value for name, value in metrics.items() if name != "check"}
-    metrics |= {"format": format.name, "engines": format.engines(source.config)}
+    gone = {"check"} if (folder / MADE).is_file() else {"check", "gguf"}
+    metrics = {name: value for name, value in metrics.items() if name not in gone}
+    metrics |= {"format": format.name, "engines": engines_of(format, source.whole)}
     if found and format.name != MODEL_TYPE:
         metrics["check"] = found.to_dict()
     write_json(folder / METRICS_FILE, metrics)
     try:
         gguf_format(source.config, source.has_bias())
-        gguf = True
+        gguf = not source.takes_pictures
     except InputError:
         gguf = False
     # SGLang fuses one shared expert into the routed ones, and only one

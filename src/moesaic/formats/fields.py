@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedConfig
 
+from .. import registry
 from ..checkpoint.reader import Checkpoint
+from ..compat import class_for
 from ..errors import InputError, first_line
 from ..moe.modeling import MODEL_TYPE, config_class
 from ..results import Json
-from .base import Format, MoesaicModelConfig
+from .base import Format, MoesaicModelConfig, block_config
 
 CONFIG_KEY = "moesaic"
 """The key of a stock config.json under which moesaic's own fields are kept."""
@@ -32,11 +34,55 @@ def is_stock(checkpoint: Checkpoint) -> bool:
     return isinstance(checkpoint.config.get(CONFIG_KEY), dict)
 
 
+def text_json(fields: Json) -> Json:
+    """Find what a `config.json` says of the language model, or of the language tower of a vision-language model."""
+    text = fields.get("text_config")
+    return text if isinstance(text, dict) else fields
+
+
 def stock_json(written: Json, fields: Json) -> Json:
-    """Add moesaic's own fields to a stock configuration, those that it does not say itself."""
+    """Add moesaic's own fields to a stock configuration of a language model, those that it does not say itself."""
     visible, shared = as_read(written), shared_names(fields)
     own = {k: v for k, v in fields.items() if k not in shared or k not in visible or visible[k] != v}
     return written | {CONFIG_KEY: own}
+
+
+def stock_whole_json(written: Json, fields: Json, model_type: str, architecture: str) -> Json:
+    """Write the configuration of a vision-language model whose language tower is a stock Mixture-of-Experts.
+
+    Args:
+        written: of the tower, as the stock architecture has it.
+        fields: of the whole model in moesaic's own format.
+        model_type: of the whole stock model.
+        architecture: its class.
+    """
+    text = stock_json(written, fields["text_config"])
+    own = {"model_type": MODEL_TYPE, "dense_model_type": fields["dense_model_type"]}
+    rest = {name: value for name, value in fields.items() if name != "dense_model_type"}
+    return rest | {
+        "model_type": model_type, "architectures": [architecture], "text_config": text, CONFIG_KEY: own,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+def stock_config(format: Format, whole: PreTrainedConfig) -> Json:
+    """Write the `config.json` of a model in a stock architecture, with what moesaic reads it back by."""
+    config = block_config(whole)
+    fields: Json = json.loads(whole.to_json_string())
+    outside = registry.spec(format) if ":" in registry.spec(format) else None
+    text_json(fields).update({"format": outside} if outside else {})
+    written = format.config_json(config)
+    if config is whole:
+        return stock_json(written, fields)
+    model_type = format.whole_model_type or fields["dense_model_type"]
+    architecture = format.whole_architecture or architecture_of(model_type)
+    return stock_whole_json(written, fields, model_type, architecture)
+
+
+def architecture_of(model_type: str) -> str:
+    """Name the class that transformers makes of a vision-language model's configuration."""
+    config = CONFIG_MAPPING[model_type]
+    return class_for(AutoModelForImageTextToText, config).__name__  # pyrefly: ignore[bad-argument-type]
 
 
 def moesaic_fields(checkpoint: Checkpoint) -> Json:
@@ -47,12 +93,20 @@ def moesaic_fields(checkpoint: Checkpoint) -> Json:
     """
     if not is_stock(checkpoint):
         return checkpoint.config
-    own: Json = checkpoint.config[CONFIG_KEY]
+    config = checkpoint.config
+    own: Json = config[CONFIG_KEY]
     if own.get("model_type") != MODEL_TYPE:
         raise damaged(checkpoint, f"'{CONFIG_KEY}' has model_type {own.get('model_type')!r}, not '{MODEL_TYPE}'")
+    text = text_json(config)
+    if not isinstance(text.get(CONFIG_KEY), dict):
+        raise damaged(checkpoint, f"its text_config has no '{CONFIG_KEY}'")
     with making_sense(checkpoint):
-        visible, shared = as_read(checkpoint.config), shared_names(own)
-    return {name: value for name, value in visible.items() if name in shared} | own
+        visible, shared = as_read(text), shared_names(text[CONFIG_KEY])
+    said = {name: value for name, value in visible.items() if name in shared} | text[CONFIG_KEY]
+    if text is config:
+        return said
+    rest = {name: value for name, value in config.items() if name != CONFIG_KEY}  # or it would be written on
+    return rest | own | {"text_config": said}
 
 
 def check_agreement(checkpoint: Checkpoint, format: Format, config: MoesaicModelConfig) -> None:
@@ -62,7 +116,7 @@ def check_agreement(checkpoint: Checkpoint, format: Format, config: MoesaicModel
         InputError: it was changed in what moesaic's own fields say otherwise.
     """
     written = format.config_json(config)
-    expected, visible = as_read(written), as_read(checkpoint.config)
+    expected, visible = as_read(written), as_read(text_json(checkpoint.config))
     for name in (written.keys() & expected.keys() & visible.keys()) - FREE:
         if expected[name] != visible[name]:
             raise InputError(

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from psutil import virtual_memory
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoint.reader import Checkpoint
 from ..errors import WorkError, first_line
-from ..models.families import LAYERS as LAYERS_PREFIX
+from ..models.families import auto_class
 from ..results import Check
 from .converted import Converted, shortened
 
@@ -51,7 +51,7 @@ def check(source: Converted, made: Path) -> Check:
     try:
         config = shortened(AutoConfig.from_pretrained(made, trust_remote_code=False), layers)
         with silence():  # it would list the layers that are left out
-            stock = AutoModelForCausalLM.from_pretrained(
+            stock = auto_class(config).from_pretrained(
                 made, config=config, dtype=torch.float32, trust_remote_code=False
             )
     except Exception as error:  # transformers raises many unrelated types for what a configuration may hold
@@ -96,7 +96,7 @@ def layers_that_fit(source: Converted) -> int:
     count, shapes = source.config.num_hidden_layers, source.checkpoint.shapes()
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
     layer = sum(size for name, size in sizes.items() if name.startswith(source.prefix(0)))
-    outside = sum(size for name, size in sizes.items() if not name.startswith(LAYERS_PREFIX))
+    outside = sum(size for name, size in sizes.items() if not name.startswith(source.outside.layers))
     return min(count, LAYERS, max(2, (virtual_memory().available // 2 - outside) // layer))
 
 
@@ -105,7 +105,7 @@ def logits(model: PreTrainedModel, tokens_NL: Tensor) -> Tensor:
     model.eval()
     count, length = tokens_NL.shape
     near = torch.arange(length)[None]
-    far = torch.linspace(0, model.config.max_position_embeddings - 1, length).long()[None]
+    far = torch.linspace(0, model.config.get_text_config().max_position_embeddings - 1, length).long()[None]
     found = []
     for number, tokens_1L in enumerate(tokens_NL.split(1)):
         positions = far if number >= count // 2 else near

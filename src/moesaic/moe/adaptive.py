@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .. import compat
 from ..errors import InputError
+from ..models.modality import tell_modality
 from ..models.moe_block import MoEBlock, Routing, find_blocks, read_routing, write_routing
 from ..models.router_scores import RouterScores, keep_default, router_scores
 from ..routing.base import Gate
@@ -66,18 +67,31 @@ class BlockRanker:
     def weights(self, ranking: Ranking, count: int) -> Tensor:
         """Weigh the first `count` ranks as the router would if it took no others, float32 [T, count]."""
         shares_TN = ranking.shares_TN.float()
-        ones_TK = torch.ones_like(shares_TN[:, :count])
-        return ones_TK if self.scores is None else self.scores.weigh(shares_TN, ones_TK)
+        router = self.block.router
+        if isinstance(router, Gate):
+            return router.rank_weights(shares_TN[:, :count])
+        assert self.scores is not None
+        return self.scores.weigh(shares_TN, torch.ones_like(shares_TN[:, :count]))
 
-    def rank(self, hidden_TD: Tensor, output: tuple[Tensor, ...]) -> Ranked:
-        """Rank experts for the tokens that enter the router, given its output."""
-        return self._ours(hidden_TD) if self.scores is None else self._stock(self.scores, output)
+    def rank(
+        self, hidden_TD: Tensor, output: tuple[Tensor, ...], reorder: Callable[[Ranking], Tensor] | None = None
+    ) -> Ranked:
+        """Rank experts for the tokens that enter the router.
 
-    def _ours(self, hidden_TD: Tensor) -> Ranked:
+        Args:
+            hidden_TD: the tokens.
+            output: the router's.
+            reorder: gives the ranks in the order in which experts are to run, int64 [T, N]; None: the router's.
+        """
+        if self.scores is None:
+            return self._ours(hidden_TD, reorder)
+        return self._stock(self.scores, output, reorder)
+
+    def _ours(self, hidden_TD: Tensor, reorder: Callable[[Ranking], Tensor] | None) -> Ranked:
         gate, experts = self.block.router, self.block.experts
         assert isinstance(gate, Gate)
         scores_TE = gate.exact_scores(hidden_TD, experts)  # pyrefly: ignore[bad-argument-type]
-        ranking = rank(scores_TE, gate)
+        ranking = _reordered(rank(scores_TE, gate), reorder)
 
         def route(decision: Decision) -> Routing:
             index_TK = first_ranks(ranking.index_TN, decision.count_T, self.block.num_experts)
@@ -89,23 +103,31 @@ class BlockRanker:
 
         return Ranked(ranking, route)
 
-    def _stock(self, scores: RouterScores, output: tuple[Tensor, ...]) -> Ranked:
+    def _stock(
+        self, scores: RouterScores, output: tuple[Tensor, ...], reorder: Callable[[Ranking], Tensor] | None
+    ) -> Ranked:
         own = read_routing(output)
-        index_TN, scores_TN, weights_TN = scores.rank(output)
-        ranking = Ranking(index_TN, scores_TN, weights_TN, logarithmic=True)
+        ranking = _reordered(Ranking(*scores.rank(output), logarithmic=True), reorder)
 
         def route(decision: Decision) -> Routing:
-            index_TK = first_ranks(index_TN, decision.count_T, self.block.num_experts)
+            index_TK = first_ranks(ranking.index_TN, decision.count_T, self.block.num_experts)
             slots = index_TK.shape[1]
             runs_TK = (index_TK < self.block.num_experts).float()
             keep_TK = runs_TK if decision.keep_TN is None else decision.keep_TN[:, :slots] * runs_TK
-            weights_TK = scores.weigh(weights_TN, keep_TK)
+            weights_TK = scores.weigh(ranking.shares_TN, keep_TK)
             ours = Routing(index_TK, weights_TK.to(own.top_k_weights.dtype))
-            if decision.keep_TN is not None:
+            if decision.keep_TN is not None or reorder is not None:
                 return ours
             return keep_default(own, ours, decision.count_T == own.top_k_index.shape[1], self.block.num_experts)
 
         return Ranked(ranking, route)
+
+
+def _reordered(ranking: Ranking, reorder: Callable[[Ranking], Tensor] | None) -> Ranking:
+    if reorder is None:
+        return ranking
+    order_TN = reorder(ranking)
+    return ranking.each(lambda part: part.gather(1, order_TN))
 
 
 def moe_blocks_of(model: PreTrainedModel) -> list[MoEBlock]:
@@ -209,7 +231,7 @@ def attach(model: PreTrainedModel, selection: Counting, parameters: Sequence[Par
     blocks = moe_blocks_of(model)
     made = parameters or [selection.parameters(block) for block in blocks]
     placed: list[Parameters] = [
-        {name: value.to(block.down_proj.device) for name, value in values.items()}
+        {name: value.to(next(block.router.parameters()).device) for name, value in values.items()}
         for block, values in zip(blocks, made, strict=True)
     ]
     if isinstance(before := getattr(model, ATTACHED, None), Attached):
@@ -217,6 +239,8 @@ def attach(model: PreTrainedModel, selection: Counting, parameters: Sequence[Par
     attached = Attached(model, selection, placed)
     setattr(model, ATTACHED, attached)  # which keeps it as long as the model
     attached._stack.callback(delattr, model, ATTACHED)
+    if selection.by_modality:
+        attached._stack.enter_context(tell_modality(model))
     stock = []
     for block, values in zip(blocks, placed, strict=True):
         if isinstance(block.router, Gate):
@@ -245,26 +269,3 @@ def _own_gate(gate: Gate, selection: Counting, parameters: Parameters) -> Iterat
         yield
     finally:
         gate.selection, gate.selection_parameters = before
-
-
-@torch.inference_mode()
-def mean_experts(model: PreTrainedModel, run: Callable[[], object]) -> list[float]:
-    """Measure how many routed experts a token runs in each block, on average over what `run` runs."""
-    blocks = moe_blocks_of(model)
-    totals = [[0, 0] for _ in blocks]
-
-    def count(total: list[int], experts: int) -> Callable[[Tensor, Routing], None]:
-        def see(hidden_TD: Tensor, routing: Routing) -> None:
-            runs_TK = (routing.top_k_index < experts) & (routing.top_k_weights != 0)
-            total[0] += int(runs_TK.sum())
-            total[1] += len(hidden_TD)
-
-        return see
-
-    handles = [block.watch(count(total, block.num_experts)) for block, total in zip(blocks, totals, strict=True)]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [chosen / max(1, tokens) for chosen, tokens in totals]

@@ -17,7 +17,7 @@ from ..models.moe_block import Routing
 from ..routing.base import Gate, make_gate
 from .experts import Experts, MoEConfig
 
-SKIPPING = ("eager", "moesaic", "moesaic_triton")
+SKIPPING = ("eager", "moesaic", "moesaic_triton", "moesaic_store")
 """Experts implementations that know an index of E as no expert; the others would run into it."""
 
 

@@ -5,19 +5,21 @@ tokens reads only the chosen experts' weights and copies none. On GPUs, and unde
 loop), transformers' own implementations run; `moesaic_triton` has kernels of ours for a few tokens, and is not yet the
 choice there because it was run in Triton's interpreter only.
 
-Shapes: T tokens, D hidden size, E experts, K active experts, P = T K pairs of token and expert.
+Shapes: T tokens, D hidden size, E experts, I neurons of one, F = E I of all, K active experts, C tokens of one expert,
+P = T K pairs of token and expert.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.functional import linear
+from torch import Tensor, nn
+from torch.nn.functional import embedding_bag, linear
 from transformers.integrations.moe import (
     ExpertsInterface,
     batched_mm_experts_forward,
@@ -27,6 +29,9 @@ from transformers.integrations.moe import (
 NAME, TRITON = "moesaic", "moesaic_triton"
 GROUPED_MM_ALIGNMENT_BYTES = 16
 FEW_PAIRS = 64
+HALF_BYTES = 2
+FEW_TOKENS = 4
+"""Of an expert, for which reading its columns anew is less than laying them out again."""
 SPLIT = "_is_expert_parallel"
 FLAGS = ("is_transposed", "has_bias", "has_post_expert_norm", SPLIT)
 """What transformers says of experts that are not just two products; not every version has all."""
@@ -38,7 +43,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Indices from E on stand for no expert and cost nothing on CPUs, nor in the grouped products of GPUs.
     """
     mixed = torch.is_autocast_enabled(hidden_states.device.type)  # grouped products take one dtype only
-    if not _plain(self) or (hidden_states.is_cuda and not mixed) or torch.compiler.is_compiling():
+    if not is_plain(self) or (hidden_states.is_cuda and not mixed) or torch.compiler.is_compiling():
         return _by_transformers(self, hidden_states, top_k_index, top_k_weights)
     if len(hidden_states) == 1:
         return _one_token(self, hidden_states, top_k_index, top_k_weights)
@@ -49,7 +54,7 @@ def _by_transformers(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     rows = (self.gate_up_proj.shape[-1], self.down_proj.shape[-1])
     aligned = all(size * hidden_states.element_size() % GROUPED_MM_ALIGNMENT_BYTES == 0 for size in rows)
     few = top_k_index.numel() <= FEW_PAIRS
-    if not aligned and not few and _plain(self) and not torch.compiler.is_compiling():
+    if not aligned and not few and is_plain(self) and not torch.compiler.is_compiling():
         return _by_expert(self, hidden_states, top_k_index, top_k_weights)
     if not aligned or (hidden_states.is_cuda and few):
         return _knowing_empty_slots(self, batched_mm_experts_forward, hidden_states, top_k_index, top_k_weights)
@@ -65,7 +70,7 @@ def _knowing_empty_slots(
     is said for the call.
     """
     said = getattr(self, "may_have_empty_slots", False)
-    if not said and not _plain(self):
+    if not said and not is_plain(self):
         return forward(self, hidden_states, top_k_index, top_k_weights)
     top_k_weights = top_k_weights.where(top_k_index < self.num_experts, 0)
     if not said or not hasattr(self, SPLIT):  # nobody said so, or a transformers that knew no empty slots
@@ -78,42 +83,121 @@ def _knowing_empty_slots(
         setattr(self, SPLIT, before)
 
 
-def _plain(self: Any) -> bool:
+def is_plain(self: Any) -> bool:
     """Tell whether the experts are laid out as ours are: `[gate; up]` rows, no biases, not split over devices."""
     ours = self.has_gate and self.is_concatenated
     return ours and not any(getattr(self, flag, False) for flag in FLAGS)
 
 
 def _expert(self: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    return linear(self._apply_gate(linear(x, gate_up)), down)
+    return down_product(self._apply_gate(linear(x, gate_up)), down)
 
 
 def _one_token(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Run the chosen experts one after the other, nothing sorted: decoding."""
-    outputs = [
-        _expert(self, hidden_states, self.gate_up_proj[expert], self.down_proj[expert]) * top_k_weights[:, slot, None]
-        for slot, expert in enumerate(top_k_index[0].tolist())
-        if expert < self.num_experts
-    ]
-    return sum(outputs[1:], outputs[0]).to(hidden_states.dtype) if outputs else torch.zeros_like(hidden_states)
+    """Run the chosen experts, nothing sorted, all their neurons at once after the first product: decoding."""
+    slots = [(slot, expert) for slot, expert in enumerate(top_k_index[0].tolist()) if expert < self.num_experts]
+    if not slots:
+        return torch.zeros_like(hidden_states)
+    if len(slots) < top_k_index.shape[1]:
+        top_k_weights = top_k_weights[:, [slot for slot, _ in slots]]
+    experts = [expert for _, expert in slots]
+    hidden_KI = self._apply_gate(torch.cat([linear(hidden_states, self.gate_up_proj[expert]) for expert in experts]))
+    if is_turned(self.down_proj) and not hidden_KI.requires_grad:
+        out_KD = rows_product(hidden_KI, self.down_proj, torch.tensor(experts))
+    else:
+        out_KD = torch.cat([linear(hidden_KI[k : k + 1], self.down_proj[e]) for k, e in enumerate(experts)])
+    return add_slots(out_KD, top_k_weights).to(hidden_states.dtype)
+
+
+def add_slots(out_KD: Tensor, weights_1K: Tensor) -> Tensor:
+    """Add up what a token's experts put out, each times its weight, [1, D]."""
+    return (out_KD * weights_1K[0, :, None]).sum(0, keepdim=True)
+
+
+def turn_down(model: nn.Module) -> None:
+    """Lay the down-projections of all experts out so that each neuron's column is in one piece; values stay.
+
+    Decoding on a CPU then sums the chosen neurons' columns in one operation, where small experts would be as many
+    products.
+    """
+    for module in model.modules():
+        if hasattr(module, "is_concatenated") and is_plain(module):
+            weight = module.get_parameter("down_proj")
+            weight.data = turned(weight.data)
+
+
+def turned(down: Tensor) -> Tensor:
+    """Lay down-projections [..., D, I] out anew, each neuron's column in one piece."""
+    return down.mT.contiguous().mT
+
+
+def is_turned(down: Tensor) -> bool:
+    """Tell whether `turn_down` laid down-projections [..., D, I] out."""
+    return not down.is_contiguous() and down.mT.is_contiguous()
+
+
+def rows_product(hidden_KI: Tensor, down_EDI: Tensor, expert_K: Tensor) -> Tensor:
+    """Compute `h_k Wd_{expert_k}^T`, [K, D], of down-projections that are turned: weighted sums of their columns."""
+    width = hidden_KI.shape[1]
+    columns_FD = down_EDI.mT.reshape(-1, down_EDI.shape[-2])
+    index_KI = expert_K[:, None] * width + torch.arange(width)
+    return embedding_bag(index_KI, columns_FD, mode="sum", per_sample_weights=hidden_KI)
+
+
+def down_product(hidden_CI: Tensor, down_DI: Tensor) -> Tensor:
+    """Compute `h Wd^T` of one expert for C tokens, [C, D], however it is laid out.
+
+    CPUs without units for half precision take several times as long for a product with turned weights.
+    """
+    if hidden_CI.requires_grad or not is_turned(down_DI):
+        return linear(hidden_CI, down_DI)
+    half = hidden_CI.dtype.itemsize <= HALF_BYTES
+    if len(hidden_CI) <= (FEW_TOKENS if half else 1):
+        return rows_product(hidden_CI, down_DI, torch.zeros(len(hidden_CI), dtype=torch.int64))
+    return linear(hidden_CI, down_DI.contiguous() if half else down_DI)
+
+
+class Pairs(NamedTuple):
+    """Pairs of token and expert, sorted by expert."""
+
+    experts: dict[int, slice]
+    """Where the pairs of each expert that has any are, ascending."""
+    token_P: Tensor
+    order_P: Tensor
+    """Where each pair is in the flattened index [T K]."""
+
+    def tokens_of(self, expert: int) -> Tensor:
+        """Give the tokens that an expert runs for."""
+        return self.token_P[self.experts[expert]]
+
+    def add_up(self, hidden_TD: Tensor, weights_TK: Tensor, done: Mapping[int, Tensor]) -> Tensor:
+        """Add the experts' outputs, each times its weight, to their tokens', [T, D]."""
+        output_TD = torch.zeros_like(hidden_TD)
+        if done:
+            all_PD = torch.cat([done[expert] for expert in self.experts])
+            weighted_PD = all_PD * weights_TK.flatten()[self.order_P, None]
+            output_TD.index_add_(0, self.token_P, weighted_PD.to(hidden_TD.dtype))
+        return output_TD
+
+
+def sort_pairs(index_TK: Tensor, num_experts: int) -> Pairs:
+    """Sort pairs of token and expert by expert; those of no expert are left out."""
+    expert_P, order_P = index_TK.flatten().sort(stable=True)
+    counts = torch.bincount(expert_P, minlength=num_experts)[:num_experts].tolist()
+    ends = list(itertools.accumulate(counts))
+    order_P = order_P[: ends[-1]]
+    places = {e: slice(end - count, end) for e, (end, count) in enumerate(zip(ends, counts, strict=True)) if count}
+    return Pairs(places, order_P // index_TK.shape[1], order_P)
 
 
 def _by_expert(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Sort pairs by expert, run one product per expert that has any, and add each to its token's output."""
-    slots = top_k_index.shape[1]
-    expert_P, order_P = top_k_index.flatten().sort(stable=True)
-    counts = torch.bincount(expert_P, minlength=self.num_experts)[: self.num_experts].tolist()
-    order_P = order_P[: sum(counts)]
-    token_P = order_P // slots
-    parts = hidden_states[token_P].split(counts)
+    """Run one product per expert that has any pair, and add each to its tokens' output."""
+    pairs = sort_pairs(top_k_index, self.num_experts)
+    x_PD = hidden_states[pairs.token_P]
     # unbound, not indexed: the gradient of an index is as large as all experts
-    weights = zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
-    done = [_expert(self, x_CD, *weight) for x_CD, weight in zip(parts, weights, strict=True) if len(x_CD)]
-    output_TD = torch.zeros_like(hidden_states)
-    if done:
-        weighted_PD = torch.cat(done) * top_k_weights.flatten()[order_P, None]
-        output_TD.index_add_(0, token_P, weighted_PD.to(hidden_states.dtype))
-    return output_TD
+    gate_ups, downs = self.gate_up_proj.unbind(), self.down_proj.unbind()
+    done = {e: _expert(self, x_PD[place], gate_ups[e], downs[e]) for e, place in pairs.experts.items()}
+    return pairs.add_up(hidden_states, top_k_weights, done)
 
 
 def few_by_triton(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -121,7 +205,7 @@ def few_by_triton(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     from .triton import supports, triton_experts_forward
 
     few = top_k_index.numel() <= FEW_PAIRS and not torch.is_grad_enabled()
-    if not (few and _plain(self) and supports(self)):
+    if not (few and is_plain(self) and supports(self)):
         return experts_forward(self, hidden_states, top_k_index, top_k_weights)
     return triton_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import gguf
 
+from ...checkpoint.gguf_converted import CONFIG, FILES, KEPT
 from ...results import Json
 from ..architectures._decoder import head_dim
 from ..base import Format
 from ..converted import Converted
+from ..fields import stock_config
 
 
 def write_config(writer: gguf.GGUFWriter, format: Format, source: Converted, outtype: str) -> None:
@@ -45,3 +49,18 @@ def write_rope(writer: gguf.GGUFWriter, config: Json, size: int) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def write_kept(writer: gguf.GGUFWriter, format: Format, source: Converted) -> None:
+    """Write what llama.cpp has no use for, and `moesaic.load` reads the file back by.
+
+    The stock architecture's `config.json`, the tokenizer as tokenizers has it, and what the conversion was and gave.
+    """
+    folder = source.checkpoint.folder
+    writer.add_string(CONFIG, json.dumps(stock_config(format, source.whole)))
+    tokenizer = folder / "tokenizer.json"
+    if tokenizer.is_file():  # where it is missing, the vocabulary says so
+        writer.add_string(gguf.Keys.Tokenizer.HF_JSON, tokenizer.read_text("utf-8"))
+    for name in KEPT:
+        if (folder / name).is_file():
+            writer.add_string(FILES + name, (folder / name).read_text("utf-8"))

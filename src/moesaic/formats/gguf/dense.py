@@ -13,10 +13,11 @@ from ...checkpoint.reader import Checkpoint
 from ...errors import InputError
 from ...models.families import ATTENTION, HEAD, LAYERS
 from ...models.integrity import read_config
-from ..loading import load_tokenizer
+from ...models.tokenizer import load_tokenizer
+from ..gguf_names import OUTER, RENAMED, interleaved
 from .config import write_rope
 from .vocabulary import write_vocabulary
-from .writer import OUTER, OUTTYPES, RENAMED, interleaved, kind_of
+from .writer import OUTTYPES, kind_of
 
 ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama"}
 """llama.cpp's name of a family."""

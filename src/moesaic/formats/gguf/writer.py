@@ -5,7 +5,6 @@ Shapes: D hidden size, E routed experts, I neurons of one.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import zlib
 from collections.abc import Callable
@@ -18,39 +17,23 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ... import registry
 from ...checkpoint.claim import claim, clear, real_path
+from ...checkpoint.single_file import check_file
 from ...checkpoint.writer import check_space, partial_folder
 from ...errors import InputError, StorageError, WorkError
-from ...models.families import ATTENTION, EMBEDDINGS, FINAL_NORM, HEAD
+from ...models.families import EMBEDDINGS, HEAD
+from ...models.tokenizer import load_tokenizer
 from ...results import ExportResult
 from ..architectures._decoder import head_dim
 from ..base import Format, MoesaicModelConfig
 from ..converted import Converted
-from ..gguf_support import K_BLOCK, gguf_format
-from ..loading import load_tokenizer
-from .config import write_config
+from ..gguf_names import OUTER, RENAMED, ROPE_FACTORS, interleaved
+from ..gguf_support import K_QUANTS, WRITTEN, block_size, check_k_quant, gguf_format
+from .config import write_config, write_kept
 from .vocabulary import write_vocabulary
 
-OUTTYPES = {
-    "f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0, "q5_1": Kind.Q5_1, "q5_0": Kind.Q5_0,
-    "q4_1": Kind.Q4_1, "q4_0": Kind.Q4_0,
-}  # fmt: skip
-K_QUANTS = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
-"""Made by llama.cpp's own `llama-quantize`."""
+OUTTYPES = {name: Kind[name.upper()] for name in WRITTEN}
 HALF_MOST = torch.finfo(torch.float16).max
-RENAMED = {
-    "input_layernorm.weight": "attn_norm.weight",
-    f"{ATTENTION}.o_proj.weight": "attn_output.weight",
-    f"{ATTENTION}.q_norm.weight": "attn_q_norm.weight",
-    f"{ATTENTION}.k_norm.weight": "attn_k_norm.weight",
-    **{f"{ATTENTION}.{n}_proj.{kind}": f"attn_{n}.{kind}" for n in "qkv" for kind in ("weight", "bias")},
-}
-OUTER = {
-    EMBEDDINGS: "token_embd.weight",
-    FINAL_NORM: "output_norm.weight",
-    HEAD: "output.weight",
-}
 Tensors = dict[str, Tensor]
 Progress = Callable[[int, int, str], None]
 
@@ -64,11 +47,14 @@ def write_gguf(
         InputError: a model, tokenizer, rope or type that llama.cpp or this writer lacks; before anything is written.
         WorkError: what was read back is not what was written.
     """
-    known = (*OUTTYPES, *K_QUANTS)
-    if outtype not in known:
-        raise InputError(f"unknown outtype '{outtype}'.{registry.nearest(outtype, known)} One of: {', '.join(known)}")
+    block_size(outtype)
+    if source.takes_pictures:
+        raise InputError(
+            f"'{source.checkpoint.folder}' takes pictures, which a GGUF of moesaic does not hold; convert the text "
+            "model in it with --text-only, and export that"
+        )
     format = gguf_format(source.config, source.has_bias())
-    quantiser = check_k_quant(source, format, outtype) if outtype in K_QUANTS else None
+    quantiser = check_k_quant(outtype, *widths(source, format)) if outtype in K_QUANTS else None
     report = progress or (lambda done, all, note: None)
     with claim(partial_folder(output)):
         clear(partial_folder(output))  # also where the file is there already: a kill may have come right after that
@@ -91,42 +77,12 @@ def write_gguf(
     )  # fmt: skip
 
 
-def check_file(output: Path, overwrite: bool) -> None:
-    """Check that a GGUF may be written there.
-
-    Raises:
-        InputError: something has that name that may not be replaced, or is no GGUF.
-    """
-    place = real_path(output)
-    if place.exists() and not (overwrite and place.is_file()):
-        raise InputError(f"'{output}' exists; choose another file or pass --overwrite")
-    if place.exists() and place.stat().st_size and not place.open("rb").read(4) == b"GGUF":
-        raise InputError(f"'{output}' is no GGUF and is not replaced; choose another file")
-
-
-def check_k_quant(source: Converted, format: Format, outtype: str) -> str:
-    """Find `llama-quantize`, and check that it can quantise the model; returns its path.
-
-    Raises:
-        InputError: it is not installed, or the experts' width is no multiple of 256, which K-quants' blocks need.
-    """
+def widths(source: Converted, format: Format) -> tuple[int, int]:
+    """Find the width of a routed expert and of the shared one, as the format has them."""
     config = format.config_json(source.config)
-    widths = {"experts": config.get("moe_intermediate_size") or config["intermediate_size"]}
-    if width := source.config.shared_expert_intermediate_size:
-        widths["the shared expert"] = width
-    for what, width in widths.items():
-        if width % K_BLOCK:
-            raise InputError(
-                f"{outtype} has blocks of {K_BLOCK}, and the width of {what}, {width}, is no multiple of it; take q8_0 "
-                f"or another type without k, or convert with a plan that 'moesaic plan' marks for K-quants"
-            )
-    found = shutil.which("llama-quantize")
-    if not found:
-        raise InputError(
-            f"{outtype} is made by llama.cpp's llama-quantize, which is not on the PATH; install llama.cpp, or take "
-            f"one of {', '.join(OUTTYPES)}"
-        )
-    return found
+    return config.get("moe_intermediate_size") or config["intermediate_size"], (
+        source.config.shared_expert_intermediate_size
+    )
 
 
 def _quantise(command: str, path: Path, outtype: str) -> int:
@@ -161,6 +117,7 @@ def _write(source: Converted, format: Format, path: Path, outtype: str, report: 
     assert format.gguf_architecture is not None
     writer = gguf.GGUFWriter(path, format.gguf_architecture)
     write_config(writer, format, source, outtype)
+    write_kept(writer, format, source)
     write_vocabulary(
         writer, source.checkpoint.folder, load_tokenizer(source.checkpoint.folder), source.config.vocab_size
     )
@@ -220,7 +177,7 @@ def embeddings_and_head(source: Converted) -> Tensors:
     if source.config.rope_parameters["rope_type"] == "llama3":
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](source.config, torch.device("cpu"))
         steps = torch.arange(0, head_dim(source.config), 2) / head_dim(source.config)
-        tensors["rope_freqs.weight"] = source.config.rope_parameters["rope_theta"] ** -steps / scaled
+        tensors[ROPE_FACTORS] = source.config.rope_parameters["rope_theta"] ** -steps / scaled
     return tensors
 
 
@@ -234,8 +191,3 @@ def block(format: Format, layer: Tensors, config: MoesaicModelConfig) -> Tensors
     tensors |= format.gguf_layer(stock, config)
     assert not stock, f"left over: {list(stock)}"
     return tensors
-
-
-def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Reorder rows for the rope that turns neighbours, from that of one that turns halves."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)

@@ -1,0 +1,188 @@
+"""Conversion and light training in one go, as much of both as there is time for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.functional import linear
+
+from .checkpoint.claim import remove
+from .checkpoint.facts import METRICS_FILE, saved_result, saved_settings
+from .checkpoint.writer import check_output
+from .config import ConvertConfig, FinetuneConfig
+from .conversion import convert as converting
+from .conversion.auto import EVERY, candidates, unwritten
+from .conversion.engines import for_output
+from .conversion.prepare import Conversion
+from .errors import InputError
+from .formats.converted import Converted
+from .formats.engines import LLAMA_CPP
+from .given import path, place
+from .models.devices import choose_device
+from .registry import nearest
+from .results import ConversionResult
+
+Progress = Callable[[int, int, str], None]
+WINDOW = 512
+"""Tokens of a training sequence, where the model's context is as long."""
+FORWARDS, FITS = 4, 2
+"""Runs of a layer, and of products of its neurons with each other, in one conversion of it."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is put into a conversion."""
+
+    tokens: int
+    """Calibration tokens on a CPU."""
+    gpu_tokens: int
+    minutes: float
+    """Of light training after it."""
+
+
+EFFORTS = {"fast": Effort(16_384, 16_384, 0), "good": Effort(65_536, 131_072, 15), "best": Effort(98_304, 196_608, 60)}
+
+
+def effort_of(name: str) -> Effort:
+    """Find an effort by its name.
+
+    Raises:
+        InputError: there is none of that name; the message has the nearest.
+    """
+    if name not in EFFORTS:
+        raise InputError(f"no effort '{name}'.{nearest(name, EFFORTS)} Choose from: {', '.join(EFFORTS)}")
+    return EFFORTS[name]
+
+
+def at_effort(config: ConvertConfig, effort: str) -> ConvertConfig:
+    """Give a configuration the effort's calibration tokens, unless it says how many."""
+    found = effort_of(effort)
+    if "tokens" in config.model_fields_set or not found.minutes:
+        return config
+    tokens = found.tokens if choose_device(config.device).type == "cpu" else found.gpu_tokens
+    return ConvertConfig(**{name: getattr(config, name) for name in config.model_fields_set} | {"tokens": tokens})
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """About how long a conversion will take on this machine."""
+
+    convert_minutes: float
+    train_minutes: float
+
+    def __str__(self) -> str:
+        convert = f"about {max(1, round(self.convert_minutes)):.0f} min to convert"
+        return f"{convert}, {self.train_minutes:g} min to train" if self.train_minutes else convert
+
+
+def estimate(model: str | Path, config: ConvertConfig | None = None, effort: str = "fast") -> Estimate:
+    """Estimate the minutes of a conversion from a few products on this machine; text that is to be written not counted.
+
+    Raises:
+        InputError: what `convert` refuses.
+    """
+    config = at_effort(config or ConvertConfig(), effort)
+    check = unwritten(config)
+    conversions = candidates(place(str(model)), check)
+    tokens = config.tokens / check.tokens
+    products = sum(_products(conversion, tokens, share) for conversion, share in _passes(conversions))
+    return Estimate(products / _speed(conversions[0]) / 60, effort_of(effort).minutes)
+
+
+def _passes(conversions: list[Conversion]) -> list[tuple[Conversion, float]]:
+    """List conversions with the share of their layers that is converted: of trials a part, of the last all."""
+    trials = [(conversion, 0.5 / EVERY) for conversion in conversions] if len(conversions) > 1 else []
+    return [*trials, (conversions[-1], 1.0)]
+
+
+def _products(conversion: Conversion, tokens: float, share: float) -> float:
+    """Count multiplications: both models' layers on all tokens, and the Gram matrices of the fits."""
+    layers = conversion.layerwise.layers
+    layer = sum(parameter.numel() for parameter in layers[-1].parameters())
+    width: int = conversion.layerwise.config.intermediate_size
+    forward = FORWARDS * layer
+    fit = FITS * (conversion.plan.ffn_active(width) * width) ** 2
+    return share * tokens * conversion.tokens.count() * len(layers) * (forward + fit)
+
+
+def _speed(conversion: Conversion) -> float:
+    """Measure multiplications a second."""
+    device, dtype = conversion.layerwise.device, conversion.layerwise.dtype
+    x_TD = torch.zeros(512, 1_024, dtype=dtype, device=device)
+    weight_ID = torch.zeros(2_048, 1_024, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        linear(x_TD, weight_ID).sum().item()
+        seconds.append(time.perf_counter() - start)
+    return x_TD.shape[0] * weight_ID.numel() / min(seconds)
+
+
+def convert(
+    model: str | Path,
+    output: str | Path,
+    config: ConvertConfig | None = None,
+    *,
+    effort: str = "fast",
+    resume: bool = True,
+    overwrite: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ConversionResult:
+    """Turn a dense model into a Mixture-of-Experts and write it to `output`; with more effort, train it a little too.
+
+    Args:
+        model: hub id, folder, .gguf file or built-in name (`tiny`, `demo`, `demo-1.5b`, `gemma-270m`).
+        output: the folder to make; it appears only when whole.
+        config: what to do; by default half of each FFN is active.
+        effort: `fast`; `good`: four times the calibration tokens and 15 minutes of training; `best`: six times and an
+            hour. Tokens that `config` gives stay.
+        resume: go on with unfinished work on the same model, data and configuration.
+        overwrite: replace `output` if it exists.
+        force: keep a collapsed result.
+        progress: called with (done, all, note), first of layers, then of per cent of the training.
+
+    Returns:
+        What `metrics.json` holds; `finetune` in it is the training.
+
+    Raises:
+        InputError: something given cannot work; nothing costly was done.
+        WorkError: a self-test failed or the result collapsed.
+    """
+    minutes, config = effort_of(effort).minutes, at_effort(config or ConvertConfig(), effort)
+    options = {"resume": resume, "progress": progress}
+    if not minutes:
+        return converting.convert(model, output, config, overwrite=overwrite, force=force, **options)
+    output, model = path(output), place(str(model))
+    if for_output(config, output).engine == LLAMA_CPP:
+        raise InputError(
+            f"--effort {effort} trains a folder, and --for {LLAMA_CPP} ends in a GGUF; give --effort fast, or train a "
+            "folder with the plan that 'moesaic plan --for llama.cpp' shows, and then: moesaic export OUT OUT.gguf"
+        )
+    check_output(output, overwrite)
+    from .training.finetune import finetune  # which says what to install, before the conversion
+
+    made = output.with_name(f"{output.name}.effort")
+    if not (resume and _is_made(made, model, config)):
+        converting.convert(model, made, config, overwrite=True, force=force, **options)
+    longest: int = Converted(made).config.max_position_embeddings
+    text = tuple(saved_settings(made)["config"]["calibration"])
+    training = FinetuneConfig(
+        teacher=model, data=text, minutes=minutes, window=min(WINDOW, longest), seed=config.seed,
+        device=config.device,
+    )  # fmt: skip
+    finetune(made, output, training, overwrite=overwrite, **options)
+    remove(made)
+    return saved_result(output)
+
+
+def _is_made(made: Path, model: str, config: ConvertConfig) -> bool:
+    """Tell whether the conversion to be trained was finished before."""
+    if not (made / METRICS_FILE).is_file():
+        return False
+    found = saved_result(made).fingerprint
+    return any(conversion.fingerprint == found for conversion in candidates(model, config))

@@ -1,0 +1,105 @@
+"""One dial: how much calibration and training a conversion gets."""
+
+import json
+
+import pytest
+
+import moesaic
+from moesaic import ConvertConfig, InputError, effort
+from moesaic.effort import EFFORTS, Effort, at_effort, estimate
+from moesaic.given import LIMITS
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Good is a second of training on little text."""
+    monkeypatch.setitem(EFFORTS, "good", Effort(2_048, 2_048, 1 / 60))
+
+
+CONFIG = ConvertConfig(partition="coactivation", window=64)
+
+
+def test_efforts_ask_for_more_and_more():
+    fast, good, best = EFFORTS.values()
+    assert (fast.tokens, fast.minutes) == (ConvertConfig().tokens, 0)
+    assert fast.tokens < good.tokens < best.tokens
+    assert fast.minutes < good.minutes < best.minutes
+    assert all(one.gpu_tokens >= one.tokens for one in EFFORTS.values())
+    assert all(LIMITS["tokens"].holds(one.gpu_tokens) for one in EFFORTS.values())
+
+
+def test_what_is_given_stays():
+    assert at_effort(ConvertConfig(), "fast") == ConvertConfig()
+    assert at_effort(ConvertConfig(seed=3, device="cpu"), "good") == ConvertConfig(seed=3, device="cpu", tokens=65_536)
+    assert at_effort(ConvertConfig(tokens=512), "best") == ConvertConfig(tokens=512)
+
+
+def test_an_unknown_effort_is_refused(tmp_path):
+    with pytest.raises(InputError, match="Did you mean 'good'"):
+        moesaic.convert("tiny", tmp_path / "out", effort="goood")
+    assert not list(tmp_path.iterdir())
+
+
+def test_good_converts_and_trains(short, tmp_path):
+    said = []
+    made = moesaic.convert(
+        "tiny", tmp_path / "out", CONFIG, effort="good", progress=lambda done, count, note: said.append((count, note))
+    )
+    assert made.finetune is not None
+    assert made.finetune.steps
+    assert made.finetune.perplexity == made.perplexity
+    assert made.finetune.held_out_loss <= made.finetune.held_out_loss_before
+    assert made.output == str(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["finetune"]["steps"] == made.finetune.steps
+    assert {count for count, _ in said} >= {5, 100} or len({count for count, _ in said}) > 1
+    moesaic.load(tmp_path / "out")
+
+
+def test_fast_is_the_conversion_alone(tmp_path):
+    config = CONFIG.model_copy(update={"tokens": 1_024})
+    made = moesaic.convert("tiny", tmp_path / "out", config)
+    assert made.finetune is None
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_it_goes_on_where_it_stopped(short, tmp_path, monkeypatch):
+    class Stop(BaseException):
+        pass
+
+    def stop(done, count, note):
+        if "step" in note:
+            raise Stop
+
+    with pytest.raises(Stop):
+        moesaic.convert("tiny", tmp_path / "out", CONFIG, effort="good", progress=stop)
+    assert (tmp_path / "out.effort" / "metrics.json").is_file()
+    before = (tmp_path / "out.effort" / "metrics.json").read_text()
+
+    def no(*args, **options):
+        raise AssertionError("converted twice")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(effort.converting, "convert", no)
+        with pytest.raises(AssertionError, match="twice"):  # another configuration is converted anew
+            moesaic.convert("tiny", tmp_path / "out", CONFIG.model_copy(update={"seed": 1}), effort="good")
+        assert (tmp_path / "out.effort" / "metrics.json").read_text() == before
+        made = moesaic.convert("tiny", tmp_path / "out", CONFIG, effort="good")
+    assert made.finetune is not None
+    assert not (tmp_path / "out.effort").exists()
+
+
+def test_what_exists_is_not_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(InputError):
+        moesaic.convert("tiny", tmp_path / "out", CONFIG, effort="good", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_estimate_grows_with_what_is_asked():
+    few, many = (estimate("tiny", CONFIG.model_copy(update={"tokens": n})).convert_minutes for n in (2_048, 65_536))
+    assert 3 * few < many < 200 * few
+    assert estimate("tiny", CONFIG, "best").train_minutes == 60
+    assert str(estimate("tiny", CONFIG, "good")).endswith("15 min to train")
+    assert "train" not in str(estimate("tiny", CONFIG))
