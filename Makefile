@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 # e.g. TORCH_OPTIONS="--index-url <PyTorch's index of CPU wheels>" where the default wheel would bring CUDA
 TORCH_OPTIONS ?=
 CONSTRAINTS ?= constraints.txt
-EXTRAS := train,export,plots
+EXTRAS := train,export,plots,serve,vision
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet

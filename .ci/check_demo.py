@@ -5,6 +5,8 @@ import math
 import sys
 from pathlib import Path
 
+from moesaic.evaluation.code_runner import run_program
+
 out = Path(sys.argv[1])
 metrics = json.loads((out / "metrics.json").read_text())
 convert = {
@@ -17,6 +19,13 @@ assert not missing, f"metrics.json lacks {missing}"
 files = {"config.json", "README.md", "moesaic.yaml", "layer_error.png", "expert_load.png", "speed.png", "report.html"}
 assert not files - {p.name for p in out.iterdir()}, "files are missing"
 assert all(text["dense"].strip() and text["converted"].strip() for text in metrics["typed"]), "somebody typed nothing"
+first = [[0, 1, 1, 2, 3, 5, 8, 13, 21, 34], [1, 1, 2, 3, 5, 8, 13, 21, 34, 55]]
+asked = metrics["typed"][0]["prompt"]
+assert "fibonacci" in asked
+for who in ("dense", "converted"):
+    typed = metrics["typed"][0][who]
+    done = run_program(f"{asked}{typed}\n\nassert list(fibonacci(10)) in {first}, fibonacci(10)\n")
+    assert done.passed, f"the {who} model's Fibonacci numbers are wrong ({done.reason}):\n{typed}"
 assert metrics["llama_cpp"] or metrics["llama_cpp_missing"], "llama.cpp is neither measured nor is said why not"
 ratio = metrics["perplexity"] / metrics["perplexity_dense"]
 assert 1 < ratio < 2.5, f"perplexity ratio {ratio}"

@@ -33,9 +33,10 @@ from moesaic.checkpoint.sources import resolve
 from moesaic.evaluation.benchmark import decode_speed
 from moesaic.evaluation.inspect import prompt_tokens
 from moesaic.files import write_json
-from moesaic.formats.loading import without_weights
+from moesaic.formats.converted import without_weights
 from moesaic.machine import machine, versions
-from moesaic.moe.adaptive import mean_experts, moe_blocks_of
+from moesaic.moe.adaptive import moe_blocks_of
+from moesaic.moe.counting import mean_experts
 
 LEARNED = {
     "ada-k": ("ada-k", "ppo"), "ada-k-distill": ("ada-k", "distill"),
@@ -65,7 +66,7 @@ def scores(arguments: argparse.Namespace, held: Path, **rule: Any) -> dict[str, 
         def run(text: Path = text, kept: list = kept) -> None:
             kept.append(moesaic.evaluate(model, tokenizer, text=text, window=WINDOW, max_tokens=arguments.max_tokens))
 
-        experts = mean_experts(model, run)
+        experts = mean_experts(model, run).by_layer
         found[name] = {
             "perplexity": kept[0].perplexity, "experts": statistics.fmean(experts), "tokens": kept[0].tokens,
             "data_sha256": kept[0].data_sha256,

@@ -4,7 +4,7 @@ import torch
 
 import moesaic
 from moesaic.calibration.layers import calibrate, relative_error
-from moesaic.conversion.layer import build_moe, expert_load
+from moesaic.conversion.layer import build_moe, expert_loads
 from moesaic.conversion.prepare import prepare
 from moesaic.partition.coactivation import Coactivation
 
@@ -19,4 +19,4 @@ with torch.no_grad(), layerwise.layer(0) as layer:
     print("routed:        ", relative_error(sample, moe(sample.input_TD)))
     conversion.recovery.recover(moe, sample, partition)
     print("recovered:     ", relative_error(sample, moe(sample.input_TD)))
-    print("tokens of each expert:", expert_load(moe, sample).tolist())
+    print("tokens of each expert:", expert_loads(moe, sample).all_E.tolist())

@@ -95,6 +95,7 @@ def harness(file: str) -> str:
     }
     for flag, key in (("active", "active"), ("memory-factor", "memory_factor"), ("seeds", "seed")):
         flags[flag] = " ".join(f"{value:g}" for value in sorted({row[key] for row in rows}))
+    flags["siblings"] = " ".join(sibling["model"] for sibling in d.get("siblings", [])) or None
     flags["methods"] = " ".join(dict.fromkeys(row["method"] for row in rows))
     given = " ".join(f"--{flag} {value}" for flag, value in flags.items() if value is not None)
     return measured(

@@ -24,7 +24,7 @@ if __name__ == "__main__":
     for folder in a.folders:
         result = read_frontier(folder / "frontier.json")
         name = known_as(result.setting["model"])
-        write_frontier(result.summary, name, folder)
+        write_frontier(result.summary, name, folder, result.siblings)
         if a.html:
             write_frontier_page(result, folder / "frontier.html", name)
         print(folder)

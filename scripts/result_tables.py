@@ -16,7 +16,14 @@ from statistics import mean, stdev
 from typing import Any
 
 import adaptive_tables
+import cache_tables
+import engine_tables
+import generation_tables
+import read_me_tables
+import sibling_tables
 import speed_tables
+import store_tables
+import vlm_tables
 from measured import RESULTS, ROOT, grid, harness, measured, number, ratio, read, times
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
@@ -38,6 +45,15 @@ LABELS = {
     "expertweaver": "ExpertWeaver, 64 groups",
     "expertweaver-coarse": "ExpertWeaver, eight groups",
     "llama-moe": "LLaMA-MoE (random groups)",
+    "depth+closed-form": "fewer layers (ShortGPT), our recovery",
+    "depth": "fewer layers (ShortGPT)",
+    "depth-contiguous+closed-form": "a run of layers fewer, our recovery",
+    "depth-contiguous": "a run of layers fewer (Gromov et al.)",
+    "cats+closed-form": "CATS, our recovery",
+    "cats": "CATS",
+    "cats-top-k": "*bound at batch 1: CATS, each token's largest*",
+    "teal": "*bound at batch 1: TEAL on FFNs*",
+    "wina": "*bound at batch 1: WINA on FFNs*",
     "neurons": "*bound: each token its own best neurons*",
 }
 
@@ -48,8 +64,8 @@ def by_method(summary: list[dict[str, Any]]) -> dict[tuple[str, float], dict[flo
     return {key: {r["active"]: r for r in summary if (r["method"], r["memory_factor"]) == key} for key in keys}
 
 
-def quality(model: str) -> str:
-    file = f"quality-{model}/frontier.json"
+def quality(model: str, folder: str = "") -> str:
+    file = f"{folder}quality-{model}/frontier.json"
     rows = []
     for (method, _), found in by_method(read(file)["summary"]).items():
         memory = sorted({r["memory"] for r in found.values() if r["memory"]})
@@ -221,14 +237,18 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-demo": lambda: quality("demo"),
     "quality-gemma-270m": lambda: quality("gemma-270m"),
     "quality-demo-1.5b": lambda: quality("demo-1.5b"),
+    "siblings-demo-1.5b": lambda: sibling_tables.siblings("demo-1.5b", LABELS),
     "zero-shot": lambda: zero_shot("tasks"),
     "zero-shot-65k": lambda: zero_shot("tasks-65k"),
     "calibration-tokens": calibration,
     "first-tokens": first_tokens,
-    "engines": speed_tables.engines,
+    "engines": engine_tables.engines,
+    "engines-by-width": engine_tables.by_width,
+    "quantised": engine_tables.quantised,
     "training": training,
     "adaptive-tiny-moe": lambda: adaptive_tables.adaptive("tiny-moe"),
     "adaptive-speed": adaptive_tables.adaptive_speed,
+    "adaptive-demo": lambda: adaptive_tables.adaptive("demo"),
     "adaptive-gemma-270m": lambda: adaptive_tables.adaptive("gemma-270m"),
     "shapes-demo": lambda: speed_tables.shapes("demo"),
     "shapes-gemma-270m": lambda: speed_tables.shapes("gemma-270m"),
@@ -239,6 +259,21 @@ TABLES: dict[str, Callable[[], str]] = {
     "conversion": speed_tables.conversion,
     "assignment": speed_tables.assignment,
     "pruning-tiny-moe": lambda: pruning("tiny-moe"),
+    "cache-tiny-moe": lambda: cache_tables.hits("tiny-moe"),
+    "cache-shapes": cache_tables.shapes,
+    "store-policies-tiny-moe": lambda: store_tables.policies("tiny-moe"),
+    "store-policies-demo": lambda: store_tables.policies("demo"),
+    "store-queue": lambda: store_tables.queue("gemma-ahead"),
+    "store-queue-domains": lambda: store_tables.queue("domains"),
+    "store-bias": lambda: store_tables.bias("tiny-moe"),
+    "store-memory": lambda: store_tables.memory("demo"),
+    "store-limited": store_tables.limited,
+    "serving-schedulers": lambda: store_tables.schedulers("domains"),
+    "serving-load": lambda: store_tables.load("tiny-moe"),
+    "read-me-tiny": lambda: read_me_tables.read_me("tiny"),
+    "generation": generation_tables.generation,
+    "vlm-tiny": lambda: vlm_tables.vlm("tiny"),
+    "vlm-tiny-tuned": lambda: vlm_tables.tuned("tiny"),
 }
 
 

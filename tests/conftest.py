@@ -120,6 +120,13 @@ def random_sample(tokens=200, hidden=16, neurons=48, seed=0, dtype=torch.float32
     return LayerActivations(ffn=ffn, input_TD=x, output_TD=ffn(x), weight_T=weight, domain_T=domain)
 
 
+def whole(partition):
+    """Whether a partition's experts are whole FFNs, which have tests of their own."""
+    from moesaic import registry
+
+    return registry.method_class("partition", partition).whole_experts
+
+
 def default_selection(router):
     from moesaic import registry
 
@@ -136,7 +143,7 @@ def block_for(sample, plan, gate="linear", bias=False, selection=None):
         hidden_size=sample.input_TD.shape[1], num_experts=plan.num_experts,
         num_experts_per_tok=plan.num_experts_per_tok, moe_intermediate_size=plan.width,
         shared_expert_intermediate_size=plan.shared_width, shared_expert_bias=bias,
-        router=gate, router_hidden_size=16, selection=selection or default_selection(gate),
+        router=gate, router_hidden_size=16, norm_topk_prob=True, selection=selection or default_selection(gate),
         _experts_implementation="eager",
     )  # fmt: skip
     return MoE(config, sample.ffn.act_fn).to(sample.input_TD.dtype).requires_grad_(False)

@@ -26,7 +26,8 @@ from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.formats.adapter import build_selection
 from moesaic.models.moe_block import Routing, find_blocks
 from moesaic.models.router_scores import router_scores
-from moesaic.moe.adaptive import BlockRanker, Decision, attach, decided_by, mean_experts
+from moesaic.moe.adaptive import BlockRanker, Decision, attach, decided_by
+from moesaic.moe.counting import mean_experts
 from moesaic.routing.selection.ada_k import AdaK
 from moesaic.routing.selection.base import LayerSample, Ranking, mean_count
 from moesaic.routing.selection.entropy import Entropy
@@ -37,6 +38,7 @@ from moesaic.routing.selection.skip import Skip
 from moesaic.routing.selection.threshold import Threshold
 from moesaic.routing.selection.top_k import TopK
 from moesaic.routing.selection.top_p import TopP
+from moesaic.training.data import Samples
 from test_moe_block import CHOSEN, EXPERTS, STOCK, TOKENS, ours, stock
 
 ALL = [*STOCK, "ours"]
@@ -137,7 +139,7 @@ def test_empty_slots_equal_masked_weights(name):
 
     with decided_by(rankers, some):
         found = model(TOKENS).logits
-        assert mean_experts(model, lambda: model(TOKENS)) == [1.5] * len(rankers)
+        assert mean_experts(model, lambda: model(TOKENS)).by_layer == [1.5] * len(rankers)
     with decided_by(rankers, masked):
         torch.testing.assert_close(found, model(TOKENS).logits, rtol=1e-4, atol=1e-6)
 
@@ -278,11 +280,12 @@ def test_a_rule_meets_its_budget(name, rule):
     parameters = [dict(selection.parameters(block)) for block in blocks]
     if rule == "ada-k":  # a policy that says something
         parameters = [{"weight": torch.randn_like(values["weight"])} for values in parameters]
-    found = calibrate(model, [BlockRanker(b) for b in blocks], selection, parameters, 1.5, tokens)
+    samples = Samples(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    found = calibrate(model, [BlockRanker(b) for b in blocks], selection, parameters, 1.5, samples)
     if not (rule == "skip" and name == "deepseek-v3"):  # two sigmoids lie close together
         assert found.experts_per_token == pytest.approx(1.5, rel=0.02)
     with attach(model, found.selection, found.parameters):
-        ran = mean_experts(model, lambda: model(tokens, use_cache=False))
+        ran = mean_experts(model, lambda: model(tokens, use_cache=False)).by_layer
     assert sum(ran) / len(ran) == pytest.approx(found.experts_per_token, rel=0.01)
 
 
@@ -472,9 +475,9 @@ def test_an_adapter_comes_back_as_it_was_made(folder, tmp_path, method):
     found = moesaic.evaluate(model, tokenizer, window=128, max_tokens=512)
     again, _ = moesaic.load(folder, adapter=tmp_path / "out", dtype=torch.float32)
     assert moesaic.evaluate(again, tokenizer, window=128, max_tokens=512).perplexity == found.perplexity
-    assert sum(mean_experts(model, lambda: model(TOKENS))) / 2 < 4
+    assert sum(mean_experts(model, lambda: model(TOKENS)).by_layer) / 2 < 4
     plain, _ = moesaic.load(folder, dtype=torch.float32)
-    assert sum(mean_experts(plain, lambda: plain(TOKENS))) / 2 == 4
+    assert sum(mean_experts(plain, lambda: plain(TOKENS)).by_layer) / 2 == 4
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["result"]["active"] == result.active
 
 

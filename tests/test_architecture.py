@@ -12,8 +12,8 @@ SOURCE = Path(moesaic.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = [
     "errors", "files", "given", "machine", "compat", "registry", "plan", "results", "report", "config", "checkpoint",
-    "models", "calibration", "partition", "routing", "moe", "recovery", "formats", "serving", "evaluation",
-    "conversion", "pruning", "training", "adaptation", "comparison", "demo", "cli",
+    "models", "calibration", "partition", "routing", "moe", "recovery", "formats", "store", "serving", "evaluation",
+    "conversion", "pruning", "training", "adaptation", "comparison", "effort", "demo", "cli",
 ]  # fmt: skip
 """From the ground up: a file imports from its own floor and from those before it."""
 FAMILY_NAMES = re.compile(r"model\.layers|self_attn|\bbase_model\.(layers|norm)\b|\.embed_tokens")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from moesaic.report import tables
+from moesaic.report.frontier_table import show_frontier
 from moesaic.results import EvaluationResult, FrontierResult, FrontierSummary
 
 SMALL = ["--tokens", "1024", "--plan", "S1A2E8"]
@@ -177,6 +177,7 @@ def test_a_frontier_fits_eighty_columns_and_shows_only_what_was_measured():
         partition=None, speedup=None, perplexity_ratio=17.7, perplexity_ratio_deviation=0.1, seeds=1,
     )  # fmt: skip
     full = replace(row, seeds=3, speedup=1.5, tasks_mean=0.4, tasks_stderr=0.02)
+    placed = replace(full, seeds=1, over_line=1.234, line=14.4, line_by="parameters", extrapolated=True)
     bound = replace(row, method="neurons", plan=None, memory=None)
     dense = EvaluationResult(
         perplexity=32.1, protocol="gptq", tokens=40_960, window=2_048, text="wiki.test.raw", data_sha256="", tasks={},
@@ -189,19 +190,22 @@ def test_a_frontier_fits_eighty_columns_and_shows_only_what_was_measured():
             setting={"model": "demo"}, versions={}, machine="", rows=[], dense=dense, unfit={}, speeds=[],
             summary=list(rows),
         )  # fmt: skip
-        tables.show_frontier(console, found, "out")
+        show_frontier(console, found, "out")
         return console.file.getvalue()
 
     text = shown(full, bound)
     assert max(map(len, text.splitlines())) <= 80
     assert all(part in text for part in ("decode", "1.50x", "zero-shot", "0.400 ±.020", "17.700 ±.100"))
+    text = shown(placed, bound)
+    assert max(len(line) for line in text.splitlines() if "│" in line) <= 80
+    assert all(part in text for part in ("1.50x", "0.400 ±.020", "17.700", "ours/line", "1.234p*"))
     alone = shown(bound)
-    assert not any(part in alone for part in ("decode", "zero-shot", "±"))
+    assert not any(part in alone for part in ("decode", "zero-shot", "±", "ours/line"))
 
 
 @pytest.mark.parametrize(("asked", "used"), [([], "float16"), (["--dtype", "float32"], "float32")])
 def test_texts_are_scored_in_the_dtype_that_is_fast_unless_one_is_asked_for(run, monkeypatch, asked, used):
-    monkeypatch.setattr("moesaic.formats.loading.compute_dtype", lambda dtype, device: torch.float16)
+    monkeypatch.setattr("moesaic.serving.loading.compute_dtype", lambda dtype, device: torch.float16)
     code, out, err = run("evaluate", "tiny", "--window", "64", "--max-tokens", "64", *asked, "--json")
     assert code == 0, err
     assert json.loads(out)["dtype"] == used

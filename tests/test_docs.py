@@ -113,7 +113,7 @@ def test_readme_lists_every_method_and_no_other():
 @pytest.mark.parametrize("stage", registry.STAGES)
 def test_a_manual_has_every_method_of_its_stage(stage):
     page = {"partition": "partition", "recovery": "recovery", "method": "finetune", "format": "formats"}
-    page |= {"selection": "adaptive", "learner": "adaptive", "pruning": "pruning"}
+    page |= {"selection": "adaptive", "learner": "adaptive", "pruning": "pruning", "cache": "cache"}
     table = (DOCS / f"{page.get(stage, 'routing')}.md").read_text()
     listed = {name.replace("_", "-") for name in re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)}
     assert set(registry.names(stage)) <= listed

@@ -22,7 +22,7 @@ from moesaic.evaluation.inspect import inspect
 from moesaic.evaluation.perplexity import window_losses
 from moesaic.formats.export import export
 from moesaic.formats.fields import CONFIG_KEY, moesaic_fields
-from moesaic.formats.loading import load
+from moesaic.serving.loading import load
 
 UP = "model.layers.1.mlp.up_proj.weight"
 FORMATS = ("glm4_moe", "moesaic")

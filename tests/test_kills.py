@@ -37,8 +37,8 @@ EVALUATION = EvaluationResult(
 CASES = [
     f"{verb}{over}" for over in ("", ", overwrite")
     for verb in (
-        "convert", "convert, not stock", "export", "export moesaic", "export gguf", "finetune", "adapt",
-        "adapt, calibrated", "adapt, inside",
+        "convert", "convert, not stock", "convert gguf", "convert for llama.cpp", "export", "export moesaic",
+        "export gguf", "finetune", "adapt", "adapt, calibrated", "adapt, inside",
     )
 ] + ["finetune, cache"]  # fmt: skip
 
@@ -105,6 +105,10 @@ def calls(models, root):
         "adapt, calibrated": adapt("top-p"),
         "adapt, inside": adapt("learned-threshold", steps=3, inside=True),
         "convert": lambda out, overwrite: moesaic.convert(dense, out, SMALL, overwrite=overwrite),
+        "convert gguf": lambda out, overwrite: moesaic.convert(dense, out, SMALL, overwrite=overwrite),
+        "convert for llama.cpp": lambda out, overwrite: moesaic.convert(
+            dense, out, SMALL.model_copy(update={"engine": "llama.cpp", "outtype": "f16"}), overwrite=overwrite
+        ),
         "export": lambda out, overwrite: moesaic.export(source, out, overwrite=overwrite),
         "export moesaic": lambda out, overwrite: moesaic.export(source, out, "moesaic", overwrite=overwrite),
         "export gguf": lambda out, overwrite: moesaic.export(source, out, "gguf", overwrite=overwrite),

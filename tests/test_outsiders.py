@@ -22,7 +22,7 @@ from moesaic.partition import Partitioner
 ROOT = Path(__file__).parent.parent
 OUTSIDERS = {
     "partition": "EveryOther", "router": "Squared", "selection": "AboveMean", "recovery": "Rescale",
-    "method": "OnlyShared", "format": "Qwen3Moe", "pruning": "Weighty",
+    "method": "OnlyShared", "format": "Qwen3Moe", "pruning": "Weighty", "cache": "Rarest",
 }  # fmt: skip
 SETTINGS = {"partition": "EveryOther", "router": "Squared", "selection": "AboveMean", "recovery": "Rescale"}
 
@@ -169,12 +169,12 @@ class OtherNamesMLP(torch.nn.Module):
     def __init__(self, config):
         super().__init__()
         sizes = (config.hidden_size, config.intermediate_size)
-        self.w1, self.w3 = (torch.nn.Linear(*sizes, bias=False) for _ in range(2))
-        self.w2 = torch.nn.Linear(*reversed(sizes), bias=False)
+        self.wi_0, self.wi_1 = (torch.nn.Linear(*sizes, bias=False) for _ in range(2))
+        self.wo = torch.nn.Linear(*reversed(sizes), bias=False)
         self.act = torch.nn.SiLU()
 
     def forward(self, x):
-        return self.w2(self.act(self.w1(x)) * self.w3(x))
+        return self.wo(self.act(self.wi_0(x)) * self.wi_1(x))
 
 
 class OtherNamesForCausalLM(LlamaForCausalLM):

@@ -21,7 +21,7 @@ from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.config import ConvertConfig
 from moesaic.formats.converted import Converted
-from moesaic.formats.loading import load_tokenizer
+from moesaic.models.tokenizer import load_tokenizer
 from moesaic.training.data import make_samples
 from moesaic.training.teacher import Teacher
 from test_sources import write_gguf
@@ -136,7 +136,9 @@ def test_three_teachers_share_a_teachers_cache(converted, tmp_path):
         teacher.keep_in(tmp_path, train)
         assert teacher.model  # loaded, which threads cannot do at once
     with ThreadPoolExecutor(3) as pool:
-        one, two, three = pool.map(lambda t: [t.top(i, row_L)[0] for i, row_L in enumerate(train.tokens_NL)], teachers)
+        one, two, three = pool.map(
+            lambda t: [t.top(train.take(torch.tensor([i])))[0] for i in range(len(train))], teachers
+        )
     for others in (two, three):
         assert all(torch.allclose(a, b, atol=1e-2) for a, b in zip(one, others, strict=True))
     [folder] = tmp_path.iterdir()

@@ -109,8 +109,9 @@ def test_of_ours_one_that_is_no_slower_than_dense_is_printed():
 
 @pytest.mark.parametrize("folder", [None, "speed", *CHARTS], ids=lambda f: f.name if isinstance(f, Path) else str(f))
 def test_a_chart_is_read_at_once(folder):
-    summary = read_frontier(folder / "frontier.json").summary if isinstance(folder, Path) else None
-    figure = draw_frontier(summary or crowd(1.2 if folder else None), "a model")
+    result = read_frontier(folder / "frontier.json") if isinstance(folder, Path) else None
+    summary, siblings = (result.summary, result.siblings) if result else (crowd(1.2 if folder else None), [])
+    figure = draw_frontier(summary, "a model", siblings)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     page = figure.bbox
@@ -123,7 +124,8 @@ def test_a_chart_is_read_at_once(folder):
             assert page.x0 <= box.x0 < box.x1 <= page.x1
             assert page.y0 <= box.y0 < box.y1 <= page.y1
             assert not any(box.overlaps(other) for other in labels[:i])
-    assert len(figure.axes[0].texts) == 1 + len(figure.axes[0].containers)  # "dense", and a name for each line
+    names = 1 + len(figure.axes[0].containers) + len(siblings)  # "dense", each line and each smaller dense model
+    assert len(figure.axes[0].texts) == names
 
 
 def test_the_same_rows_give_the_same_files(tmp_path):
@@ -300,3 +302,13 @@ def test_a_dense_gguf_has_every_tensor(tmp_path):
     names = {tensor.name for tensor in reader.tensors}
     assert {"token_embd.weight", "output_norm.weight", "blk.3.ffn_down.weight", "blk.0.attn_q.weight"} <= names
     assert len(names) == 2 + 4 * 9
+
+
+def test_the_demo_shows_what_was_measured_unless_asked_otherwise():
+    assert demo_module.shown("tiny", None).active == 0.5
+    assert demo_module.shown("demo", None) == demo_module.shown("demo", 0.625)
+    assert demo_module.shown("demo", None).plan
+    assert demo_module.shown("demo", 0.25) == (0.25, None)
+    for active in (None, 0.25):
+        config = demo_module.shown_config("demo", active)
+        assert (config.active is None) == (config.plan is not None)

@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import generation_tables  # noqa: E402
 import result_tables  # noqa: E402
 
 QUALITY = ROOT / "docs" / "results" / "quality.md"
@@ -62,5 +63,40 @@ def test_readmes_words_are_the_numbers():
     quarter = next(r for r in summary if r["method"] == "specialists" and r["active"] == 0.25)
     words = " ".join(readme.split())
     assert f"Gemma 3 270M: {quarter['speedup']:.2f} x at a quarter" in words
+    found = json.loads((result_tables.RESULTS / "quality-demo-1.5b" / "frontier.json").read_text())
+    over = [
+        (r["active"], r["perplexity_ratio"] * found["dense"]["perplexity"] / r["line_by_parameters"])
+        for r in found["summary"]
+    ]
+    best = [min(value for active, value in over if active == budget) for budget in (0.25, 0.5, 0.75)]
+    assert "1.5B has {:.2f}, {:.2f} and {:.2f} times the perplexity of the line".format(*best) in words
     prefill = json.loads((result_tables.RESULTS / "demo.json").read_text())["prefill"]["512"]
     assert f"`make demo`: {prefill['speedup']:.2f} x" in words
+
+
+def test_what_models_write_is_a_line_for_each_label(tmp_path, monkeypatch):
+    """Seeds of a label are their mean and deviation; a single one has the error of its exercises."""
+    code = {"n": 4, "data_sha256": "ab", "stderr": 0.25, "ended": 1.0}
+
+    def row(label, active, passed, **more):
+        return {
+            "label": label, "plan": None if active == 1 else "S2A2E8", "ffn_active": active, "dtype": "float32",
+            "generation": {"HumanEval": code | {"pass_at_1": passed} | more},
+        }  # fmt: skip
+
+    rows = [row("half", 0.5, 0.25, loss=1.25), row("half", 0.5, 0.5, loss=1.75), row("tiny", 1.0, 0.75)]
+    setting = {
+        "reference": "tiny", "reference_tokens": 64, "files": {"humaneval": "H.jsonl"}, "items": 4, "threads": 1,
+        "max_new_tokens": 9, "batch": 2, "max_tokens": 512, "protocol": "greedy",
+    }  # fmt: skip
+    monkeypatch.setattr(generation_tables, "RESULTS", tmp_path)
+    assert generation_tables.generation() == "Nothing has been measured yet."
+    (tmp_path / "generation-tiny").mkdir()
+    (tmp_path / "generation-tiny" / "generation.json").write_text("")
+    monkeypatch.setattr(generation_tables, "read", lambda file: {"setting": setting, "rows": rows})
+    monkeypatch.setattr(generation_tables, "measured", lambda file, *facts: "\n".join(facts))
+    page = generation_tables.generation()
+    assert "| `tiny` | dense | 100% | 75.0% ± 25.0 |  |" in page
+    assert "| `half` | S2A2E8 | 50% | 37.5% ± 17.7 | 1.50 ± 0.35 |" in page
+    assert page.index("`tiny` | dense") < page.index("`half`")
+    assert "--humaneval H.jsonl --reference tiny --reference-tokens 64 --items 4 --max-new-tokens 9 --batch 2" in page

@@ -21,7 +21,8 @@ from moesaic.evaluation.oracle import OwnRanker, choose, interpolate, run_counts
 from moesaic.evaluation.perplexity import window_losses
 from moesaic.evaluation.tokens import KINDS, token_kind, token_texts
 from moesaic.models.moe_block import find_blocks
-from moesaic.moe.adaptive import attach, mean_experts
+from moesaic.moe.adaptive import attach
+from moesaic.moe.counting import mean_experts
 from moesaic.report.experts import gap, show_experts, show_oracle
 from moesaic.report.passage import write_experts_page, write_heat_map, write_passage_page
 from moesaic.routing.selection.relative import Relative
@@ -100,7 +101,7 @@ def test_means_are_those_of_the_model(name, tokenizer):
     with attach(model, RULE):
         found = moesaic.inspect_experts(model, tokenizer, tokens=256, window=32)
         cut = make_windows(model, tokenizer, Text(bundled("heldout"), "", 256, False), 32).tokens_NL
-        means = mean_experts(model, lambda: [model(input_ids=tokens_L[None, :-1]) for tokens_L in cut])
+        means = mean_experts(model, lambda: [model(input_ids=tokens_L[None, :-1]) for tokens_L in cut]).by_layer
         loss = torch.cat([window_losses(model, tokens_L) for tokens_L in cut]).mean().item()
     assert found.experts_by_layer == pytest.approx(means)
     assert found.experts_per_token == pytest.approx(sum(means) / len(means))
@@ -288,8 +289,8 @@ def test_the_command_line_shows_both_views(run, folder, tmp_path):
         ("tiny --adaptive", "is dense: there are no experts"),
         ("tiny --oracle", "is dense: there are no experts"),
         ("MODEL --adaptive --oracle", "give one of them"),
-        ("MODEL --select top-k:k=1", "--select is for --adaptive or --oracle"),
-        ("MODEL --plot a.png", "--plot is for --adaptive or --oracle"),
+        ("MODEL --select top-k:k=1", "--select is for --adaptive or --oracle or --trace"),
+        ("MODEL --plot a.png", "--plot is for --adaptive; give it too"),
         ("MODEL --adaptive --at-most 2", "--at-most is for --oracle"),
         ("MODEL --adaptive --by-layer", "--by-layer is for --oracle"),
         ("MODEL --oracle --html a.html", "--html is for --adaptive"),

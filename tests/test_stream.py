@@ -65,6 +65,9 @@ WITH_IMAGES = {
 }
 
 
+ALONE = QUICK.model_copy(update={"recovery": "none", "plan": "S4A4E8", "text_only": True})
+
+
 @pytest.mark.parametrize("name", WITH_IMAGES)
 def test_the_text_tower_of_a_vision_language_model_streams_too(name, tmp_path):
     """Its tensors are on disk under older names; the model around the tower is transformers' own."""
@@ -76,9 +79,11 @@ def test_the_text_tower_of_a_vision_language_model_streams_too(name, tmp_path):
     with torch.no_grad():
         logits = model(input_ids=tokens).logits[:, :-1]
     expected = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(2, -1)
-    torch.testing.assert_close(run_all(LayerwiseModel(tmp_path, torch.float32, CPU), tokens), expected)
+    for alone in (True, False):
+        stream = LayerwiseModel(tmp_path, torch.float32, CPU, text_only=alone)
+        torch.testing.assert_close(run_all(stream, tokens), expected)
     assert plans(str(tmp_path)).intermediate_size == SMALL["intermediate_size"]
-    text = convert(tmp_path, tmp_path / "out", QUICK.model_copy(update={"recovery": "none", "plan": "S4A4E8"}))
+    text = convert(tmp_path, tmp_path / "out", ALONE)
     with torch.no_grad():  # all experts on: what is written is the text part, under a text model's names
         assert torch.allclose(load(tmp_path / "out").model(tokens).logits[:, :-1], logits, atol=2e-3)
     assert text.dense_parameters < sum(p.numel() for p in model.parameters())
@@ -90,9 +95,7 @@ def test_a_vision_language_model_whose_text_part_is_no_model_of_its_own_is_refus
     )
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no model of its text part alone"):
-        LayerwiseModel(tmp_path, torch.float32, CPU)
-    with pytest.raises(InputError, match="no model of its text part alone"):
-        plans(str(tmp_path))
+        LayerwiseModel(tmp_path, torch.float32, CPU, text_only=True)
 
 
 def test_other_architectures_are_refused_with_what_was_found(tmp_path):

@@ -30,6 +30,8 @@ from moesaic.formats.gguf.dense import write_dense_gguf
 from moesaic.report import tables
 from moesaic.report.card import commands
 from moesaic.report.console import command, here, offer, plain_console
+from moesaic.report.frontier_table import show_frontier
+from moesaic.report.plans import show_plans
 from moesaic.report.progress import progress
 from moesaic.results import (
     EvaluationResult,
@@ -133,8 +135,8 @@ def test_every_table_fits_eighty_columns_with_long_names_in_brackets(converted):
     plans = replace(plans, model=LONG, choices=[replace(c, gguf=["q4_k in part"]) for c in plans.choices])
     cases = [
         (tables.show_conversion, replace(result, output=LONG, collapsed=True, partition="my_methods:" + "A" * 90)),
-        (tables.show_training, trained()), (tables.show_plans, plans), (tables.show_evaluation, evaluation),
-        (tables.show_benchmark, speed), (tables.show_frontier, frontier, LONG),
+        (tables.show_training, trained()), (show_plans, plans), (tables.show_evaluation, evaluation),
+        (tables.show_benchmark, speed), (show_frontier, frontier, LONG),
         (tables.show_inspection, replace(moesaic.inspect(out), folder=LONG, model=LONG)),
         (tables.show_facts, LONG, {"output": LONG, "bytes": 10**12}),
     ]  # fmt: skip
@@ -157,7 +159,7 @@ def test_printed_commands_can_be_pasted(converted, name):
     _, result = converted
     text = shown(tables.show_conversion, replace(result, output=name))
     assert pasted(text)[0] == ["moesaic", "generate", here(name), "def quicksort(arr):"]
-    assert pasted(shown(tables.show_plans, replace(moesaic.plans("tiny"), model=name)))[0][2] == here(name)
+    assert pasted(shown(show_plans, replace(moesaic.plans("tiny"), model=name)))[0][2] == here(name)
     found = {engine: shlex.split(line) for engine, line in commands(name).items()}
     assert found["vllm"] == ["vllm", "serve", here(name)]
     assert len(found["mlx"]) == 8

@@ -15,7 +15,7 @@ from moesaic import __version__
 
 pytestmark = pytest.mark.wheel
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("accelerate", "gguf", "matplotlib", "peft", "sentencepiece")
+EXTRAS = ("PIL", "accelerate", "fastapi", "gguf", "matplotlib", "peft", "sentencepiece", "uvicorn")
 BIG = ("torch", "nvidia", "cuda")
 
 
@@ -75,13 +75,18 @@ def converted(call):
 
 
 def test_it_is_small(wheel):
-    """A dense model of 5 MB and a Mixture-of-Experts of 8 come along; all else is less than one."""
+    """Models of 4, 6 and 5 MB come along, half a megabyte of pictures, as much of text; all else is less than one."""
     with zipfile.ZipFile(wheel) as archive:
         sizes = {info.filename: info.compress_size for info in archive.infolist()}
     models = {name: size for name, size in sizes.items() if name.endswith(".safetensors")}
-    assert {name.split("/")[-2] for name in models} == {"tiny", "tiny_moe"}
-    assert sum(sizes.values()) - sum(models.values()) < 1_000_000
-    assert wheel.stat().st_size < 11_000_000
+    assert {name.split("/")[-2] for name in models} == {"tiny", "tiny_moe", "tiny_vlm"}
+    assert max(models.values()) < 6_000_000
+    pictures = sum(size for name, size in sizes.items() if "/data/pictures/" in name)
+    text = sum(size for name, size in sizes.items() if name.endswith(".jsonl") and "/pictures/" not in name)
+    assert pictures < 500_000
+    assert text < 500_000
+    assert sum(sizes.values()) - sum(models.values()) - pictures - text < 1_000_000
+    assert wheel.stat().st_size < 17_000_000
 
 
 def test_it_holds_the_package_and_nothing_else(wheel):

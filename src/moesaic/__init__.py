@@ -17,27 +17,34 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .adaptation.adapt import adapt
     from .comparison.frontier import frontier
+    from .comparison.quantised import compare_quantised
     from .comparison.rows import Measurement
     from .config import AdaptConfig, ConvertConfig, FinetuneConfig, PruneConfig
-    from .conversion.convert import convert
     from .conversion.plans import plans
+    from .effort import Estimate, convert, estimate
     from .errors import InputError, WorkError
     from .evaluation.benchmark import benchmark
     from .evaluation.evaluate import evaluate
     from .evaluation.experts import inspect_experts
     from .evaluation.inspect import inspect
     from .evaluation.oracle import inspect_oracle
+    from .evaluation.routes import inspect_routes
     from .formats.export import export
-    from .formats.loading import load
     from .models.moe_block import MoEBlock, Routing, find_blocks, routed_by
     from .plan import Plan
     from .pruning.prune import prune
     from .serving.generate import complete
+    from .serving.loading import load
+    from .serving.questions import load_processor
+    from .serving.server.serve import serve
+    from .serving.server.settings import ServeConfig
+    from .store.opening import StoreOptions
     from .training.finetune import finetune
 
 PUBLIC = {
     "AdaptConfig": "config",
     "ConvertConfig": "config",
+    "Estimate": "effort",
     "FinetuneConfig": "config",
     "InputError": "errors",
     "Measurement": "comparison.rows",
@@ -45,11 +52,15 @@ PUBLIC = {
     "Plan": "plan",
     "PruneConfig": "config",
     "Routing": "models.moe_block",
+    "StoreOptions": "store.opening",
+    "ServeConfig": "serving.server.settings",
     "WorkError": "errors",
     "adapt": "adaptation.adapt",
     "benchmark": "evaluation.benchmark",
+    "compare_quantised": "comparison.quantised",
     "complete": "serving.generate",
-    "convert": "conversion.convert",
+    "convert": "effort",
+    "estimate": "effort",
     "evaluate": "evaluation.evaluate",
     "export": "formats.export",
     "find_blocks": "models.moe_block",
@@ -58,10 +69,13 @@ PUBLIC = {
     "inspect": "evaluation.inspect",
     "inspect_experts": "evaluation.experts",
     "inspect_oracle": "evaluation.oracle",
-    "load": "formats.loading",
+    "inspect_routes": "evaluation.routes",
+    "load": "serving.loading",
+    "load_processor": "serving.questions",
     "plans": "conversion.plans",
     "prune": "pruning.prune",
     "routed_by": "models.moe_block",
+    "serve": "serving.server.serve",
 }
 """Public names and the modules that they are in, imported when they are first used (PEP 562)."""
 
@@ -86,6 +100,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "AdaptConfig",
     "ConvertConfig",
+    "Estimate",
     "FinetuneConfig",
     "InputError",
     "Measurement",
@@ -93,11 +108,15 @@ __all__ = [
     "Plan",
     "PruneConfig",
     "Routing",
+    "ServeConfig",
+    "StoreOptions",
     "WorkError",
     "adapt",
     "benchmark",
+    "compare_quantised",
     "complete",
     "convert",
+    "estimate",
     "evaluate",
     "export",
     "find_blocks",
@@ -106,8 +125,11 @@ __all__ = [
     "inspect",
     "inspect_experts",
     "inspect_oracle",
+    "inspect_routes",
     "load",
+    "load_processor",
     "plans",
     "prune",
     "routed_by",
+    "serve",
 ]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
 
 class AutoClass(Protocol):
@@ -112,6 +117,16 @@ def names_in_model(model: PreTrainedModel, names: Iterable[str]) -> dict[str, li
     return found
 
 
+def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Name the dtype that transformers gives each tensor when it loads a model in `dtype`: some stay in float32."""
+    plan = model._get_dtype_plan(dtype)
+    kept = {re.compile(pattern.replace("*", ".*")): wide for pattern, wide in plan.items()}
+    return {
+        name: next((wide for pattern, wide in kept.items() if pattern.search(name)), tensor.dtype)
+        for name, tensor in model.state_dict().items()
+    }
+
+
 def needed_and_unread(
     model: PreTrainedModel, missing: Iterable[str], unread: Iterable[str]
 ) -> tuple[list[str], list[str]]:
@@ -136,6 +151,40 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register
+
+
+def run_batch(manager: ContinuousBatchingManager) -> bool:
+    """Run one batch of continuous batching whose thread is not started, and tell whether there was something to run."""
+    processor = manager.batch_processor
+    assert processor is not None
+    if not processor.prepare_next_batch():
+        return False
+    processor._generation_step(manager.model)
+    processor.update_batch()
+    return True
+
+
+def survive(manager: ContinuousBatchingManager, *errors: type[Exception]) -> None:
+    """Let a batch that fails by one of these errors end its own requests only, where transformers ends the thread."""
+    processor = manager.batch_processor
+    assert processor is not None
+    step, update = processor._generation_step, processor.update_batch
+    failed = False
+
+    def try_step(model: nn.Module) -> None:
+        nonlocal failed
+        failed = False
+        try:
+            step(model)
+        except errors as error:
+            failed = True
+            processor.handle_batch_error(error)
+
+    def update_what_ran() -> None:
+        if not failed:
+            update()
+
+    processor._generation_step, processor.update_batch = try_step, update_what_ran
 
 
 def init_weights(base: type[PreTrainedModel], model: PreTrainedModel, module: object) -> None:

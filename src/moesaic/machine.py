@@ -16,6 +16,13 @@ import transformers
 
 from . import __version__
 
+CONTROL = Path("/sys/fs/cgroup")
+CONTROL_GROUPS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Files with the limit and the use of memory, and the name of what can be dropped at once."""
+
 
 def versions() -> dict[str, str]:
     """Read the versions of what decides the numbers: moesaic, Python, torch and transformers."""
@@ -52,8 +59,20 @@ def peak_rss_bytes() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Read the bytes of memory that the device has free."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Read the bytes of memory that the device has free, within a container that of the container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(psutil.virtual_memory().available, _left_in_container())
+
+
+def _left_in_container() -> int:
+    """Read what a control group, of version 2 or 1, leaves of its limit; the cache of files does not count."""
+    for limit, used, cached in CONTROL_GROUPS:
+        with suppress(OSError, ValueError):  # there is no such group, or its limit is `max`
+            most, taken = (int((CONTROL / name).read_text()) for name in (limit, used))
+            facts = dict(line.split() for line in (CONTROL / limit).with_name("memory.stat").read_text().splitlines())
+            return max(0, most - taken + int(facts.get(cached, 0)))
+    return sys.maxsize
 
 
 def cores() -> int:

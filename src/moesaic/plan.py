@@ -13,6 +13,9 @@ FEWEST = 3
 """Specialists beside a shared expert, at least."""
 COARSE, FINE = (4, 16, 64), (48, 64, 128)
 """Groups of a disjoint cut: fewest, wanted, most."""
+KEPT_SPEED = 0.9
+"""Finer groups are better models: for an engine the finest that keep so much of the speed of its fastest width."""
+LAYERS = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?|(odd|even)", re.ASCII)
 PLAN = re.compile(r"S(\d{1,9})A(\d{1,9})E(\d{1,9})", re.ASCII)
 
 
@@ -51,6 +54,28 @@ class Plan:
     def as_static(self) -> Plan:
         """Make the plan of the same ffn share without routing: all groups that run are shared."""
         return Plan(self.shared + self.num_experts_per_tok, 0, self.groups, self.width)
+
+
+def dense_layers(text: str, layers: int) -> list[int]:
+    """Read which of so many layers keep their dense FFN: numbers and ranges such as `0,2,5-7`, `odd` or `even`.
+
+    Raises:
+        InputError: not written so, a layer that there is not, or none that is left to convert.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        match = LAYERS.fullmatch(part.strip())
+        if not match:
+            raise InputError(
+                f"--dense-layers '{text}' is not of the form 0,2,5-7, and neither odd nor even; layers count from 0"
+            )
+        first, last, word = match.groups()
+        found |= set(range(word == "odd", layers, 2) if word else range(int(first), int(last or first) + 1))
+    if found and max(found) >= layers:
+        raise InputError(f"--dense-layers '{text}' has layer {max(found)}; the model's are 0 to {layers - 1}")
+    if len(found) == layers:
+        raise InputError(f"--dense-layers '{text}' leaves none of the {layers} layers to convert; name fewer")
+    return sorted(found)
 
 
 def parse_plan(text: str, intermediate_size: int, expert_width: int | None = None, overlapping: bool = False) -> Plan:
@@ -143,10 +168,42 @@ def nearest_plan(active: float, intermediate_size: int, groups: int) -> Plan:
     return Plan(shared, running - shared, groups, intermediate_size // groups)
 
 
-def specialists_plan(active: float, memory_factor: float, intermediate_size: int) -> Plan:
+def engine_plan(active: float, intermediate_size: int, least_width: int, multiple: int) -> Plan:
+    """Choose the finest disjoint plan near a share whose groups are of `least_width` neurons or more.
+
+    Half of what runs is shared, so that two groups run at least. Widths are multiples of `multiple`, and so wide,
+    where the FFN's size allows.
+
+    Raises:
+        InputError: an impossible share, or an FFN that nothing divides.
+    """
+    check(active=active)
+    fewest, most = COARSE[0], FINE[2]
+    counts = [e for e in range(fewest, most + 1) if intermediate_size % e == 0]
+    if not counts:
+        raise InputError(
+            f"no group count from {fewest} to {most} divides the FFN's {intermediate_size} neurons; use --plan"
+        )
+
+    def varies(groups: int) -> bool:
+        plan = nearest_plan(active, intermediate_size, groups)
+        return plan.shared > 0 and plan.num_experts_per_tok < plan.num_experts
+
+    def cost(groups: int) -> tuple[int, int]:
+        share = nearest_plan(active, intermediate_size, groups).ffn_active(intermediate_size)
+        return (round(abs(share - active) / 0.02), -groups)
+
+    counts = [e for e in counts if varies(e)] or counts
+    counts = [e for e in counts if intermediate_size // e % multiple == 0] or counts
+    wide = [e for e in counts if intermediate_size // e >= least_width] or counts[:1]
+    return nearest_plan(active, intermediate_size, min(wide, key=cost))
+
+
+def specialists_plan(active: float, memory_factor: float, intermediate_size: int, multiple: int = 1) -> Plan:
     """Choose top-1 specialists beside a shared expert of the same width, as many as the memory budget holds.
 
-    Where it holds fewer than `FEWEST`, groups are narrower and more of them shared.
+    Where it holds fewer than `FEWEST`, groups are narrower and more of them shared. Widths are multiples of
+    `multiple`.
 
     Raises:
         InputError: an impossible share, or a memory budget that leaves nothing to vary.
@@ -161,9 +218,10 @@ def specialists_plan(active: float, memory_factor: float, intermediate_size: int
     shared = max(1, math.ceil((FEWEST * active - memory_factor) / spare - 1e-6))
     wish = active * intermediate_size / (shared + 1)
     # rounded down, so that rounding never costs a specialist
-    widths = [int(wish / step + 1e-9) * step for step in (256, 32, 8)]
+    widths = [int(wish / step + 1e-9) * step for step in (256, 32, 8) if step % multiple == 0]
     close = 0.01 * intermediate_size / (shared + 1)
-    width = next((w for w in widths if w and wish - w <= close), max(1, int(wish)))
+    nearest = max(multiple, int(wish / multiple + 1e-9) * multiple)
+    width = next((w for w in widths if w and wish - w <= close), nearest)
     groups = int(memory_factor * intermediate_size / width + 1e-6)
     shared = max(1, min(round(active * intermediate_size / width) - 1, groups - FEWEST))
     return Plan(shared, 1, groups, width)

@@ -47,7 +47,8 @@ STAGES = {
     "recovery": Stage("moesaic.recovery", "moesaic.recovery.base:Recovery"),
     "method": Stage("moesaic.training.methods", "moesaic.training.methods.base:Method"),
     "learner": Stage("moesaic.adaptation.learners", "moesaic.adaptation.learners.base:Learner"),
-    "pruning": Stage("moesaic.pruning.methods", "moesaic.pruning.methods.base:Pruner"),
+    "pruning": Stage("moesaic.pruning.methods", "moesaic.pruning.methods.base:PruningMethod"),
+    "cache": Stage("moesaic.store.policies", "moesaic.store.policies.base:Policy"),
     "format": Stage("moesaic.formats.architectures", "moesaic.formats.base:Format"),
 }
 """By the name of the option that chooses a method."""
@@ -188,13 +189,14 @@ def build(stage: str, given: object, *, imported_only: bool = False) -> Any:
 
 
 def _within_limits(stage: str, method: Any) -> Any:
-    """Return a method whose numbers are all within `LIMITS`, or at least finite and no larger than `OPTION`.
+    """Return a method whose numbers are all within its own `limits`, those of `LIMITS`, or at least within `OPTION`.
 
     Raises:
         InputError: one is not.
     """
     for field in fields(method):
-        value, limit = getattr(method, field.name), LIMITS.get(field.name, OPTION)
+        own = getattr(method, "limits", {}).get(field.name)
+        value, limit = getattr(method, field.name), own or LIMITS.get(field.name, OPTION)
         if isinstance(value, int | float) and not isinstance(value, bool) and not limit.holds(value):
             name = spec_name(type(method))
             raise InputError(f"option {field.name} of {stage} '{name}' is {shown(value)}; give {limit}")

@@ -172,6 +172,7 @@ def summarise(run: Adaptation, policy: Policy, default: Measured, found: Found, 
         default_experts_per_token=policy.default,
         num_experts=max(ranker.block.num_experts for ranker in policy.rankers),
         experts_by_layer=found.measured.experts_by_layer,
+        experts_by_modality=found.measured.experts_by_modality,
         held_out_loss_default=default.loss,
         held_out_loss_start=found.start_loss,
         held_out_loss=found.measured.loss,
@@ -243,12 +244,12 @@ def write_inside(run: Adaptation, policy: Policy, found: Found, result: AdaptRes
     model: Any = converted.load(run.checkpoint.dtype())
     fixed = selection.k if isinstance(selection, TopK) else 0
     if fixed:  # which every format can say
-        model.config.num_experts_per_tok = fixed
-        model.save_pretrained(made)
+        model.config.get_text_config().num_experts_per_tok = fixed
+        model.save_pretrained(made, save_original_format=False)
     else:
         with attach(model, selection, found.calibrated.parameters):
-            model.config.selection = registry.spec(selection)
-            model.save_pretrained(made)
+            model.config.get_text_config().selection = registry.spec(selection)
+            model.save_pretrained(made, save_original_format=False)
     run.tokenizer.save_pretrained(made)
     for name in COPIED:
         if (source / name).is_file():

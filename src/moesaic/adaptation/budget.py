@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,15 +15,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import InputError
+from ..models.modality import IS_IMAGE, tell_modality
 from ..moe.adaptive import BlockRanker, Decision, decided_by
 from ..routing.selection.base import Counting, LayerSample, Parameters, Ranking
+from ..training.data import Samples
+from ..training.load import micro_batches
 
 log = logging.getLogger("moesaic")
 ROUNDS, TOLERANCE = 6, 0.005
 """Of calibration: hidden states change with the number of experts, so it is repeated until the number agrees."""
 ERROR_TOKENS = 256
 """Of each layer, on which the error of fewer experts is measured."""
-MICRO_TOKENS = 2_048
 
 
 class Calibrated(NamedTuple):
@@ -43,10 +46,14 @@ class Recorder:
         self.evidence: list[list[Tensor]] = [[] for _ in rankers]
         self.errors: list[list[Tensor]] = [[] for _ in rankers]
         self.run_experts, self.tokens = 0, 0
+        self.is_image: list[Tensor] = []
+        """Which tokens are parts of pictures, as far as the model tells."""
 
     def decide(self, number: int, ranking: Ranking, hidden_TD: Tensor) -> Decision:
         """Let the model run its own number of experts in the first round, later the selection's."""
         default = self.rankers[number].block.num_experts_per_tok
+        if number == 0 and (is_image_T := IS_IMAGE.get()) is not None:
+            self.is_image.append(is_image_T.cpu())
         evidence_TR = self.selection.evidence(ranking, hidden_TD, self.parameters[number])
         self.rankings[number].append(ranking.each(Tensor.cpu))
         self.evidence[number].append(evidence_TR.cpu())
@@ -63,7 +70,7 @@ class Recorder:
 
     def samples(self) -> list[LayerSample]:
         """Give what each layer's rule saw."""
-        made = []
+        made, is_image_T = [], torch.cat(self.is_image) if self.is_image else None
         for number, ranker in enumerate(self.rankers):
             kept = self.rankings[number]
             index, scores, shares = (torch.cat(parts) for parts in zip(*(ranking[:3] for ranking in kept), strict=True))
@@ -71,7 +78,9 @@ class Recorder:
             ranking = Ranking(index, scores, shares, kept[0].logarithmic)
             evidence = torch.cat(self.evidence[number])
             made.append(
-                LayerSample(ranking, evidence, ranker.block.num_experts_per_tok, self.parameters[number], errors)
+                LayerSample(
+                    ranking, evidence, ranker.block.num_experts_per_tok, self.parameters[number], errors, is_image_T
+                )
             )
         return made
 
@@ -83,7 +92,7 @@ def calibrate(
     selection: Counting,
     parameters: Sequence[Parameters],
     mean: float,
-    tokens_NL: Tensor,
+    samples: Samples,
 ) -> Calibrated:
     """Find the selection's budget field, and what it calibrates in each layer, so that `mean` experts run a token.
 
@@ -93,15 +102,15 @@ def calibrate(
     now, wanted = best, mean
     for _ in range(ROUNDS):
         recorder = Recorder(rankers, now.selection, now.parameters)
-        with decided_by(rankers, recorder.decide):
-            run(model, tokens_NL)
+        told = tell_modality(model) if now.selection.by_modality else nullcontext()
+        with told, decided_by(rankers, recorder.decide):
+            run(model, samples)
         found = Calibrated(now.selection, now.parameters, recorder.mean())
         if abs(found.experts_per_token - mean) < abs(best.experts_per_token - mean):
             best = found
         if abs(found.experts_per_token / mean - 1) <= TOLERANCE:
             break
-        samples = recorder.samples()
-        fitted, values = found.selection.fit(samples, wanted)
+        fitted, values = found.selection.fit(recorder.samples(), wanted)
         if fitted == now.selection and _same(values, now.parameters):
             break
         now = Calibrated(fitted, values, float("inf"))
@@ -115,10 +124,11 @@ def _same(one: Sequence[Parameters], other: Sequence[Parameters]) -> bool:
     )
 
 
-def run(model: PreTrainedModel, tokens_NL: Tensor) -> None:
+def run(model: PreTrainedModel, samples: Samples) -> None:
     """Run a model on sequences, a few at a time, for what its hooks see."""
-    for tokens_ML in tokens_NL.split(max(1, MICRO_TOKENS // tokens_NL.shape[1])):
-        model(input_ids=tokens_ML.to(model.device), use_cache=False, logits_to_keep=1)
+    for batch in micro_batches(samples):
+        inputs = batch.inputs(model.device, model.dtype)
+        model(input_ids=batch.tokens_NL.to(model.device), **inputs, use_cache=False, logits_to_keep=1)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import registry
-from ..calibration.text import read_documents
+from ..calibration.mixture import bundled_both
 from ..calibration.windows import check_tokens
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
@@ -19,14 +19,19 @@ from ..checkpoint.writer import check_output
 from ..config import AdaptConfig
 from ..errors import InputError
 from ..formats.adapter import counting
-from ..formats.loading import is_ours, load, load_tokenizer, without_weights
+from ..formats.converted import is_ours, without_weights
 from ..machine import versions
 from ..models.devices import check_dtype, choose_device, choose_dtype
 from ..models.families import embedding_rows
+from ..models.processor import Processor
+from ..models.tokenizer import load_tokenizer
 from ..moe.adaptive import moe_blocks_of
 from ..routing.base import Gate
 from ..routing.selection.base import Counting, Learning
+from ..serving.loading import load
+from ..serving.own_text import TRAINING_TOKENS, bundled_text, documents_of
 from ..training.data import Samples, make_samples
+from ..training.pictures import make_pictured_samples
 from ..training.prepare import make_accelerator, training_dtype
 from ..training.state import RunFolder, begun_dtype, training_folder
 from .budget import check_budget
@@ -58,9 +63,10 @@ class Adaptation:
         model, _ = load(self.checkpoint.folder, dtype=self.dtype, device=self.accelerator.device)
         return model
 
-    def calibration(self) -> torch.Tensor:
-        """Take the sequences that the budget is met on, int64 [N, L]."""
-        return self.train.tokens_NL[: max(1, self.config.tokens // self.config.window)]
+    def calibration(self) -> Samples:
+        """Take the sequences that the budget is met on."""
+        length = max(1, self.train.count() // len(self.train))
+        return self.train.take(torch.arange(min(len(self.train), max(1, self.config.tokens // length))))
 
 
 def prepare(model: str | Path, output: Path, config: AdaptConfig, *, resume: bool, overwrite: bool) -> Adaptation:
@@ -81,9 +87,8 @@ def prepare(model: str | Path, output: Path, config: AdaptConfig, *, resume: boo
         raise InputError(
             f"--batch {config.batch} cannot be shared by {accelerator.num_processes} processes; give a multiple of it"
         )
-    documents = read_documents(config.data)
     tokenizer = load_tokenizer(checkpoint.folder)
-    train, held = make_samples(documents, tokenizer, config.samples, config.window, config.held_out, config.seed)
+    train, held = adaptation_samples(checkpoint, config, tokenizer, learner)
     begun = begun_dtype(output) if resume else None
     dtype = choose_dtype(config.dtype, checkpoint.folder)
     if config.dtype == "auto":
@@ -101,6 +106,32 @@ def prepare(model: str | Path, output: Path, config: AdaptConfig, *, resume: boo
     return Adaptation(
         str(model), checkpoint, output, overwrite, config, selection, learner, tokenizer, train, held, accelerator,
         folder, dtype,
+    )  # fmt: skip
+
+
+def adaptation_samples(
+    checkpoint: Checkpoint, config: AdaptConfig, tokenizer: PreTrainedTokenizerBase, learner: Learner | None
+) -> tuple[Samples, Samples]:
+    """Make the sequences to adapt a model on, and those held out; of rules on vision-language models with pictures.
+
+    Raises:
+        InputError: unusable data, or pictures for a selection that learns.
+    """
+    whole = without_weights(checkpoint).config
+    if whole.get_text_config() is whole:
+        documents = documents_of(config.data, checkpoint.folder, TRAINING_TOKENS, config.seed, config.device)
+        return make_samples(documents, tokenizer, config.samples, config.window, config.held_out, config.seed)
+    bundle = bundled_both if learner is None else bundled_text
+    documents = documents_of(config.data, checkpoint.folder, TRAINING_TOKENS, config.seed, config.device, bundle)
+    if learner is not None and any(one.pictures for one in documents):
+        raise InputError(
+            f"--method {registry.text('selection', config.method)} learns from text alone; leave rows with pictures "
+            "out, or take a rule that is calibrated, such as modality-threshold"
+        )
+    longest: int = whole.get_text_config().max_position_embeddings
+    return make_pictured_samples(
+        documents, Processor(checkpoint.folder, whole), config.samples, config.window, config.held_out, config.seed,
+        longest,
     )  # fmt: skip
 
 

@@ -16,14 +16,16 @@ from transformers import PreTrainedModel
 
 from ..config import AdaptConfig
 from ..errors import WorkError
-from ..moe.adaptive import attach, mean_experts
+from ..moe.adaptive import attach
+from ..moe.counting import mean_experts
 from ..results import AdaptStep
 from ..routing.selection.base import Counting, Parameters
 from ..training.data import Samples, step_sequences
 from ..training.load import held_out_loss
 from ..training.parameters import put_back
+from ..training.schedule import schedule
 from ..training.state import RunFolder, SavedTraining, StepState
-from ..training.trainer import CLIP, schedule
+from ..training.trainer import CLIP
 from .budget import Calibrated, calibrate
 from .learners import Learner
 from .learners.base import Batch, Steering
@@ -58,6 +60,7 @@ class Measured:
     loss: float
     """Nats a token."""
     experts_by_layer: list[float]
+    experts_by_modality: dict[str, float] | None = None
 
     @property
     def experts_per_token(self) -> float:
@@ -73,14 +76,14 @@ def measure(
     losses = []
 
     def run() -> None:
-        losses.append(held_out_loss(model, [], held, model.device)[0].item())
+        losses.append(held_out_loss(model, [], held, model.device, model.dtype)[0].item())
 
     if selection is None:
         experts = mean_experts(model, run)
     else:
         with attach(model, selection, parameters):
             experts = mean_experts(model, run)
-    return Measured(losses[0] / held.scored(), experts)
+    return Measured(losses[0] / held.scored(), experts.by_layer, experts.by_modality)
 
 
 @dataclass
@@ -94,7 +97,7 @@ class AdaptTrainer:
     held: Samples
     accelerator: Accelerator
     folder: RunFolder[AdaptState]
-    calibration_NL: Tensor
+    calibration: Samples
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.AdamW(
@@ -158,7 +161,7 @@ class AdaptTrainer:
     def calibrated(self, mean: float) -> Calibrated:
         """Bring the selection, as it is now, to the budget."""
         policy = self.policy
-        return calibrate(policy.model, policy.rankers, policy.selection, policy.values(), mean, self.calibration_NL)
+        return calibrate(policy.model, policy.rankers, policy.selection, policy.values(), mean, self.calibration)
 
     def save(self, state: AdaptState) -> None:
         """Keep where the training is."""

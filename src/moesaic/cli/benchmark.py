@@ -2,15 +2,85 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import typer
 
 from .. import given
+from ..errors import InputError
 from ..report import tables
 from ..report.progress import progress
-from . import options
+from . import options, pictures
 from .options import print_result, stderr
+
+Measured = Annotated[
+    str | None, typer.Option("--for", help="llama.cpp: dense, --siblings and MODEL in its types, and their quality")
+]
+Outtypes = Annotated[str, typer.Option("--outtype", help="for llama.cpp, comma-separated")]
+
+
+Siblings = Annotated[str | None, typer.Option(help="for llama.cpp: smaller dense models, comma-separated")]
+
+
+class Models(NamedTuple):
+    """What is compared in llama.cpp."""
+
+    model: str
+    against: str | None
+    siblings: str | None
+    outtypes: str
+    python: Path | None
+
+
+class Asked(NamedTuple):
+    """How it is measured."""
+
+    prompt: int
+    new: int
+    rounds: int
+    threads: int | None
+    text: Path | None
+    max_tokens: int | None
+    plot: Path | None
+
+
+def no_say(**options: object) -> None:
+    """Check that options that llama.cpp has no place for are left out.
+
+    Raises:
+        InputError: one is given.
+    """
+    for name in (name for name, value in options.items() if value):
+        raise InputError(f"--{name.replace('_', '-')} has no say in llama.cpp; drop it, or --for llama.cpp")
+
+
+def in_llama_cpp(engine: str, models: Models, asked: Asked, as_json: bool) -> None:
+    """Measure dense, siblings and a converted model in llama.cpp's types.
+
+    Raises:
+        InputError: another engine, or no xllamacpp.
+    """
+    from ..comparison.llama_cpp import find_llama_cpp
+    from ..comparison.quantised import compare_quantised
+    from ..report.quantised import show_quantised, write_quantised
+
+    if engine != "llama.cpp":
+        raise InputError(f"--for {engine}: only llama.cpp is measured so; without --for it is transformers")
+    options.check_plot(asked.plot)
+    options.set_threads(asked.threads)
+    python = find_llama_cpp(models.python)
+    if python is None:
+        raise InputError("llama.cpp is run by xllamacpp: pip install xllamacpp, or --llama-cpp PYTHON that has it")
+    with progress(stderr, "measuring", "file") as tick:
+        result = compare_quantised(
+            [models.model], python, against=models.against, outtypes=models.outtypes.split(","),
+            siblings=models.siblings.split(",") if models.siblings else (), text=asked.text,
+            max_tokens=asked.max_tokens, prompt=asked.prompt, new=asked.new, rounds=asked.rounds, progress=tick,
+        )  # fmt: skip
+    if asked.plot:
+        write_quantised(result, asked.plot)
+    print_result(result, as_json, lambda: show_quantised(stderr, result))
 
 
 def benchmark(
@@ -20,16 +90,31 @@ def benchmark(
     new: Annotated[int, typer.Option(help="new tokens")] = 32,
     batch: Annotated[str, typer.Option(help="sequences decoded at once, comma-separated")] = "1",
     rounds: Annotated[int, typer.Option(help="timed rounds")] = 5,
+    image: pictures.Timed = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     threads: options.Threads = None,
     experts: options.Experts = None,
     adapter: options.Adapter = None,
     select: options.Select = None,
+    expert_memory: options.ExpertMemory = None,
+    cache: options.Cache = None,
+    prefetch: options.Prefetch = True,
+    cache_bias: options.CacheBias = 0.0,
+    engine: Measured = None,
+    llama_cpp: options.LlamaCpp = None,
+    outtypes: Outtypes = "f16,q8_0,q4_0",
+    siblings: Siblings = None,
+    text: options.TextFile = None,
+    max_tokens: Annotated[int | None, typer.Option(help="for llama.cpp: of --text, so many tokens")] = None,
     plot: options.Plot = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure speed against the dense model, or with --adapter or --select against the model without it."""
+    """Measure speed against the dense model, or with --adapter, --select or --expert-memory against it without."""
+    if engine is not None:
+        no_say(image=image, experts=experts, adapter=adapter, select=select, expert_memory=expert_memory)
+        models = Models(model, against, siblings, outtypes, llama_cpp)
+        return in_llama_cpp(engine, models, Asked(prompt, new, rounds, threads, text, max_tokens, plot), as_json)
     from ..evaluation.benchmark import benchmark as run
     from ..evaluation.inspect import prompt_tokens
     from ..formats.converted import dense_origin
@@ -38,14 +123,21 @@ def benchmark(
     options.check_plot(plot)
     sizes = options.whole_numbers(batch, "--batch", given.LIMITS["batch"])
     given.check(prompt=prompt, new=new, rounds=rounds)
-    adapted = adapter is not None or select is not None
+    store = options.store_options(expert_memory, cache, prefetch, cache_bias)
+    adapted = store is not None or adapter is not None or select is not None
     against = against or (model if adapted else dense_origin(model))
-    loaded, tokenizer = options.load_model(model, device, dtype, threads, experts, adapter=adapter, select=select)
+    processor, shown = pictures.read_pictures(model, image)
+    loaded, tokenizer = options.load_model(
+        model, device, dtype, threads, experts, adapter=adapter, select=select, store=store
+    )
     check_length(loaded, prompt, new, "--new")
     tokens_BL = prompt_tokens(tokenizer, prompt, max(sizes))
     dense, _ = options.load_model(against, device, str(loaded.dtype).removeprefix("torch."), threads)
     with progress(stderr, "measuring", "measurement") as tick:
-        result = run(loaded, dense, tokens_BL, new=new, batches=sizes, rounds=rounds, progress=tick)
+        result = run(
+            loaded, dense, tokens_BL, new=new, batches=sizes, rounds=rounds, processor=processor, images=shown,
+            progress=tick,
+        )  # fmt: skip
     if plot:
         from ..report.plots import write_roofline  # matplotlib is slow to import
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +11,19 @@ from ..report import tables
 from ..report.progress import progress
 from . import options
 from .options import print_result, stderr
+
+if TYPE_CHECKING:
+    from ..config import ConvertConfig
+
+ImageWeight = Annotated[
+    float | None, typer.Option(help="worth of a picture's token relative to one of text [default: 0.25]")
+]
+TextOnly = Annotated[bool | None, typer.Option("--text-only", help="of a vision-language model the text model alone")]
+
+Effort = Annotated[str, typer.Option(help="fast, good (more tokens, 15 minutes of training) or best (an hour)")]
+FirstTokens = Annotated[
+    int | None, typer.Option(help="tokens seen as a text's first [default: an eighth of --tokens; 0 after a BOS]")
+]
 
 
 def convert(
@@ -22,16 +36,23 @@ def convert(
     plan: Annotated[str | None, typer.Option(help="fixed shape, e.g. S3A3E8: 3 shared + 3 of 8 groups run")] = None,
     expert_width: Annotated[int | None, typer.Option(help="neurons in a group")] = None,
     fine: options.Fine = None,
+    engine: options.Engine = None,
+    outtype: options.Outtype = None,
+    dense_layers: options.DenseLayers = None,
     partition: options.Partition = None,
     router: options.Router = None,
     selection: options.Selection = None,
     recovery: options.Recovery = None,
     calibration: options.Calibration = None,
+    for_use: Annotated[
+        str | None, typer.Option(help="code, chat or text: chooses the calibration text [default: by the model]")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="calibration tokens [default: 16384]")] = None,
     window: Annotated[int | None, typer.Option(help="tokens of one calibration sequence [default: 256]")] = None,
-    first_tokens: Annotated[
-        int | None, typer.Option(help="tokens seen as a text's first [default: an eighth of --tokens; 0 after a BOS]")
-    ] = None,
+    first_tokens: FirstTokens = None,
+    image_weight: ImageWeight = None,
+    text_only: TextOnly = None,
+    effort: Effort = "fast",
     recipe: options.Recipe = None,
     format: options.Format = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... [default: auto]")] = None,
@@ -44,27 +65,42 @@ def convert(
     as_json: options.Json = False,
 ) -> None:
     """Convert a dense model into a Mixture-of-Experts, layer by layer, without training."""
-    from ..checkpoint.writer import check_output
     from ..config import ConvertConfig
-    from ..conversion.auto import candidates
-    from ..conversion.convert import convert as run
-    from ..conversion.dry_run import describe
+    from ..effort import at_effort, estimate
+    from ..effort import convert as run
 
     given = {
         "active": active, "plan": plan, "expert_width": expert_width, "partition": partition, "router": router,
         "tokens": tokens, "format": format, "seed": seed, "calibration": tuple(calibration) if calibration else None,
         "memory_factor": memory_factor, "recovery": recovery, "window": window, "device": device, "dtype": dtype,
-        "first_tokens": first_tokens, "fine": fine, "selection": selection,
+        "first_tokens": first_tokens, "dense_layers": dense_layers, "fine": fine, "selection": selection,
+        "for_use": for_use, "image_weight": image_weight, "text_only": text_only, "engine": engine, "outtype": outtype,
     }  # fmt: skip
     config = ConvertConfig.read(recipe, {name: value for name, value in given.items() if value is not None})
+    config = at_effort(config, effort)
     if dry_run:
-        with options.status("checking"):
-            check_output(out, overwrite)
-            conversions = candidates(model, config)
-            conversions[0].check_space(out)
-            dry = describe(conversions)
-        print_result(dry, as_json, lambda: tables.show_facts(stderr, "Dry run: nothing was written", dry.to_dict()))
-        return
+        return dry(model, out, config, effort, overwrite, as_json)
+    if effort != "fast":
+        stderr.print(f"{effort}: {estimate(model, config, effort)}, on this machine")
     with progress(stderr, "converting", "layer") as tick:
-        metrics = run(model, out, config, resume=resume, overwrite=overwrite, force=force, progress=tick)
-    print_result(metrics, as_json, lambda: tables.show_conversion(stderr, metrics))
+        metrics = run(model, out, config, effort=effort, resume=resume, overwrite=overwrite, force=force, progress=tick)
+    print_result(metrics, as_json, lambda: tables.show_made(stderr, metrics))
+
+
+def dry(model: str, out: Path, config: ConvertConfig, effort: str, overwrite: bool, as_json: bool) -> None:
+    """Check everything, and say what a conversion would do and how long it would take."""
+    from ..checkpoint.single_file import check_file
+    from ..checkpoint.writer import check_output
+    from ..conversion.auto import candidates, unwritten
+    from ..conversion.dry_run import describe
+    from ..conversion.engines import GGUF, for_output
+    from ..effort import estimate
+
+    with options.status("checking"):
+        config = for_output(config, out)
+        (check_file if out.suffix == GGUF else check_output)(out, overwrite)
+        conversions = candidates(model, unwritten(config))
+        conversions[0].check_space(out)
+        found = describe(conversions, config)
+    stderr.print(f"{estimate(model, config, effort)}, on this machine")
+    print_result(found, as_json, lambda: tables.show_facts(stderr, "Dry run: nothing was written", found.to_dict()))

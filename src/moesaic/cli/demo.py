@@ -16,15 +16,10 @@ from .options import print_result, stderr
 def demo(
     out: Annotated[Path, typer.Option(help="folder for the result", callback=options.expand)] = Path("demo-output"),
     model: Annotated[str, typer.Option(help="the model to show", callback=options.expand)] = "demo",
-    active: Annotated[float, typer.Option(help="share of each FFN that one token runs")] = 0.5,
-    llama_cpp: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PYTHON",
-            help="a Python that has xllamacpp, to measure llama.cpp too [default: this one]",
-            callback=options.expand,
-        ),
+    active: Annotated[
+        float | None, typer.Option(help="share of each FFN that one token runs [default: 0.5; of demo 0.625]")
     ] = None,
+    llama_cpp: options.LlamaCpp = None,
     as_json: options.Json = False,
 ) -> None:
     """Convert the demo model and show it beside the dense one: perplexity, speed, text; report.html has it all."""

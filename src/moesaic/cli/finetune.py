@@ -30,6 +30,10 @@ def finetune(
     learning_rate: Annotated[float | None, typer.Option(help="[default: the method's]")] = None,
     rank: Annotated[int | None, typer.Option(help="of low-rank adapters [default: 8]")] = None,
     alpha: Annotated[int | None, typer.Option(help="of low-rank adapters [default: 32]")] = None,
+    rounds: Annotated[int | None, typer.Option(help="of --method read-me: router and experts in turn")] = None,
+    locality: Annotated[
+        float | None, typer.Option(help="pull routers to the experts of the token before; try 0.01 to 1 [default: 0]")
+    ] = None,
     balance: options.Balance = None,
     recipe: options.Recipe = None,
     teacher_cache: Annotated[
@@ -50,7 +54,7 @@ def finetune(
         "teacher": teacher, "data": tuple(data) if data else None, "method": method, "objective": objective,
         "steps": steps, "minutes": minutes, "samples": samples, "window": window, "batch": batch, "rank": rank,
         "learning_rate": learning_rate, "alpha": alpha, "balance": balance, "device": device, "shard": shard,
-        "seed": seed,
+        "seed": seed, "rounds": rounds, "locality": locality,
     }  # fmt: skip
     config = FinetuneConfig.read(recipe, {name: value for name, value in given.items() if value is not None})
     with progress(stderr, "training", "per cent", "") as tick:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..given import LIMITS, Limit
-from ..report import tables
+from ..report.frontier_table import show_frontier
 from ..report.progress import progress
 from . import options
 from .options import print_result, stderr
@@ -27,6 +27,9 @@ def frontier(
         str, typer.Option(help="comma-separated, or all that fit")
     ] = "default,static+closed-form,flap,cmoe",
     seeds: Annotated[str, typer.Option(help="seeds, comma-separated")] = "0",
+    siblings: Annotated[
+        str | None, typer.Option(help="smaller dense models of the family, comma-separated: their line is to be beaten")
+    ] = None,
     text: options.TextFile = None,
     max_tokens: Annotated[int | None, typer.Option(help="stop the perplexity after so many tokens")] = None,
     tasks: options.Tasks = None,
@@ -50,6 +53,7 @@ def frontier(
             model, out, active=[share / 100 for share in options.numbers(active, "--active", PER_CENT)],
             memory_factors=options.numbers(memory_factor, "--memory-factor", LIMITS["memory_factor"]),
             methods=methods.split(","), seeds=options.whole_numbers(seeds, "--seeds", LIMITS["seed"]),
-            measurement=measurement, html=html, progress=tick,
+            siblings=siblings.split(",") if siblings is not None else (), measurement=measurement,
+            html=html, progress=tick,
         )  # fmt: skip
-    print_result(result, as_json, lambda: tables.show_frontier(stderr, result, str(out)))
+    print_result(result, as_json, lambda: show_frontier(stderr, result, str(out)))

@@ -18,7 +18,8 @@ from ..report.progress import silent_bars
 from ..results import Result
 
 if TYPE_CHECKING:
-    from ..formats.loading import Loaded
+    from ..serving.loading import Loaded
+    from ..store.opening import StoreOptions
 
 THREADS_PER_CORE = 4
 PICTURES = (".png", ".svg", ".pdf")
@@ -42,7 +43,7 @@ def expand(value: Path | str | list[str] | None) -> Path | str | list[str] | Non
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        help="hub id, folder, .gguf file, or built in: tiny, tiny-moe, demo, demo-1.5b, gemma-270m",
+        help="hub id, folder, .gguf file, or built in: tiny, tiny-moe, tiny-vlm, demo, demo-1.5b, gemma-270m",
         metavar="MODEL",
         callback=expand,
     ),
@@ -62,7 +63,7 @@ TextFile = Annotated[
         help="raw text; for gptq rows too (.jsonl, .csv, ...) [default: bundled held-out text]", callback=expand
     ),
 ]
-Tasks = Annotated[Path | None, typer.Option(help="multiple-choice items, .jsonl", callback=expand)]
+Tasks = Annotated[Path | None, typer.Option(help="choices or questions with answers, .jsonl", callback=expand)]
 Recipe = Annotated[
     Path | None, typer.Option(help="YAML with any of these settings; options override it", callback=expand)
 ]
@@ -87,8 +88,17 @@ Selection = Annotated[
         help=f"how many experts run: {', '.join(registry.names('selection'))} [default: the router's, mostly top-k]"
     ),
 ]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--for", help="the engine that is to run it: llama.cpp, transformers, vllm, sglang or mlx [default: any]"
+    ),
+]
+DenseLayers = Annotated[
+    str | None, typer.Option(help="layers that keep their dense FFN: 0,2,5-7, odd (every second one) or even")
+]
 Recovery = Annotated[
-    str | None, typer.Option(help=f"one of: {', '.join(registry.names('recovery'))} [default: closed-form]")
+    str | None, typer.Option(help=f"one of: {', '.join(registry.names('recovery'))} [default: mostly closed-form]")
 ]
 Method = Annotated[str | None, typer.Option(help=f"what learns: {', '.join(registry.names('method'))} [default: lora]")]
 Objective = Annotated[
@@ -101,7 +111,9 @@ Data = Annotated[
         callback=expand,
     ),
 ]
-Balance = Annotated[str | None, typer.Option(help="of the experts' load: none, bias or loss [default: none]")]
+Balance = Annotated[
+    str | None, typer.Option(help="of the experts' load: none, bias or loss [default: the method's, mostly none]")
+]
 Overwrite = Annotated[bool, typer.Option(help="replace OUT if it exists")]
 OutArgument = Annotated[Path, typer.Argument(help="folder to make", metavar="OUT", callback=expand)]
 Format = Annotated[
@@ -110,7 +122,17 @@ Format = Annotated[
 Target = Annotated[str, typer.Option(help=f"auto, gguf (llama.cpp; OUT is a file) or one of: {FORMATS}")]
 Outtype = Annotated[
     str | None,
-    typer.Option(help="of GGUF: f32, f16 [default], bf16, q8_0, q4_0, ...; K-quants with llama-quantize on the PATH"),
+    typer.Option(
+        help="of GGUF: f16, q8_0, q4_0, f32, ..., K-quants with llama-quantize on the PATH [default: see docs]"
+    ),
+]
+LlamaCpp = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PYTHON",
+        help="a Python that has xllamacpp, to measure llama.cpp too [default: this one]",
+        callback=expand,
+    ),
 ]
 Against = Annotated[
     str | None, typer.Option(help="the dense model [default: what MODEL was converted from]", callback=expand)
@@ -139,6 +161,18 @@ Select = Annotated[
     typer.Option(
         "--select", help="a rule in its place, such as top-k:k=2, top-p:p=0.6, relative:at_least=2,threshold=0.3"
     ),
+]
+ExpertMemory = Annotated[
+    str | None,
+    typer.Option(help="memory for experts, read when used: 512MB, 30% (of them), auto [default: all are loaded]"),
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(help=f"which expert leaves it: {', '.join(registry.names('cache'))} [default: look-ahead]"),
+]
+Prefetch = Annotated[bool, typer.Option(help="read the next layer's experts while a layer runs")]
+CacheBias = Annotated[
+    float, typer.Option(help="prefer experts in memory by this share of a token's range of scores: changes the text")
 ]
 Items = Annotated[int | None, typer.Option(help="of each task, at most so many items")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cores)")]
@@ -207,7 +241,7 @@ def status(text: str) -> Iterator[None]:
 
 def load_model(
     model: str, device: str, dtype: str, threads: int | None, experts: str | None = None, for_scoring: bool = False,
-    adapter: Path | None = None, select: str | None = None,
+    adapter: Path | None = None, select: str | None = None, store: StoreOptions | None = None,
 ) -> Loaded:  # fmt: skip
     """Load a model as the options ask for.
 
@@ -215,21 +249,46 @@ def load_model(
         InputError: no such model, device, dtype, experts implementation, adapter or selection.
     """
     from ..checkpoint.sources import resolve
-    from ..formats.loading import check_experts, load, read_rule
     from ..models.devices import check_dtype, choose_device, choose_dtype
+    from ..serving.loading import check_experts, check_store, load, read_rule
 
     set_threads(threads)
     check_dtype(dtype)
     where = choose_device(device)
     check_experts(experts, where)
-    read_rule(adapter, select)
+    rule = read_rule(adapter, select)
+    if store is not None:
+        check_store(store, experts, rule)
     with silent_bars():
         folder = resolve(model, stderr)  # may take long, so after the checks
     wanted = None if dtype == "auto" else choose_dtype(dtype, folder)
     with status(f"loading {model}"):
         return load(
-            folder, dtype=wanted, device=where, experts=experts, for_scoring=for_scoring, adapter=adapter, select=select
-        )
+            folder, dtype=wanted, device=where, experts=experts, for_scoring=for_scoring, adapter=adapter,
+            select=select, store=store,
+        )  # fmt: skip
+
+
+def store_options(
+    expert_memory: str | None, cache: str | None, prefetch: bool, cache_bias: float
+) -> StoreOptions | None:
+    """Gather how experts are to be kept; None: all are loaded.
+
+    Raises:
+        InputError: something that has no use without --expert-memory.
+    """
+    from ..store.opening import StoreOptions
+
+    if expert_memory is None:
+        said = {
+            f"--cache {cache}": cache is not None,
+            "--no-prefetch": not prefetch,
+            f"--cache-bias {cache_bias}": cache_bias,
+        }
+        for option in (option for option, value in said.items() if value):
+            raise InputError(f"{option} has no use without --expert-memory; give that too, such as 30%")
+        return None
+    return StoreOptions(expert_memory, cache or "look-ahead", prefetch, cache_bias)
 
 
 def print_result(result: Result, as_json: bool, show: Callable[[], None]) -> None:

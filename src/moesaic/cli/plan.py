@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..report import tables
+from ..report.plans import show_plans
 from . import options
 from .options import print_result, stderr
 
@@ -15,11 +15,13 @@ def plan(
     model: options.ModelArgument,
     active: Annotated[float, typer.Option(help="wanted share of each FFN that one token runs")] = 0.5,
     memory_factor: Annotated[float, typer.Option(help="size of all experts relative to the dense FFN")] = 1.0,
+    engine: options.Engine = None,
+    outtype: options.Outtype = None,
     as_json: options.Json = False,
 ) -> None:
     """List shapes near a budget: memory, possible speed, and which engines run each."""
     from ..conversion.plans import plans
 
     with options.status("counting"):
-        found = plans(model, active, memory_factor)
-    print_result(found, as_json, lambda: tables.show_plans(stderr, found))
+        found = plans(model, active, memory_factor, engine, outtype)
+    print_result(found, as_json, lambda: show_plans(stderr, found))

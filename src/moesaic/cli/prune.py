@@ -1,4 +1,4 @@
-"""`moesaic prune`: fewer experts for a Mixture of Experts."""
+"""`moesaic prune`: fewer experts for a Mixture of Experts, or fewer layers for any model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ def prune(
     model: options.ModelArgument,
     out: options.OutArgument,
     experts: Annotated[int | None, typer.Option(help="routed experts that each layer keeps")] = None,
-    ratio: Annotated[float | None, typer.Option(help="share of the routed experts that goes, e.g. 0.25")] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="share of the routed experts (depth: of the layers) that goes, e.g. 0.25")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="decoder layers that stay, with --method depth")] = None,
     method: Annotated[
-        str | None, typer.Option(help=f"which experts stay: {', '.join(registry.names('pruning'))} [default: reap]")
+        str | None,
+        typer.Option(
+            help=f"which experts stay, or depth: which layers, of dense models too: "
+            f"{', '.join(registry.names('pruning'))} [default: reap]"
+        ),
     ] = None,
     recovery: Annotated[
-        str | None, typer.Option(help="of what they said: closed-form or none [default: closed-form]")
+        str | None, typer.Option(help="of what was left out: closed-form or none [default: closed-form]")
     ] = None,
     calibration: options.Calibration = None,
     tokens: Annotated[int | None, typer.Option(help="calibration tokens [default: 16384]")] = None,
@@ -35,12 +42,13 @@ def prune(
     force: Annotated[bool, typer.Option(help="accept a collapsed result")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Leave out experts of a Mixture of Experts, stock or converted, and write a model that the same engines load."""
+    """Leave out experts of a Mixture of Experts, or layers of any model, and write what the same engines load."""
     from ..config import PruneConfig
     from ..pruning.prune import prune as run
 
     given = {
-        "experts": experts, "ratio": ratio, "method": method, "recovery": recovery, "tokens": tokens, "window": window,
+        "experts": experts, "ratio": ratio, "layers": layers, "method": method, "recovery": recovery, "tokens": tokens,
+        "window": window,
         "calibration": tuple(calibration) if calibration else None, "device": device, "seed": seed,
     }  # fmt: skip
     config = PruneConfig.read(recipe, {name: value for name, value in given.items() if value is not None})

@@ -27,6 +27,7 @@ from . import (
     plan,
     prune,
     quiet,
+    serve,
     streams,
 )
 from .options import stderr
@@ -38,7 +39,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (plan, convert, finetune, adapt, prune, export, generate, evaluate, benchmark, inspect, frontier, demo):
+for verb in (
+    plan, convert, finetune, adapt, prune, export, generate, serve, evaluate, benchmark, inspect, frontier, demo,
+):  # fmt: skip
     app.command()(getattr(verb, verb.__name__.rpartition(".")[2]))
 
 

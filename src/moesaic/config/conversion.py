@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ..results import Json
 from .settings import FormatField, PartitionField, RecoveryField, RouterField, SelectionField, Settings
@@ -23,15 +23,28 @@ class ConvertConfig(Settings):
     """Neurons in a group."""
     fine: bool = False
     """About 64 groups in place of 16; with partition `auto`, try that too."""
+    engine: str | None = None
+    """The engine that is to run it, `--for` on the command line: its width of groups, format and file follow."""
+    outtype: str | None = None
+    """llama.cpp's type of weights, `q8_0` or another; None: the one that measurements say."""
+    dense_layers: str | None = None
+    """Layers that keep their dense FFN: `0,2,5-7`, `odd` (MoE-LLaVA's every second one) or `even`; counted from 0."""
     partition: PartitionField = "auto"
     """Partitioning method; `auto` tries `specialists` and `coactivation` on part of the model and takes the better."""
     router: RouterField = None
     """Routing method; None takes the one that belongs to the partition."""
     selection: SelectionField = None
     """Which and how many experts run by their scores; None takes the one that belongs to the router, mostly `top-k`."""
-    recovery: RecoveryField = "closed-form"
+    recovery: RecoveryField = None
+    """Winning back quality at once; None takes what belongs to the partition, mostly `closed-form`."""
     calibration: tuple[str, ...] = ()
     """Text files, .jsonl files or `datasets` names; none means the bundled text."""
+    for_use: Literal["code", "chat", "text"] | None = None
+    """What the model is for, which chooses the calibration text where none is named; None: by the model."""
+    image_weight: float = 0.25
+    """What an error in a picture's token is worth, relative to one in a token of text; vision-language models only."""
+    text_only: bool = False
+    """Whether of a vision-language model the text model in it is converted, and its pictures are given up."""
     tokens: int = 16_384
     """Calibration tokens."""
     window: int = 256

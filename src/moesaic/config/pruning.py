@@ -1,4 +1,4 @@
-"""What is asked of leaving experts out."""
+"""What is asked of leaving experts or layers out."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ class PruneConfig(Settings):
     experts: int | None = None
     """Routed experts that each layer keeps; or give `ratio`."""
     ratio: float | None = None
-    """Share of the routed experts that goes; or give `experts`."""
+    """Share of the routed experts that goes, with method `depth` of the decoder layers; or give their number."""
+    layers: int | None = None
+    """Decoder layers that stay, method `depth`; or give `ratio`."""
     method: PrunerField = "reap"
-    """Which experts stay."""
+    """Which experts stay; or `depth`, of any model, which layers."""
     recovery: Literal["closed-form", "none"] = "closed-form"
-    """Whether the kept experts' down-projections are fitted to what all experts said."""
+    """Whether down-projections of what stays are fitted to what the source said."""
     calibration: tuple[str, ...] = ()
     """Text files, .jsonl files or `datasets` names; none means the bundled text."""
     tokens: int = 16_384

@@ -42,12 +42,16 @@ class FinetuneConfig(Settings):
     """Of the teacher's logits, the largest that are kept; the rest of the probability is one more class."""
     match: float = 0.0
     """Weight of the relative squared distance of each layer's output from the teacher's."""
-    balance: Literal["none", "bias", "loss"] = "none"
-    """Evening out the experts' load: by the selection bias (CMoE, DeepSeek-V3), by a loss (Switch), or not."""
+    balance: Literal["none", "bias", "loss"] | None = None
+    """Evening out the experts' load: by the selection bias (CMoE, DeepSeek-V3), by a loss (Switch), or not; None is the
+    method's own, mostly `none`."""
     balance_step: float = 1e-3
     """Of `bias`: how far it moves in a step (CMoE's γ)."""
     balance_weight: float = 0.01
     """Of `loss`: its weight in nats a token (Switch's α)."""
+    locality: float = 0.0
+    """Weight of the divergence from the experts of the token before (LocMoE, ReMoE); and what it is worth, in nats of
+    held-out loss, that a token keeps its experts, when the best state is chosen."""
     held_out: int = 12
     """Sequences of the data that are not trained on and decide which state is kept."""
     evaluations: int = 6
@@ -61,10 +65,11 @@ class FinetuneConfig(Settings):
 
     @classmethod
     def combine(cls, recipe: Json, settings: Json) -> Json:
-        """Override the settings of a recipe; `rank` and `alpha` are short for options of the method."""
+        """Override the settings of a recipe; `rank`, `alpha` and `rounds` are short for options of the method."""
         content = recipe | settings
-        given.check(rank=content.get("rank"), alpha=content.get("alpha"))
-        adapters = [f"{name}={content.pop(name)}" for name in ("rank", "alpha") if name in content]
+        short = ("rank", "alpha", "rounds")
+        given.check(**{name: content.get(name) for name in short})
+        adapters = [f"{name}={content.pop(name)}" for name in short if name in content]
         if adapters:
             method = registry.text("method", content.get("method", cls().method))
             options = [registry.split("method", method)[1], *adapters]

@@ -78,7 +78,7 @@ class ClosedForm(Recovery):
             return
         has_shared = moe.shared_experts is not None
         shared = blocks[0] if has_shared else blocks[0][:0]
-        expert_T = torch.cat([chosen(moe, x_CD)[0].squeeze(1) for x_CD in sample.input_TD.split(CHUNK_TOKENS)])
+        expert_T = torch.cat([chosen(moe, part)[0].squeeze(1) for part in sample.parts()])
         for expert, block in enumerate(blocks[has_shared:]):
             ffn = sample.ffn.take(torch.cat([shared, block]))
             weight_T = torch.where(expert_T == expert, 1.0, self.other_tokens**0.5) * sample.weight_T
@@ -160,11 +160,12 @@ def weighted(h_CF: Tensor, y_CD: Tensor, weight_C: Tensor) -> tuple[Tensor, Tens
     return (h_CF.float() * weight_C[:, None]).to(dtype), (y_CD * weight_C[:, None]).to(dtype)
 
 
-def chosen(moe: MoE, x_CD: Tensor) -> Routing:
-    """Ask the block's gate which experts these tokens run."""
-    assert moe.gate is not None
-    assert moe.experts is not None
-    return moe.gate(x_CD, moe.experts)
+def chosen(moe: MoE, sample: LayerActivations) -> Routing:
+    """Say which experts these tokens run: what is decided for the whole model already, else what the gate says."""
+    gate, experts = moe.routed
+    if sample.chosen_TK is not None:
+        return gate.fixed(sample.chosen_TK, sample.input_TD.dtype)
+    return gate(sample.input_TD, experts)
 
 
 def joint_features(moe: MoE, sample: LayerActivations, blocks: list[Tensor]) -> Features:
@@ -177,18 +178,19 @@ def joint_features(moe: MoE, sample: LayerActivations, blocks: list[Tensor]) -> 
     prior_DW = sample.ffn.down_DF[:, neurons_W]
     bias = moe.shared_experts.down_proj.bias if moe.shared_experts is not None else None
     for part, h_CF in sample.chunks():
-        z_CW = h_CF[:, neurons_W] * gains(moe, sample.input_TD[part], blocks).to(h_CF.dtype)
+        z_CW = h_CF[:, neurons_W] * gains(moe, sample.take(part), blocks).to(h_CF.dtype)
         rest_CD = sample.output_TD[part].float() - linear(z_CW, prior_DW, bias).float()
         yield 0, *weighted(z_CW, rest_CD, sample.weight_T[part])
 
 
-def gains(moe: MoE, x_CD: Tensor, blocks: list[Tensor]) -> Tensor:
+def gains(moe: MoE, sample: LayerActivations, blocks: list[Tensor]) -> Tensor:
     """Compute the factor on each neuron in each token, [C, W]: 1 for shared ones, the gate's weight or 0 for routed."""
+    x_CD = sample.input_TD
     widths = torch.tensor([len(block) for block in blocks], device=x_CD.device)
     gain_CB = torch.ones(len(x_CD), len(blocks), dtype=x_CD.dtype, device=x_CD.device)
     if moe.experts is not None:
         routed_CE = x_CD.new_zeros(len(x_CD), moe.experts.num_experts + 1)  # the last column is no expert
-        gain_CB[:, -moe.experts.num_experts :] = routed_CE.scatter_(1, *chosen(moe, x_CD))[:, :-1]
+        gain_CB[:, -moe.experts.num_experts :] = routed_CE.scatter_(1, *chosen(moe, sample))[:, :-1]
     return gain_CB.repeat_interleave(widths, dim=1)
 
 

@@ -10,7 +10,8 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from ..results import ConversionResult, Json
-from .console import command, here
+from .console import command, here, share
+from .modality import mean_errors, name_of
 
 CARD = """\
 ---
@@ -18,16 +19,37 @@ CARD = """\
 # {{ model }} as a Mixture-of-Experts, {{ m.plan }}
 
 Converted from the dense model `{{ model }}` by [moesaic](https://pypi.org/project/moesaic) {{ m.versions.moesaic }},
-without training: {{ "%.0f" | format(100 * m.ffn_active) }} % of each feed-forward network runs per token.
+without training: {% if m.ffn_active > 1 -%}
+{{ share }} of each feed-forward network runs per token, in copies for training to tell apart, and
+{{ "%.3g" | format(m.memory_factor) }} x is in memory.
+{%- else -%}
+{{ "%.0f" | format(100 * m.ffn_active) }} % of each feed-forward network runs per token.
+{%- endif %}
+{%- if c.get("dense_layers") %} Layers `{{ c.dense_layers }}`, counted from 0, keep their dense network.{% endif %}
 
 | | dense | this model |
 |---|---|---|
 | parameters | {{ "{:,}".format(m.dense_parameters) }} | {{ "{:,}".format(m.total_parameters) }} |
 | active per token | {{ "{:,}".format(m.dense_parameters) }} | {{ "{:,}".format(m.active_parameters) }} |
 | perplexity | {{ "%.3f" | format(m.perplexity_dense) }} | {{ "%.3f" | format(m.perplexity) }} |
+{%- if m.pictures %}
+| perplexity of answers on pictures | {{ "%.3f" | format(m.pictures.perplexity_dense) }} |{# #}
+{{- " %.3f" | format(m.pictures.perplexity) }} |
+{%- for modality, error in errors.items() %}
+| error of an FFN on {{ modality }}, mean over layers | 0 | {{ "%.3f" | format(error) }} |
+{%- endfor %}
+{%- endif %}
 
 Perplexity: {{ m.perplexity_protocol.text }}, {{ m.perplexity_protocol.tokens }} tokens in windows of
 {{ m.perplexity_protocol.window }}, data sha256 `{{ m.perplexity_protocol.data_sha256[:16] }}`.
+{%- if m.pictures %} Answers: {{ m.pictures.answer_tokens }} tokens of answers to questions about bundled held-out
+pictures
+{%- if m.pictures.agreement is not none %}; dense and converted model put the same token first in
+{{ "%.1f" | format(100 * m.pictures.agreement) }} %
+{%- endif %}.
+The vision tower is the dense model's; only the language tower was converted
+{{- "." if m.pictures.calibrated else ", calibrated on text alone." }}
+{%- endif %}
 {%- if m.finetune and m.finetune.improved %}
 
 {%- set f = m.finetune %}
@@ -46,7 +68,7 @@ Then trained (`{{ f.method }}`, objective `{{ f.objective }}`) on {{ "{:,}".form
 
 Method: partition `{{ c.partition }}`, router `{{ c.router }}`, selection `{{ c.selection or 'top-k' }}`, recovery
 `{{ c.recovery }}`, {{ c.tokens }} calibration tokens of
-{{ c.calibration | join(", ") or "the bundled text" }}, seed {{ c.seed }}. Converted in
+{{ c.calibration | join(", ") or bundled }}, seed {{ c.seed }}. Converted in
 {{ "%.0f" | format(m.seconds) }} s on {{ m.machine }} (torch {{ m.versions.torch }}, transformers
 {{ m.versions.transformers }}). Everything else is in `moesaic.yaml` and `metrics.json`.
 
@@ -55,21 +77,27 @@ Method: partition `{{ c.partition }}`, router `{{ c.router }}`, selection `{{ c.
 ## Use
 {% if engines %}
 This is `{{ architecture }}` of stock transformers; engines load it without moesaic:
-
+{% if m.pictures %}
+{{ ask_in_python }}
+{%- else %}
 ```bash
 {%- for engine in engines %}
 {{ commands[engine] }}{{ flags.get(engine, "") }}
 {%- endfor %}
 ```
-
+{% endif %}
 When it was written, stock transformers gave the log-probabilities of moesaic's own format: in float32, over
 {{ m.check.tokens }} random tokens and {{ m.check.layers }} layers, a median difference of
 {{ "%.1e" | format(m.check.median_difference) }} nats and the same most likely token in
-{{ "%.1f" | format(100 * m.check.agreement) }} %. The other commands were not run.
-{%- if gguf %} For llama.cpp: `{{ to_gguf }}`.
+{{ "%.1f" | format(100 * m.check.agreement) }} %.{% if not m.pictures %} The other commands were not run.{% endif %}
+{%- if m.gguf %} For llama.cpp: `{{ serve_gguf }}` ({{ m.gguf.outtype }},
+perplexity {{ "%.3f" | format(m.gguf.perplexity) }} as read back).
+{%- elif gguf %} For llama.cpp: `{{ to_gguf }}`.
 {%- else %} llama.cpp has nothing for it.
 {%- endif %}
-{% else %}
+{% elif m.pictures %}
+{{ ask_in_python }}
+{%- else %}
 ```python
 import moesaic  # registers the architecture
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -81,6 +109,20 @@ tokenizer = AutoTokenizer.from_pretrained({{ name }})
 
 The licence is that of the dense model{{ " (`" + resolved.license + "`)" if resolved.get("license") else "" }}; its
 files are here too, if it had any.
+"""
+ASK = """\
+```python
+{first}from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained({name})
+processor = AutoProcessor.from_pretrained({name})
+content = [{{"type": "image", "path": "picture.jpg"}}, {{"type": "text", "text": "What is it?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+print(processor.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))
+```
 """
 METADATA = ("base_model", "license", "license_name", "license_link")
 """Of the card, what `moesaic.yaml` says of the dense model."""
@@ -102,7 +144,7 @@ def write_card(metrics: ConversionResult, resolved: Json, facts: CardFacts, fold
     name = Path(metrics.output).name
     metadata: Json = {
         "library_name": "transformers" if metrics.engines else "moesaic",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if metrics.pictures else "text-generation",
     }
     metadata |= {name: resolved[name] for name in METADATA if resolved.get(name)}
     metadata["tags"] = ["mixture-of-experts", "moesaic"]
@@ -110,10 +152,26 @@ def write_card(metrics: ConversionResult, resolved: Json, facts: CardFacts, fold
     text = template.render(
         m=metrics, c=resolved["config"], model=resolved["model"], name=in_python(name), gguf=facts.gguf,
         to_gguf=command("moesaic", "export", here(name), f"{here(name)}.gguf", "--format", "gguf"),
+        serve_gguf=command("llama-server", "-m", f"{here(name)}/model.gguf"),
         engines=metrics.engines, commands=commands(name), flags=facts.flags, architecture=facts.architecture,
-        resolved=resolved, metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
+        resolved=resolved, errors={name_of(k): v for k, v in mean_errors(metrics.layers).items()},
+        ask_in_python=ask_in_python(name, ours=not metrics.engines),
+        bundled="the bundled pictures and text" if metrics.pictures else "the bundled text",
+        share=share(metrics.ffn_active),
+        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def ask_in_python(folder: str, ours: bool) -> str:
+    """Write what asks a vision-language model in a folder about a picture, as a block of Python.
+
+    Args:
+        folder: the model's.
+        ours: whether it is in moesaic's own format, which is registered first.
+    """
+    first = "import moesaic  # registers the architecture\n" if ours else ""
+    return ASK.format(first=first, name=in_python(folder))
 
 
 def commands(folder: str) -> dict[str, str]:

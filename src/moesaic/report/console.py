@@ -40,6 +40,11 @@ def offer(console: Console, words: str, indent: str, width: int | None = None) -
     console.print(Text("\n".join(lines)), soft_wrap=True)
 
 
+def share(neurons: float) -> str:
+    """Write a share of an FFN's neurons: `50%`, and `2.0 x` where copies run."""
+    return f"{neurons:.1f} x" if neurons > 1 else f"{neurons:.0%}"
+
+
 def here(name: str) -> str:
     """Write a path so that no command takes it for an option or for a home folder."""
     return f"./{name}" if name.startswith(("-", "~")) else name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from ..results import ExpertsInspection, OracleInspection
+from ..results import ExpertsInspection, OracleInspection, RoutesInspection
 from .grid import grid, say
 
 WIDE = 72
@@ -81,3 +81,14 @@ def gap(closed: float | None) -> str:
             f"what runs now is worse than the same number for all, by {-closed:.1%} of what the oracle wins over that"
         )
     return f"what runs now closes {closed:.1%} of the gap between the same number for all and the oracle"
+
+
+def show_routes(console: Console, r: RoutesInspection) -> None:
+    """Print what a trace holds, and how much neighbouring tokens have in common."""
+    say(console, f"{r.file}: experts of {r.tokens:,} tokens" + (f", {r.rule}" if r.rule else ""), "bold")
+    say(
+        console,
+        f"{r.requests} requests of {r.prompt} tokens and {r.new} new ones, from {r.text}; {len(r.layers)} layers of "
+        f"{r.num_experts} experts, {r.experts_per_token:.2f} run for a token. {r.kept:.0%} of a token's experts are "
+        f"those of the token before it too; {r.used:.0%} of all experts are used at all.",
+    )

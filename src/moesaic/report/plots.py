@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ParamSpec
 import numpy as np
 
 from ..errors import InputError
+from .modality import even_shares, modalities_of, name_of
 from .rows import number, numbers, part, parts
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 MISSING = "matplotlib is not installed; install it with: pip install 'moesaic[plots]'"
 INK, ACCENT, SOFT = "#1b1b1f", "#2a6f97", "#c9a227"
+EXPERT_LOAD = "Expert load (1 = an even share of the tokens)"
 P = ParamSpec("P")
 
 
@@ -65,9 +67,10 @@ def write_plots(metrics: Mapping[str, object], folder: Path) -> None:
     """Write `layer_error.png`, `activation_rates.png` and, for routed models, `expert_load.png`."""
     layers = parts(metrics, "layers")
     _layer_error(layers, str(metrics["plan"]), folder / "layer_error.png")
-    _activation_rates(layers, folder / "activation_rates.png")
-    if layers[0]["expert_tokens"]:
-        _expert_load(layers, folder / "expert_load.png")
+    _activation_rates([r for r in layers if r["activation_rates"]], folder / "activation_rates.png")
+    routed = [record for record in layers if record["expert_tokens"]]
+    if routed:
+        _expert_load(routed, folder / "expert_load.png")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -76,17 +79,29 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _layer_error(layers: Sequence[Mapping[str, object]], plan: str, path: Path) -> None:
-    figure = new_figure(7, 3.6)
+    modalities = modalities_of(part(row, "error_by_modality") for row in layers)
+    figure = new_figure(9 if modalities else 7, 3.6)
     axes = figure.subplots()
     x = range(len(layers))
     axes.plot(
         x, [number(r, "split_error") for r in layers], "o--", color=SOFT, label="FFN after the split", markersize=4
     )
     axes.plot(x, [number(r, "error") for r in layers], "o-", color=ACCENT, label="FFN after recovery", markersize=4)
+    for modality, marker in zip(modalities, "^s", strict=False):
+        found = [part(r, "error_by_modality") for r in layers]  # of a layer that stays dense there is none
+        errors = [
+            number(row, modality) if modality in row else number(r, "error")
+            for r, row in zip(layers, found, strict=True)
+        ]
+        label = f"the same on {name_of(modality)}"
+        axes.plot(x, errors, f"{marker}-", color=ACCENT, alpha=0.45, linewidth=1, label=label, markersize=4)
     axes.plot(x, [number(r, "residual_error") for r in layers], ":", color=INK, label="residual stream after the layer")
     axes.set(xlabel="layer", ylabel="relative error", title=f"Layer error, plan {plan}")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    if modalities:  # five lines leave no room for their names
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    else:
+        axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
@@ -110,13 +125,23 @@ def _activation_rates(layers: Sequence[Mapping[str, object]], path: Path) -> Non
 
 
 def _expert_load(layers: Sequence[Mapping[str, object]], path: Path) -> None:
-    load = np.array([numbers(record, "expert_tokens") for record in layers], dtype=float)
-    share = load / load.sum(1, keepdims=True) * load.shape[1]
+    loads = {"all tokens": [numbers(record, "expert_tokens") for record in layers]}
+    for modality in modalities_of(part(row, "expert_tokens_by_modality") for row in layers):
+        of_it = [numbers(part(record, "expert_tokens_by_modality"), modality) for record in layers]
+        loads[name_of(modality)] = of_it
+    even = {name: np.array([even_shares(row) for row in rows]) for name, rows in loads.items()}
+    top = max(2.0, *(float(np.quantile(share, 0.98)) for share in even.values()))
     figure = new_figure(7, 1.6 + 0.14 * len(layers))
-    axes = figure.subplots()
-    image = axes.imshow(share, aspect="auto", cmap="cividis", vmin=0, vmax=max(2.0, float(np.quantile(share, 0.98))))
-    axes.set(xlabel="routed expert", ylabel="layer", title="Expert load (1 = an even share of the tokens)")
-    figure.colorbar(image, ax=axes)
+    panels = figure.subplots(1, len(even), sharey=True, squeeze=False)[0]
+    for axes, (name, share) in zip(panels, even.items(), strict=True):
+        image = axes.imshow(share, aspect="auto", cmap="cividis", vmin=0, vmax=top)
+        axes.set(xlabel="routed expert", title=name if len(even) > 1 else EXPERT_LOAD)
+    panels[0].set_ylabel("layer")
+    if len(layers) <= number(layers[-1], "layer"):  # some stay dense
+        panels[0].set_yticks(range(len(layers)), [f"{number(record, 'layer'):g}" for record in layers])
+    if len(even) > 1:
+        figure.suptitle(EXPERT_LOAD)
+    figure.colorbar(image, ax=panels[-1])
     _save(figure, path)
 
 

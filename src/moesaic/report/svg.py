@@ -18,6 +18,8 @@ class Dot:
     x: float
     y: float
     tip: str
+    name: str = ""
+    """Written beside it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ def line_chart(curves: Sequence[Curve], x: Axis, y: Axis, title: str) -> str:
                 f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4.5" fill="{curve.color}" data-tip="{tip}" tabindex="0">'
                 f"<title>{tip}</title></circle>"
             )
+            if dot.name:
+                said = f'<text x="{a - 9:.1f}" y="{b + 4:.1f}" text-anchor="end" style="fill:{curve.color}">'
+                parts.append(f"{said}{escape(dot.name)}</text>")
         parts.append("</g>")
     return "\n".join([*parts, "</g>", "</svg>"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.text import Text
@@ -12,17 +12,16 @@ from ..results import (
     AdaptResult,
     BenchmarkResult,
     ConversionResult,
+    DepthResult,
     EvaluationResult,
     FinetuneResult,
-    FrontierResult,
-    FrontierSummary,
     Inspection,
-    Plans,
     PruningResult,
 )
-from .console import command, here, offer
+from .console import command, here, offer, share
 from .grid import grid as _grid
 from .grid import say as _say
+from .modality import answer_rows, load_range, say_errors, show_modalities, show_picture_speed
 
 BUDGET_TOLERANCE = 0.02
 
@@ -40,25 +39,51 @@ def show_facts(console: Console, title: str, facts: Mapping[str, object]) -> Non
 
 def show_conversion(console: Console, m: ConversionResult) -> None:
     """Dense against converted, and what to do next."""
-    grid = _grid(f"{m.output}: plan {m.plan}, {m.ffn_active:.0%} of each FFN active", "", "dense", "converted")
+    more = f", {m.memory_factor:g} x in memory" if m.ffn_active > 1 else ""
+    grid = _grid(f"{m.output}: plan {m.plan}, {share(m.ffn_active)} of each FFN active{more}", "", "dense", "converted")
     grid.add_row("parameters", f"{m.dense_parameters:,}", f"{m.total_parameters:,}")
     grid.add_row("active per token", f"{m.dense_parameters:,}", f"{m.active_parameters:,}")
     grid.add_row("perplexity (held-out text)", f"{m.perplexity_dense:.2f}", f"{m.perplexity:.2f}")
     grid.add_row("ratio to dense", "1", f"{m.perplexity / m.perplexity_dense:.3f}")
+    for row in answer_rows(m):
+        grid.add_row(*row)
     console.print(grid)
+    say_errors(console, m)
     if m.trials:
         losses = ", ".join(f"{t.partition} {t.plan} {t.held_out_loss:.3f}" for t in m.trials)
         _say(console, f"{m.partition} was chosen by the loss on held-out calibration tokens: {losses}")
+    if m.router:
+        _say(
+            console,
+            f"one router ahead of the model, {m.router.parameters:,} parameters, names the best expert of a token in "
+            f"{m.router.agreement:.0%} of calibration text that it did not see",
+        )
     loaders = f"{', '.join(m.engines)} load it" if m.engines else "transformers loads it after import moesaic"
     _say(console, f"written as {m.format}: {m.format_reason or loaders}")
+    if m.engine:
+        _say(console, f"for {m.engine.engine}: {m.engine.reason}")
+    if m.gguf:
+        others = f", {m.gguf.fallbacks} matrices in f16" if m.gguf.fallbacks else ""
+        size = f"{m.gguf.outtype}, {m.gguf.bytes / 1e6:,.0f} MB{others}"
+        _say(console, f"{m.gguf.output}: {size}, perplexity {m.gguf.perplexity:.2f} as read back")
     unreached = {r.layer: r.unreached_experts for r in m.layers if r.unreached_experts}
     if unreached:
         _say(console, f"no calibration token reached these experts (layer: experts): {unreached}", "yellow")
     if m.collapsed:
         _say(console, "this model collapsed; it was kept because of --force", "bold red")
     _say(console, f"{m.seconds:.0f} s, peak memory {m.peak_rss_bytes / 1e9:.2f} GB. Next:")
-    for verb, *prompt in (("generate", "def quicksort(arr):"), ("evaluate",), ("benchmark",)):
+    first = ("What is it?", "--image", "picture.jpg") if m.pictures else ("def quicksort(arr):",)
+    for verb, *prompt in (("generate", *first), ("evaluate",), ("benchmark",)):
         offer(console, command("moesaic", verb, here(m.output), *prompt), "  ")
+    if m.gguf:
+        offer(console, command("llama-server", "-m", here(m.gguf.output)), "  ")
+
+
+def show_made(console: Console, m: ConversionResult) -> None:
+    """Show a conversion and, if it was trained after it, what that changed."""
+    show_conversion(console, m)
+    if m.finetune:
+        show_training(console, m.finetune)
 
 
 def show_training(console: Console, f: FinetuneResult) -> None:
@@ -76,6 +101,9 @@ def show_training(console: Console, f: FinetuneResult) -> None:
         digits = 0 if name == "dead_experts" else 2
         label = "load's " * (name == "coefficient_of_variation") + name.replace("_", " ")
         grid.add_row(label, f"{getattr(before, name):.{digits}f}", f"{getattr(after, name):.{digits}f}")
+    if before.kept_experts is not None and after.kept_experts is not None:
+        kept = (before.kept_experts, after.kept_experts)
+        grid.add_row("tokens that keep their experts", *(f"{share:.1%}" for share in kept))
     console.print(grid)
     learned = ", ".join(f"{part} {count:,}" for part, count in f.trainable_parameters.items())
     _say(console, f"learned: {learned}; {f.tokens:,} tokens in {f.seconds:.0f} s")
@@ -114,31 +142,12 @@ def show_adaptation(console: Console, a: AdaptResult) -> None:
         offer(console, command("moesaic", verb, model[0], *prompt, *model[1:]), "  ")
 
 
-def show_plans(console: Console, found: Plans) -> None:
-    """Print a row for each shape, and how to make the first."""
-    grid = _grid(
-        f"{found.model}: running about {found.active:.0%} of {found.intermediate_size} neurons",
-        "partition", "plan", "width", "active", "memory", "decode", "prefill", "GGUF", wrapped=7,
-    )  # fmt: skip
-    for c in found.choices:
-        grid.add_row(
-            c.partition, c.plan, str(c.expert_width), f"{c.ffn_active:.0%}", f"{c.memory_factor:.2f}x",
-            f"{c.decode_limit:.2f}x", f"{c.prefill_limit:.2f}x", c.gguf[0] if c.gguf else "-",
-        )  # fmt: skip
-    console.print(grid)
-    first = found.choices[0]
-    _say(
-        console,
-        "decode, prefill: at most so much faster than dense, by bytes and by FLOPs. Format: "
-        f"{first.format} ({first.format_reason or 'runs in ' + ', '.join(first.engines)}). The first:",
-    )
-    offer(console, command("moesaic", "convert", here(found.model), "OUT", *first.options.split()), "  ")
-
-
 def show_evaluation(console: Console, r: EvaluationResult) -> None:
     """Perplexity with its protocol, then tasks."""
     measured = f"({r.protocol}, {r.tokens:,} tokens, window {r.window}, {r.text}, sha256 {r.data_sha256[:12]})"
     console.print(Text.assemble("perplexity ", (f"{r.perplexity:.4f}", "bold"), f"  {measured}"))
+    if r.bits_per_byte is not None:
+        _say(console, f"{r.bits_per_byte:.4f} bits per byte of text, which compares models with different tokenizers")
     if r.tasks:
         grid = _grid("Zero-shot", "task", "acc", "± stderr", "acc_norm", "n")
         for task, v in r.tasks.items():
@@ -169,6 +178,8 @@ def show_benchmark(console: Console, r: BenchmarkResult) -> None:
                 f"{v.speedup:.2f}x", f"{v.limit:.2f}x", f"{v.share_of_limit:.0%}",
             )  # fmt: skip
     console.print(grid)
+    if r.picture:
+        show_picture_speed(console, r.picture)
     _say(console, r.protocol, "dim")
 
 
@@ -177,20 +188,24 @@ def show_inspection(console: Console, f: Inspection) -> None:
     m = f.metrics
     facts = {"model": f.model, "architecture": f.architecture, "plan": m.plan, "bytes": f.bytes, **f.moe}
     facts |= {name: f.config[name] for name in ("partition", "recovery", "tokens", "seed")}
+    facts |= {"dense_layers": f.config.get("dense_layers")}
     facts |= {"perplexity_dense": m.perplexity_dense, "perplexity": m.perplexity}
+    if m.pictures:
+        facts |= {
+            "perplexity of answers, dense": m.pictures.perplexity_dense,
+            "perplexity of answers": m.pictures.perplexity, "agreement in answers": m.pictures.agreement,
+        }  # fmt: skip
     show_facts(console, f.folder, facts)
     grid = _grid("Layers", "layer", "split", "after", "residual", "sinks", "load", "unreached", "s")
     for r in m.layers:
-        load = r.expert_tokens
-        even = sum(load) / len(load) if load else 1
-        spread = f"{min(load) / even:.2f}-{max(load) / even:.2f}" if load else "-"
         grid.add_row(
             str(r.layer), f"{r.split_error:.3f}", f"{r.error:.3f}", 
             "-" if r.residual_error is None else f"{r.residual_error:.3f}",
-            "-" if r.sink_norm is None else f"{r.sink_norm:.2f}", spread,
+            "-" if r.sink_norm is None else f"{r.sink_norm:.2f}", load_range(r.expert_tokens),
             str(len(r.unreached_experts)), f"{r.seconds:.1f}",
         )  # fmt: skip
     console.print(grid)
+    show_modalities(console, m.layers)
     console.print(
         "relative errors: of the FFN as split and after recovery, of the residual stream\n"
         "sinks: norm of attention sinks, 1 is the dense model's\n"
@@ -199,50 +214,22 @@ def show_inspection(console: Console, f: Inspection) -> None:
     )
 
 
-def show_frontier(console: Console, f: FrontierResult, folder: str) -> None:
-    """Print a row for each method under its budget, best first; what was not measured has no column."""
-    setting, dense, rows = f.setting, f.dense, f.summary
-    assert dense is not None
-    measured = f"{dense.perplexity:.2f} ({dense.protocol}, {dense.tokens:,} tokens of {dense.text})"
-    console.print(Text.assemble((str(setting["model"]), "bold"), f": perplexity over dense, {measured}"))
-    columns: dict[str, Callable[[FrontierSummary], str]] = {
-        "plan": lambda r: r.plan or "-",
-        "memory": lambda r: f"{r.memory or 1:.2g} x",
-        "ratio": lambda r: _spread(r.perplexity_ratio, r.perplexity_ratio_deviation if r.seeds > 1 else None),
-    }
-    if any(r.speedup for r in rows):
-        columns["decode"] = lambda r: f"{r.speedup:.2f}x" if r.speedup else "-"
-    if any(r.tasks_mean is not None for r in rows):
-        columns["zero-shot"] = lambda r: _spread(r.tasks_mean, r.tasks_stderr) if r.tasks_mean is not None else "-"
-    grid = _grid("", "method", *columns)
-    for active in sorted({r.active for r in rows}):
-        grid.add_section()
-        grid.add_row(f"{active:.0%} active", style="bold")
-        for r in sorted((r for r in rows if r.active == active), key=lambda r: r.perplexity_ratio):
-            grid.add_row(r.method, *(cell(r) for cell in columns.values()))
-    console.print(grid)
-    for name, reason in f.unfit.items():
-        _say(console, f"left out: {name}: {reason}", "yellow")
-    _say(console, f"The rows (frontier.json) and their chart are in {folder}/", "bold")
-
-
-def _spread(value: float, deviation: float | None) -> str:
-    """`1.234 ±.056`, or the value alone."""
-    return f"{value:.3f}" + ("" if deviation is None else f" ±{deviation:.3f}".replace("±0", "±"))
-
-
-def show_pruning(console: Console, p: PruningResult) -> None:
+def show_pruning(console: Console, p: PruningResult | DepthResult) -> None:
     """Source against pruned, and what to do next."""
-    grid = _grid(
-        f"{p.output}: {p.num_experts} of {p.num_experts_before} experts, by {p.method}", "", "before", "pruned"
-    )
-    grid.add_row("experts a layer", f"{p.num_experts_before:,}", f"{p.num_experts:,}")
+    deep = isinstance(p, DepthResult)
+    what, few, all_ = ("layers", p.num_hidden_layers, p.num_hidden_layers_before) if deep else ("experts a layer",
+                       p.num_experts, p.num_experts_before)  # fmt: skip
+    grid = _grid(f"{p.output}: {few} of {all_} {what.split()[0]}, by {p.method}", "", "before", "pruned")
+    grid.add_row(what, f"{all_:,}", f"{few:,}")
     grid.add_row("parameters", f"{p.total_parameters_before:,}", f"{p.total_parameters:,}")
     grid.add_row("perplexity (held-out text)", f"{p.perplexity_before:.2f}", f"{p.perplexity:.2f}")
     console.print(grid)
     for note in p.notes:
         _say(console, note, "yellow")
-    unreached = {r.layer: [e for e, n in zip(r.kept, r.expert_tokens, strict=False) if not n] for r in p.layers}
+    if deep:
+        _say(console, f"layers left out: {', '.join(map(str, p.removed_layers)) or 'none'}")
+    experts = [] if deep else p.layers
+    unreached = {r.layer: [e for e, n in zip(r.kept, r.expert_tokens, strict=False) if not n] for r in experts}
     if any(unreached.values()):
         some = {layer: experts for layer, experts in unreached.items() if experts}
         _say(console, f"no calibration token runs these kept experts (layer: experts): {some}", "yellow")

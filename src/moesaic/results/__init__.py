@@ -2,14 +2,26 @@
 
 from .adaptation import AdaptResult, AdaptStep
 from .base import Json, Result
-from .conversion import Check, ConversionResult, Inspection, LayerRecord, PerplexityProtocol, PlanChoice, Plans, Trial
-from .demo import DemoResult, LlamaCppSpeed, Rate, Typed
-from .evaluation import EvaluationResult, TaskScore
-from .experts import ExpertGroup, ExpertsInspection, OracleInspection, Passage, PassageToken
-from .export import ExportResult
-from .frontier import FrontierResult, FrontierRow, FrontierSummary, ShapeSpeed
-from .pruning import PrunedLayer, PruningResult
-from .speed import BenchmarkResult, Roof, Speed
+from .conversion import (
+    Check,
+    ConversionResult,
+    Inspection,
+    LayerRecord,
+    PerplexityProtocol,
+    PictureResult,
+    PlanChoice,
+    Plans,
+    RouterLesson,
+    Trial,
+)
+from .demo import DemoResult, LlamaCppSpeed, Typed
+from .evaluation import EvaluationResult, GenerationScore, TaskScore
+from .experts import ExpertGroup, ExpertsInspection, OracleInspection, Passage, PassageToken, RoutesInspection
+from .export import EngineChoice, ExportResult, WrittenGGUF
+from .frontier import FrontierResult, FrontierRow, FrontierSibling, FrontierSummary, Placed, ShapeSpeed, SiblingSpeed
+from .pruning import DepthResult, HealedLayer, PrunedLayer, PruningResult
+from .serving import ServeResult
+from .speed import BenchmarkResult, PictureSpeed, QuantisedResult, QuantisedRow, Rate, Roof, Speed
 from .training import ExpertLoad, FinetuneResult, LoadChange
 
 __all__ = [
@@ -19,6 +31,8 @@ __all__ = [
     "Check",
     "ConversionResult",
     "DemoResult",
+    "DepthResult",
+    "EngineChoice",
     "EvaluationResult",
     "ExpertGroup",
     "ExpertLoad",
@@ -27,7 +41,10 @@ __all__ = [
     "FinetuneResult",
     "FrontierResult",
     "FrontierRow",
+    "FrontierSibling",
     "FrontierSummary",
+    "GenerationScore",
+    "HealedLayer",
     "Inspection",
     "Json",
     "LayerRecord",
@@ -37,16 +54,26 @@ __all__ = [
     "Passage",
     "PassageToken",
     "PerplexityProtocol",
+    "PictureResult",
+    "PictureSpeed",
+    "Placed",
     "PlanChoice",
     "Plans",
     "PrunedLayer",
     "PruningResult",
+    "QuantisedResult",
+    "QuantisedRow",
     "Rate",
     "Result",
     "Roof",
+    "RouterLesson",
+    "RoutesInspection",
+    "ServeResult",
     "ShapeSpeed",
+    "SiblingSpeed",
     "Speed",
     "TaskScore",
     "Trial",
     "Typed",
+    "WrittenGGUF",
 ]

@@ -32,7 +32,9 @@ class AdaptStep(Result):
 class AdaptResult(Result):
     """What `adapt` found."""
 
-    omitted_when_none: ClassVar[frozenset[str]] = frozenset({"output", "peak_rss_bytes", "versions", "machine"})
+    omitted_when_none: ClassVar[frozenset[str]] = frozenset(
+        {"output", "peak_rss_bytes", "versions", "machine", "experts_by_modality"}
+    )
 
     method: str
     """The selection with its options, as `--select` takes it where it has no parameters."""
@@ -47,6 +49,8 @@ class AdaptResult(Result):
     default_experts_per_token: int
     num_experts: int
     experts_by_layer: list[float]
+    experts_by_modality: dict[str, float] | None = None
+    """Of tokens of `text` and of pictures (`image`), mean over layers; None for models that take text only."""
     held_out_loss_default: float
     """With the model's own number of experts; nats a token."""
     held_out_loss_start: float

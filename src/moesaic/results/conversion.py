@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .base import Json, Result
+from .export import EngineChoice, WrittenGGUF
 from .training import FinetuneResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRecord(Result):
     """How the conversion of one decoder layer went."""
+
+    omitted_when_none: ClassVar[frozenset[str]] = frozenset({"error_by_modality", "expert_tokens_by_modality"})
 
     layer: int
     split_error: float
@@ -29,10 +32,29 @@ class LayerRecord(Result):
     stage_seconds: dict[str, float]
     stage_peak_rss_bytes: dict[str, int]
     """The process's largest resident set so far, after each stage."""
+    error_by_modality: dict[str, float] | None = None
+    """`error` over tokens of `text` and of pictures (`image`) apart; None where there are no pictures."""
+    expert_tokens_by_modality: dict[str, list[int]] | None = None
+    """`expert_tokens` likewise."""
     residual_error: float | None = None
     """Mean relative distance of the residual stream from the dense model's, after the layer."""
     sink_norm: float | None = None
     """Norm of attention sinks over that in the dense model; None where there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterLesson(Result):
+    """A router ahead of the model, and how well it learnt, on calibration tokens that it did not see."""
+
+    groups: int
+    """Of layers, each with a decision of its own."""
+    parameters: int
+    loss: float
+    """Cross-entropy to what the layers teach, nats a decision."""
+    least: float
+    """The entropy of that, the least that the loss can be."""
+    agreement: float
+    """Share of decisions for the expert that the layers put first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +94,27 @@ class Check(Result):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PictureResult(Result):
+    """What a conversion does to what a vision-language model says of pictures."""
+
+    perplexity_dense: float
+    """Of answers to questions about bundled held-out pictures."""
+    perplexity: float
+    agreement: float | None
+    """Share of the answers' tokens that both models put first; None after training, which has no dense model."""
+    answer_tokens: int
+    calibrated: bool
+    """Whether pictures were among the calibration data."""
+    image_weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConversionResult(Result):
     """What `convert` did; `metrics.json` in its output."""
 
-    omitted_when_none: ClassVar[frozenset[str]] = frozenset({"check", "finetune"})
+    omitted_when_none: ClassVar[frozenset[str]] = frozenset(
+        {"check", "finetune", "router", "pictures", "engine", "gguf"}
+    )
 
     output: str
     format: str
@@ -112,6 +151,14 @@ class ConversionResult(Result):
     """Engines that load the output as it is."""
     check: Check | None = None
     finetune: FinetuneResult | None = None
+    router: RouterLesson | None = None
+    """Of a model that is routed ahead of its layers."""
+    pictures: PictureResult | None = None
+    """Of a vision-language model."""
+    engine: EngineChoice | None = None
+    """Of a conversion for one engine."""
+    gguf: WrittenGGUF | None = None
+    """Of a conversion for llama.cpp."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +200,8 @@ class PlanChoice(Result):
     format: str
     format_reason: str
     engines: list[str]
+    good_for: list[str]
+    """Engines that load it and were measured to run experts of that width well."""
     gguf: list[str]
     """Types of GGUF that hold it."""
     options: str
@@ -163,8 +212,12 @@ class PlanChoice(Result):
 class Plans(Result):
     """Shapes near a budget, specialists first."""
 
+    omitted_when_none: ClassVar[frozenset[str]] = frozenset({"engine"})
+
     model: str
     intermediate_size: int
     """Neurons of the dense FFN."""
     active: float
     choices: list[PlanChoice]
+    """The first is the one that `convert` takes for the engine, where one is given."""
+    engine: EngineChoice | None = None

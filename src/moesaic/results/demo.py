@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .base import Json, Result
 from .conversion import ConversionResult
-from .speed import BenchmarkResult
+from .speed import BenchmarkResult, Rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,16 +16,6 @@ class Typed(Result):
     prompt: str
     dense: str
     converted: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rate(Result):
-    """Tokens a second, medians over the rounds."""
-
-    tokens_per_s: float
-    dense_tokens_per_s: float
-    speedup: float
-    """The median of the ratios within a round."""
 
 
 @dataclass(frozen=True, kw_only=True)

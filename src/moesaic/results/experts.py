@@ -1,4 +1,4 @@
-"""Results of `inspect --adaptive` and `inspect --oracle`: how many experts run, where, and how many would be best."""
+"""Results of `inspect --adaptive`, `--oracle` and `--trace`: which experts run, how many, how many are best."""
 
 from __future__ import annotations
 
@@ -119,3 +119,33 @@ class OracleInspection(Result):
     """With a number for each token and layer, found one layer after the other and measured in one run."""
     experts_by_layer: list[float] | None = None
     """That these are on average."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutesInspection(Result):
+    """What a route trace holds."""
+
+    omitted_when_none: ClassVar[frozenset[str]] = frozenset({"model", "rule"})
+
+    file: str
+    text: str
+    data_sha256: str
+    requests: int
+    prompt: int
+    """Tokens of each prompt."""
+    new: int
+    """Tokens that were decoded after it."""
+    tokens: int
+    """That ran, of all requests."""
+    layers: list[int]
+    """Numbers of the decoder layers that have experts; the trace counts them from 0."""
+    num_experts: int
+    expert_bytes: int
+    """Of one expert's weights, as they are in memory."""
+    experts_per_token: float
+    kept: float
+    """Share of a token's experts that the token before it used too, mean over layers."""
+    used: float
+    """Share of all experts that any token used."""
+    model: str | None = None
+    rule: str | None = None

@@ -33,3 +33,37 @@ class ExportResult(Result):
     """llama.cpp's."""
     fallbacks: int | None = None
     """Matrices of another type, since their rows do not fit `outtype`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineChoice(Result):
+    """What a conversion for an engine is like, and why."""
+
+    omitted_when_none: ClassVar[frozenset[str]] = frozenset({"outtype", "decode_share", "prefill_share"})
+
+    engine: str
+    outtype: str | None
+    """llama.cpp's type of weights."""
+    least_width: int | None
+    """Neurons of a group, at least; None where the engine was not measured."""
+    multiple: int
+    """What a group's neurons are a multiple of: the type's block."""
+    reason: str
+    decode_share: float | None = None
+    """Of the speed-up that bytes allow, at `least_width`."""
+    prefill_share: float | None = None
+    """Of the speed-up that FLOPs allow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenGGUF(Result):
+    """The GGUF that a conversion for llama.cpp ends in."""
+
+    output: str
+    outtype: str
+    architecture: str
+    bytes: int
+    fallbacks: int
+    """Matrices of another type, since their rows do not fit `outtype`."""
+    perplexity: float
+    """Of the file's weights, read back, on the text of the conversion's own perplexity."""

@@ -56,3 +56,62 @@ class PruningResult(Result):
     machine: str
     peak_rss_bytes: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealedLayer(Result):
+    """How a decoder layer that stays went."""
+
+    layer: int
+    """Its number in the pruned model."""
+    source_layer: int
+    """Its number in the source."""
+    healed: bool
+    """Whether its down-projection was fitted again."""
+    split_error: float | None
+    """Of the residual stream where the next layer that stays takes over, relative to the source's there, over
+    calibration tokens: with this layer as it was. None without recovery, which needs no calibration tokens here."""
+    error: float | None
+    """The same after recovery."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthResult(Result):
+    """What `prune` did to a model's layers; `pruning.json` in its output."""
+
+    output: str
+    model: str
+    architecture: str
+    method: str
+    recovery: str
+    num_hidden_layers_before: int
+    num_hidden_layers: int
+    removed_layers: list[int]
+    """By their numbers in the source."""
+    distances: list[float]
+    """What the method went by: of `depth` each layer's Block Influence, or the angular distance over the run of layers
+    that begins there."""
+    total_parameters_before: int
+    total_parameters: int
+    active_parameters_before: int
+    """Weights that a decoding step of one token reads: all but an embedding that is not the head too."""
+    active_parameters: int
+    perplexity_before: float
+    perplexity: float
+    logit_factor: float
+    """The temperature, in the final norm's weight; 1 without recovery."""
+    perplexity_protocol: PerplexityProtocol
+    layers: list[HealedLayer]
+    max_abs_logit_error: float | None
+    """Between the output as transformers loads it and the run layer by layer; None where it does not fit in memory."""
+    notes: list[str]
+    """What else was changed or left out, for people."""
+    collapsed: bool
+    seed: int
+    fingerprint: dict[str, str]
+    compute_dtype: str
+    versions: dict[str, str]
+    machine: str
+    peak_rss_bytes: int
+    seconds: float

@@ -10,7 +10,9 @@ from .base import Result
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertLoad(Result):
-    """How evenly experts are used."""
+    """How evenly experts are used, and how long."""
+
+    omitted_when_none: ClassVar[frozenset[str]] = frozenset({"kept_experts"})
 
     coefficient_of_variation: float
     """Of the experts' shares of tokens, mean over layers."""
@@ -18,6 +20,8 @@ class ExpertLoad(Result):
     """Experts that no token runs, in all layers."""
     experts_per_token: float
     """Routed experts that a token runs, mean over layers."""
+    kept_experts: float | None = None
+    """Share of tokens that run the experts of the token before, mean over layers; None where it was not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,23 +23,25 @@ from ..checkpoint.claim import claim
 from ..checkpoint.facts import METRICS_FILE, copy_terms, saved_result, saved_settings
 from ..checkpoint.writer import CONFIG_FILE, check_parent, claim_output
 from ..config import ConvertConfig, FinetuneConfig
-from ..errors import InputError, WorkError
+from ..errors import WorkError
 from ..evaluation.cost import at_experts_per_token
 from ..files import write_json
-from ..formats.converted import ChosenFormat, choose_format
-from ..formats.export import COPIED, export
+from ..formats.export import COPIED
 from ..given import optional_path, path, place
 from ..machine import machine, peak_rss_bytes, versions
-from ..moe.modeling import MODEL_TYPE, moe_blocks
+from ..models.processor import copy_processor
+from ..moe.modeling import moe_blocks
 from ..report.plots import write_training
 from ..results import ConversionResult, ExpertLoad, FinetuneResult, LoadChange, PerplexityProtocol
 from . import parameters as parts
 from .data import Samples
-from .load import held_out_loss, summary
+from .load import held_out_loss, judged, summary
 from .parameters import put_back
+from .pictures import remeasured
 from .prepare import Finetuning, prepare
 from .state import LOG, PROJECT, StepRecord, TrainingState, drop, drop_finished, training_folder
 from .trainer import Trainer
+from .written import export_as, written_format
 
 CURVE = "training.png"
 
@@ -95,7 +97,7 @@ def run_training(run: Finetuning, clock: Callable[[], float], progress: Callable
     before = measure(student, run)
     trainer = make_trainer(run, student)
     learned = parts.counts(trainer.named.items())
-    state = train(run, trainer, restore(run, trainer, before.loss), clock, progress)
+    state = train(run, trainer, restore(run, trainer, before.judged(run.config.locality)), clock, progress)
     del student, trainer  # the model that is written needs the room
     settled = settle(run, state, before)
     result = summarise(run, state, before, settled, learned)
@@ -135,6 +137,10 @@ class Measured(NamedTuple):
     """Next-token loss, nats a token."""
     load: ExpertLoad
 
+    def judged(self, locality: float) -> float:
+        """Compute what decides which state is best."""
+        return judged(self.loss, self.load, locality)
+
 
 class Settled(NamedTuple):
     """The model that is written."""
@@ -153,7 +159,7 @@ def settle(run: Finetuning, state: TrainingState, before: Measured) -> Settled:
     if state.best_step:
         trained = best_model(run, state.best_step)
         after = measure(trained, run)
-        if after.loss <= before.loss:
+        if after.judged(run.config.locality) <= before.judged(run.config.locality):
             return Settled(trained, after, True)
         del trained
     return Settled(run.load(), before, False)
@@ -203,8 +209,9 @@ def make_trainer(run: Finetuning, student: PreTrainedModel) -> Trainer:
 def measure(model: PreTrainedModel, run: Finetuning, samples: Samples | None = None) -> Measured:
     """Measure loss and load of a model on what is held out, or on other samples."""
     samples = samples or run.held
-    total, loads = held_out_loss(model, moe_blocks(model), samples, run.accelerator.device)
-    return Measured(total.item() / samples.scored(), summary(loads, samples.tokens_NL.numel()))
+    found = held_out_loss(model, moe_blocks(model), samples, run.accelerator.device, run.dtype)
+    load = summary(found.loads, samples.count(), found.kept)
+    return Measured(found.total.item() / samples.scored(), load)
 
 
 def restore(run: Finetuning, trainer: Trainer, before: float) -> TrainingState:
@@ -235,8 +242,13 @@ def write(run: Finetuning, trained: PreTrainedModel, result: FinetuneResult, sta
     known = saved_result(folder)
     found = perplexity(run, trained, known.perplexity_protocol)
     parts.same_dtype(trained, run.source.checkpoint.dtype())
-    trained.save_pretrained(made)
+    pictures = known.pictures
+    if run.processor is not None and pictures is not None:
+        held_out = saved_settings(folder)["config"]["held_out_tokens"]
+        pictures = remeasured(trained, run.processor, pictures, held_out)
+    trained.save_pretrained(made, save_original_format=False)  # under the names that tensors have in memory
     run.tokenizer.save_pretrained(made)
+    copy_processor(folder, made)
     for name in COPIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, made / name)
@@ -252,13 +264,13 @@ def write(run: Finetuning, trained: PreTrainedModel, result: FinetuneResult, sta
     write_training([row.to_dict() for row in state.history], result.to_dict(), made / CURVE)
     shutil.copyfile(run.folder.path / LOG, made / LOG)
     metrics = replace(
-        active(run, trained, known, result), finetune=result, perplexity=found,
-        collapsed=not found / known.perplexity_dense <= ConvertConfig().collapse_ratio,
+        active(run, trained, known, result), output=str(run.output), finetune=result, perplexity=found,
+        pictures=pictures, collapsed=not found / known.perplexity_dense <= ConvertConfig().collapse_ratio,
     )  # fmt: skip
     write_json(made / METRICS_FILE, metrics.to_dict())
-    export(made, run.output, chosen.format, resume=False, overwrite=run.overwrite)
+    written = export_as(made, run.output, chosen, run.overwrite)
     drop(run.output)
-    return result
+    return replace(result, format=written.format.name, format_reason=written.reason)
 
 
 def active(
@@ -269,15 +281,6 @@ def active(
     if not (dynamic and result.improved):
         return known
     return at_experts_per_token(known, run.source.config, result.load.after.experts_per_token)
-
-
-def written_format(run: Finetuning, trained: PreTrainedModel) -> ChosenFormat:
-    """Choose the format to write, and say why it is not the one that the model came in, if it is not."""
-    has_bias = any(bool(b.gate.e_score_correction_bias.any()) for b in moe_blocks(trained) if b.gate is not None)
-    try:
-        return choose_format(run.source.format, trained.config, has_bias)  # pyrefly: ignore[bad-argument-type]
-    except InputError as error:
-        return ChosenFormat(registry.build("format", MODEL_TYPE), str(error))
 
 
 def perplexity(run: Finetuning, model: PreTrainedModel, protocol: PerplexityProtocol) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..moe.block import MoE
 from ..results import ExpertLoad
 from .data import Samples
+from .locality import kept_experts
 from .losses import next_token
 from .parameters import like
 
@@ -50,8 +52,8 @@ def no_loads(blocks: Sequence[MoE], device: torch.device) -> list[Tensor]:
     return [torch.zeros(count, dtype=torch.int64, device=device) for count in counts]
 
 
-def summary(loads: Sequence[Tensor], tokens: int) -> ExpertLoad:
-    """Sum up all layers' loads, [E] each, on so many tokens."""
+def summary(loads: Sequence[Tensor], tokens: int, kept: float | None = None) -> ExpertLoad:
+    """Sum up all layers' loads, [E] each, on so many tokens, of which a share `kept` the experts of the one before."""
     loads = [load_E for load_E in loads if len(load_E)]  # blocks without routed experts have none
     if not loads:
         return ExpertLoad(coefficient_of_variation=0.0, dead_experts=0, experts_per_token=0.0)
@@ -61,7 +63,13 @@ def summary(loads: Sequence[Tensor], tokens: int) -> ExpertLoad:
         coefficient_of_variation=variation.mean().item(),
         dead_experts=int((shares == 0).sum()),
         experts_per_token=shares.sum(1).mean().item() / max(1, tokens),
+        kept_experts=kept,
     )
+
+
+def judged(loss: float, load: ExpertLoad, locality: float) -> float:
+    """Compute what the best state has the least of: held-out loss, and `locality` nats a token that changes experts."""
+    return loss + locality * (1 - (load.kept_experts or 0.0)) if locality else loss
 
 
 @torch.no_grad()
@@ -83,29 +91,46 @@ def balance_loss(scores_TE: Tensor, index_TK: Tensor) -> Tensor:
     return count * (share_E * scores_TE.softmax(-1).mean(0)).sum()
 
 
+class HeldOut(NamedTuple):
+    """What was measured on samples that are not trained on."""
+
+    total: Tensor
+    """Sum of next-token losses, nats, float64."""
+    loads: list[Tensor]
+    """Of each layer, [E]."""
+    kept: float
+    """Share of tokens that run the experts of the token before, mean over layers."""
+
+
 @torch.no_grad()
 def held_out_loss(
-    module: nn.Module, blocks: list[MoE], samples: Samples, device: torch.device
-) -> tuple[Tensor, list[Tensor]]:
-    """Measure (sum of next-token losses in nats, float64; each layer's load [E]) of a model in eval mode."""
+    module: nn.Module, blocks: list[MoE], samples: Samples, device: torch.device, dtype: torch.dtype
+) -> HeldOut:
+    """Measure loss, load and locality of a model in eval mode."""
     module.eval()
-    loads = no_loads(blocks, device)
+    loads, kept = no_loads(blocks, device), []
+    length = 0  # of the sequences that run
 
     def watch(layer: int, block: MoE, x_TD: Tensor, index_TK: Tensor) -> None:
         loads[layer] += count_load(index_TK, len(loads[layer]))
+        kept.append((len(x_TD), kept_experts(index_TK, length)))
 
     total = torch.zeros((), dtype=torch.float64)  # on the CPU: not every device has float64
     with watched(blocks, watch):
-        for tokens_ML, scored_ML in micro_batches(samples):
-            tokens_ML, scored_ML = tokens_ML.to(device), scored_ML[:, 1:].to(device)
-            logits_SV = module(input_ids=tokens_ML, use_cache=False).logits[:, :-1][scored_ML]
+        for batch in micro_batches(samples):
+            length = batch.tokens_NL.shape[1]
+            tokens_ML, scored_ML = batch.tokens_NL.to(device), batch.scored_NL[:, 1:].to(device)
+            output = module(input_ids=tokens_ML, **batch.inputs(device, dtype), use_cache=False)
+            logits_SV = output.logits[:, :-1][scored_ML]
             target_S = tokens_ML[:, 1:][scored_ML]
             for logits, target in zip(logits_SV.split(256), target_S.split(256), strict=True):
                 total += next_token(logits.float(), target).cpu().double()
-    return total, loads
+    tokens = sum(count for count, _ in kept)
+    return HeldOut(total, loads, sum(count * share for count, share in kept) / max(1, tokens))
 
 
-def micro_batches(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut samples into (tokens, which count) of a few sequences at a time."""
+def micro_batches(samples: Samples) -> Iterator[Samples]:
+    """Cut samples into a few sequences at a time."""
     size = max(1, MICRO_TOKENS // samples.tokens_NL.shape[1])
-    yield from zip(samples.tokens_NL.split(size), samples.scored_NL.split(size), strict=True)
+    for index_M in torch.arange(len(samples)).split(size):
+        yield from samples.alike(index_M)

@@ -13,13 +13,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import WorkError
 
-PARTS = (("embeddings", "embed_tokens"), ("embeddings", "lm_head"), ("shared", ".shared_experts."),
-         ("routed", ".experts."), ("router", ".gate."), ("norms", "norm"))  # fmt: skip
+PARTS = (("router", ".pregate."), ("embeddings", "embed_tokens"), ("embeddings", "lm_head"),
+         ("shared", ".shared_experts."), ("routed", ".experts."), ("router", ".gate."), ("norms", "norm"),
+         ("dense", ".gate_proj."), ("dense", "up_proj."), ("dense", ".down_proj."))  # fmt: skip
 REST = "attention"
 
 
 def part(name: str) -> str:
-    """Name the part that a parameter belongs to: `attention`, `shared`, `routed`, `router`, `norms` or `embeddings`."""
+    """Name the part that a parameter belongs to: `attention`, `shared`, `routed`, `dense` (FFNs that stay so), ..."""
     return next((part for part, key in PARTS if key in f".{name}"), REST)
 
 

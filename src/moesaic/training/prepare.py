@@ -18,7 +18,8 @@ from psutil import virtual_memory
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import registry
-from ..calibration.text import read_documents
+from ..calibration.mixture import bundled_both
+from ..calibration.prompts import own_text
 from ..calibration.windows import check_tokens
 from ..checkpoint.facts import check_conversion_files
 from ..checkpoint.sources import resolve
@@ -27,13 +28,16 @@ from ..config import FinetuneConfig
 from ..conversion.plans import empty
 from ..errors import InputError
 from ..formats.converted import Converted, dense_origin
-from ..formats.loading import load_tokenizer
 from ..machine import versions
 from ..models.devices import choose_device, compute_dtype
+from ..models.processor import Processor
+from ..models.tokenizer import load_tokenizer
+from ..serving.own_text import TRAINING_TOKENS, documents_of
 from .data import Samples, make_samples
 from .load import MICRO_TOKENS
 from .methods import Method
-from .parameters import trainable
+from .parameters import counts, trainable
+from .pictures import make_pictured_samples
 from .state import RunFolder, TrainingState, begun_dtype, training_folder
 from .teacher import Teacher
 
@@ -59,6 +63,8 @@ class Finetuning:
     folder: RunFolder[TrainingState]
     dtype: torch.dtype
     """In which the model runs; it is written as it was on disk."""
+    processor: Processor | None = None
+    """Of a vision-language model."""
 
     def load(self) -> PreTrainedModel:
         """Load the converted model as it came."""
@@ -78,13 +84,14 @@ def prepare(
     method: Method = registry.build("method", config.method)
     if not method.uses_objective:
         config = config.model_copy(update={"objective": "lm"})  # so that no teacher runs for nothing
+    config = config.model_copy(update={"balance": config.balance or method.balance})
     source = Converted(resolve(str(model)))
     folder = training_folder(output)
     accelerator = make_accelerator(choose_device(config.device), folder)
     check_request(source, method, config, accelerator.num_processes)
-    documents = read_documents(config.data)
     tokenizer = load_tokenizer(source.checkpoint.folder)
-    train, held = make_samples(documents, tokenizer, config.samples, config.window, config.held_out, config.seed)
+    processor = Processor(source.checkpoint.folder, source.whole) if source.takes_pictures else None
+    train, held = training_samples(source, config, tokenizer, processor)
     for samples in (train, held):
         check_tokens(samples.tokens_NL, source.config.vocab_size, tokenizer)
     even = len(held) // accelerator.num_processes * accelerator.num_processes
@@ -112,8 +119,29 @@ def prepare(
     if teacher:
         teacher.keep_in(cache or training_folder(output) / "teacher", train)
     return Finetuning(
-        source, output, overwrite, config, method, tokenizer, train, held, teacher, accelerator, folder, dtype
-    )
+        source, output, overwrite, config, method, tokenizer, train, held, teacher, accelerator, folder, dtype,
+        processor,
+    )  # fmt: skip
+
+
+def training_samples(
+    source: Converted, config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, processor: Processor | None
+) -> tuple[Samples, Samples]:
+    """Make the sequences to train on, and those held out; text that is to be written is written by the teacher.
+
+    Raises:
+        InputError: unusable text.
+    """
+    writer = source.checkpoint.folder
+    if any(own_text(name) for name in config.data):
+        writer = resolve(config.teacher or dense_origin(str(writer), "--teacher"))
+    text = (config.data, writer, TRAINING_TOKENS, config.seed, config.device)
+    if processor is None:
+        return make_samples(documents_of(*text), tokenizer, config.samples, config.window, config.held_out, config.seed)
+    return make_pictured_samples(
+        documents_of(*text, bundled_both), processor, config.samples, config.window, config.held_out, config.seed,
+        source.config.max_position_embeddings,
+    )  # fmt: skip
 
 
 def check_request(source: Converted, method: Method, config: FinetuneConfig, processes: int) -> None:
@@ -134,8 +162,10 @@ def check_request(source: Converted, method: Method, config: FinetuneConfig, pro
     dynamic = registry.build("selection", source.config.selection, imported_only=True).dynamic_top_k
     if (method.dynamic_top_k or dynamic) and config.balance != "none":
         raise InputError(f"--balance {config.balance} has no effect where experts are chosen by a threshold (--method "
-                         f"{name}, selection {source.config.selection}); drop it")  # fmt: skip
-    alone = not method.uses_objective or (config.shard and not method.shards)
+                         f"{name}, selection {source.config.selection}); give --balance none")  # fmt: skip
+    alone = not method.uses_objective or method.alternates or (config.shard and not method.shards)
+    if method.alternates and config.balance != "none":
+        raise InputError(f"--balance {config.balance} moves what --method {name} trains by itself; drop it")
     if processes > 1 and alone:
         raise InputError(f"--method {name} trains in one process, or without --shard; found {processes}")
 
@@ -180,8 +210,13 @@ def check_memory(
         InputError: it does not fit, or nothing in the model would learn.
     """
     name = registry.text("method", config.method)
-    on_meta = empty(copy.deepcopy(source.config))  # methods change the configuration
-    learning = sum(p.numel() for p in trainable(method.prepare(on_meta)).values())
+    on_meta = empty(copy.deepcopy(source.whole))  # methods change the configuration
+    named = trainable(method.prepare(on_meta))
+    learning = sum(p.numel() for p in named.values())
+    if config.locality and "router" not in counts(named.items()):
+        raise InputError(
+            f"--locality {config.locality:g} is for routers, and --method {name} trains none here; drop it"
+        )
     if not learning:
         raise InputError(f"--method {name} has nothing to train in this model, whose router is "
                          f"{source.config.router} with {source.config.num_experts} routed experts")  # fmt: skip

@@ -5,6 +5,7 @@ Shapes: N sequences, L tokens in one, V vocabulary, K logits kept.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from ..checkpoint.sources import resolve
 from ..errors import InputError
 from ..files import write_whole
 from ..formats.base import MoesaicModelConfig
-from ..formats.loading import load, load_tokenizer
+from ..models.tokenizer import load_tokenizer
+from ..serving.loading import load
 from .data import Samples
 from .losses import CHUNK
 
@@ -90,12 +92,14 @@ class Teacher:
             self._model = load(self.source, device=self.device, dtype=self.dtype)[0].requires_grad_(False)
         return self._model
 
-    def top(self, number: int, tokens_L: Tensor) -> tuple[Tensor, Tensor]:
-        """Find sequence `number`'s `top_k` largest log-probabilities, float32 nats, and their tokens, [L, K] each."""
+    def top(self, one: Samples) -> tuple[Tensor, Tensor]:
+        """Find a sequence's `top_k` largest log-probabilities, float32 nats, and their tokens, [L, K] each."""
+        [number], [tokens_L] = one.numbers, one.tokens_NL
         path = self.folder / f"{number:06d}.safetensors"
         found = self._kept(path, len(tokens_L))
         if found is None:
-            log_probs_LK, tokens_LK = top_log_probs(self.model, tokens_L.to(self.device), self.top_k)
+            inputs = one.inputs(self.device, self.dtype)
+            log_probs_LK, tokens_LK = top_log_probs(self.model, tokens_L.to(self.device), self.top_k, inputs)
             kept = {"log_probs": log_probs_LK.half().cpu(), "tokens": tokens_LK.int().cpu()}
             with FileLock(self.folder / LOCK):  # processes share the folder
                 write_whole(path, lambda writing: save_file(kept, writing))
@@ -114,15 +118,21 @@ class Teacher:
         return found if shapes == [(length, self.top_k)] * 2 else None
 
     @torch.no_grad()
-    def hidden(self, tokens_NL: Tensor) -> tuple[Tensor, ...]:
+    def hidden(self, tokens_NL: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Compute each layer's output, [N, L, D]; of the last one after the final norm, as transformers gives it."""
-        return self.model(input_ids=tokens_NL, use_cache=False, output_hidden_states=True).hidden_states[1:]
+        output = self.model(input_ids=tokens_NL, **inputs, use_cache=False, output_hidden_states=True)
+        return output.hidden_states[1:]
 
 
 @torch.no_grad()
-def top_log_probs(model: PreTrainedModel, tokens_L: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Find the largest log-probabilities of every next token, nats, and which tokens those are, [L, K] each."""
-    logits_LV = model(input_ids=tokens_L[None], use_cache=False).logits[0]
+def top_log_probs(
+    model: PreTrainedModel, tokens_L: Tensor, top_k: int, inputs: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Find the largest log-probabilities of every next token, nats, and which tokens those are, [L, K] each.
+
+    `inputs` is what the model takes beside tokens, where the sequence has pictures.
+    """
+    logits_LV = model(input_ids=tokens_L[None], **inputs, use_cache=False).logits[0]
     top_LK = logits_LV.topk(top_k, dim=-1)
     total_L = torch.cat([part_CV.float().logsumexp(-1) for part_CV in logits_LV.split(CHUNK)])
     return top_LK.values.float() - total_L[:, None], top_LK.indices

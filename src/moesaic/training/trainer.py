@@ -22,12 +22,13 @@ from transformers import PreTrainedModel
 
 from ..models.families import decoder_layers, ffn_name
 from ..moe.block import MoE
-from ..moe.modeling import moe_blocks
+from ..moe.modeling import moe_blocks, moe_layers
 from ..results import ExpertLoad
 from . import load as balance
 from . import losses as objective
 from .data import Samples, step_sequences
 from .load import MICRO_TOKENS, held_out_loss
+from .locality import locality_loss
 from .parameters import check_gradients, gather, part, put_back, shard, trainable, whole
 from .prepare import Finetuning
 from .state import SavedTraining, StepRecord, TrainingState
@@ -35,8 +36,6 @@ from .state import SavedTraining, StepRecord, TrainingState
 log = logging.getLogger("moesaic")
 CLIP = 1.0
 BETAS = (0.9, 0.95)
-FLOOR = 0.1
-"""Of the learning rate, at the end."""
 WEIGHTS = {"lm": (1.0, 0.0), "distill": (0.0, 1.0), "both": (0.5, 0.5)}
 """Of the next token's loss and of the distance from the teacher, by objective."""
 SELECTION_BIAS = "e_score_correction_bias"
@@ -55,7 +54,7 @@ class Trainer:
         config, method, accelerator = run.config, run.method, run.accelerator
         self.config, self.method, self.accelerator, self.dtype = config, method, accelerator, run.dtype
         self.folder, self.train, self.held, self.teacher = run.folder, run.train, run.held, run.teacher
-        self.blocks = moe_blocks(model)
+        self.model, self.blocks = model, moe_blocks(model)
         for name, parameter in module.named_parameters():
             if config.shard or name.endswith(SELECTION_BIAS):
                 # a shard has one dtype; and in bfloat16 small steps of balancing would be lost
@@ -97,7 +96,7 @@ class Trainer:
                     break
                 row = state.history[-1] = replace(row, held_out=latest, load=load)
                 state.seconds = self.agreed(clock() - start)
-                self.remember(state, latest)
+                self.remember(state, balance.judged(latest, load, self.config.locality))
             if self.accelerator.is_main_process:
                 self.folder.log(row)
             report(row, min(1.0, self.progress(state)), latest)
@@ -141,27 +140,29 @@ class Trainer:
 
     def step(self, state: TrainingState, progress: float) -> StepRecord:
         """Take one step on `batch` sequences; returns what is logged of it."""
-        rate = schedule(progress, self.config.warmup)
+        rate, alone = self.method.rate(progress, self.config.warmup), self.method.router_alone(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         index_B = self.sequences(state.step)
-        scored = max(1, self.train.take(index_B).scored())
-        tokens = len(index_B) * self.train.tokens_NL.shape[1]
+        whole_batch = self.train.take(index_B)
+        scored, tokens = max(1, whole_batch.scored()), whole_batch.count()
         own = index_B[self.accelerator.process_index :: self.accelerator.num_processes]
-        training_mode(self.module, self.blocks)
+        training_mode(self.module, [] if self.method.alternates else self.blocks)
         loads = balance.no_loads(self.blocks, self.accelerator.device)
         total = torch.zeros(2, device=self.accelerator.device)
-        parts = own.split(max(1, MICRO_TOKENS // self.train.tokens_NL.shape[1]))
-        for number, index_M in enumerate(parts):
+        size = max(1, MICRO_TOKENS // self.train.tokens_NL.shape[1])
+        parts = [part for index_M in own.split(size) for part in self.train.alike(index_M)]
+        for number, batch in enumerate(parts):
             last = number == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
-                loss, extra = self.loss(index_M, loads)
+                loss, extra = self.router_loss(batch, loads) if alone else self.loss(batch, loads)
                 loss, extra = loss / scored, extra / (tokens * max(1, len(self.blocks)))
                 # processes' gradients are averaged, and ours are sums
                 self.accelerator.backward((loss + extra) * self.accelerator.num_processes)
                 total += torch.stack([loss.detach(), extra.detach()])
         if state.step == 0:
-            check_gradients(self.named)
+            router_only = {n: p for n, p in self.named.items() if part(n) == "router"}
+            check_gradients(router_only if alone else self.named)
         norm = self.accelerator.clip_grad_norm_(list(self.named.values()), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -182,10 +183,10 @@ class Trainer:
         """List the numbers of a step's sequences."""
         return step_sequences(len(self.train), self.config.batch, step, self.config.seed)
 
-    def loss(self, index_M: Tensor, loads: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Samples, loads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Sum (the objective, the layers' own losses) of some sequences over tokens, nats; counts experts' loads."""
-        batch, device = self.train.take(index_M), self.accelerator.device
-        tokens_ML = batch.tokens_NL.to(device)
+        device = self.accelerator.device
+        tokens_ML, inputs = batch.tokens_NL.to(device), batch.inputs(device, self.dtype)
         dense = self.dense_ffns()
         extra: list[Tensor] = []
 
@@ -195,21 +196,27 @@ class Trainer:
                 gate, experts = block.routed
                 even = balance.balance_loss(gate.exact_scores(x_TD, experts), index_TK)
                 extra.append(self.config.balance_weight * len(x_TD) * even)
+            if self.config.locality and not self.method.alternates:
+                gate, experts = block.routed
+                near = locality_loss(gate.exact_scores(x_TD.detach(), experts), index_TK, tokens_ML.shape[1])
+                extra.append(self.config.locality * near)
             own = self.method.layer_loss(block, x_TD, index_TK, dense[layer] if dense else None)
             if own is not None:
                 extra.append(own)
 
         with balance.watched(self.blocks, watch), self.autocast():
-            output = self.module(input_ids=tokens_ML, use_cache=False, output_hidden_states=self.config.match > 0)
+            output = self.module(
+                input_ids=tokens_ML, **inputs, use_cache=False, output_hidden_states=self.config.match > 0
+            )
             if self.config.match:
                 assert self.teacher is not None
-                theirs = self.teacher.hidden(tokens_ML)
+                theirs = self.teacher.hidden(tokens_ML, inputs)
                 apart = objective.layer_distance(output.hidden_states[1:], theirs)
                 extra.append(self.config.match * len(self.blocks) * apart)
         top = None
         if self.config.objective != "lm":
             assert self.teacher is not None
-            tops = [self.teacher.top(number, row) for number, row in zip(index_M.tolist(), tokens_ML, strict=True)]
+            tops = [self.teacher.top(batch.take(torch.tensor([row]))) for row in range(len(batch))]
             top = tuple(torch.cat(part) for part in zip(*tops, strict=True))
         lm, distill = WEIGHTS[self.config.objective]
         scored_ML, target_ML = (part.roll(-1, dims=1) for part in (batch.scored_NL.to(device), tokens_ML))
@@ -218,12 +225,23 @@ class Trainer:
         loss: Tensor = objective.Objective.apply(*flat, top, lm, distill)
         return loss, torch.stack(extra).sum() if extra else loss.new_zeros(())
 
+    def router_loss(self, batch: Samples, loads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum the loss of a router that learns alone over the tokens of some sequences, nats; counts experts' loads."""
+        assert self.teacher is not None
+        tokens_ML = batch.tokens_NL.to(self.accelerator.device)
+        with self.autocast():
+            taught = self.method.router_step(self.model, tokens_ML, self.teacher.model, self.config.locality)
+        for load_E, index_TK in zip(loads, taught.chosen, strict=True):
+            load_E += balance.count_load(index_TK, len(load_E))
+        return taught.loss, taught.loss.new_zeros(())
+
     def dense_ffns(self) -> list[nn.Module]:
         """List the teacher's FFNs, for methods that look at them."""
         if not self.method.needs_dense:
             return []
         assert self.teacher is not None
-        return [layer.get_submodule(ffn_name(layer)) for layer in decoder_layers(self.teacher.model)]
+        layers = decoder_layers(self.teacher.model)
+        return [layers[index].get_submodule(ffn_name(layers[index])) for index in moe_layers(self.model)]
 
     def autocast(self) -> AbstractContextManager[object]:
         """Compute products in the model's half precision, if it has one, though what learns is float32."""
@@ -236,11 +254,13 @@ class Trainer:
         process, count = self.accelerator.process_index, self.accelerator.num_processes
         own = samples.take(torch.arange(process, len(samples), count))
         with self.autocast():
-            total, loads = held_out_loss(self.module, self.blocks, own, self.accelerator.device)
+            found = held_out_loss(self.module, self.blocks, own, self.accelerator.device, self.dtype)
+        total = found.total
         if count > 1:
             total = self.accelerator.reduce(total.to(self.accelerator.device))
-        loads = [self.accelerator.reduce(load_E) for load_E in loads]
-        return total.item() / samples.scored(), balance.summary(loads, samples.tokens_NL.numel())
+        loads = [self.accelerator.reduce(load_E) for load_E in found.loads]
+        load = balance.summary(loads, samples.count(), self.agreed(found.kept))
+        return total.item() / samples.scored(), load
 
 
 def training_mode(module: nn.Module, blocks: list[MoE]) -> None:
@@ -249,11 +269,3 @@ def training_mode(module: nn.Module, blocks: list[MoE]) -> None:
     for block in blocks:
         if block.gate is not None:
             block.gate.train()
-
-
-def schedule(progress: float, warmup: float) -> float:
-    """Compute the learning rate's factor: up in a line, then down along a cosine to `FLOOR`."""
-    if progress < warmup:
-        return max(0.02, progress / warmup)
-    falling = (progress - warmup) / max(1e-9, 1 - warmup)
-    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, falling)))
