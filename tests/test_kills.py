@@ -152,7 +152,7 @@ def check_all(case, root, call, name, mine, old=None):
 def test_a_killed_frontier_goes_on(models, tmp_path, monkeypatch):
     module = import_module("moesaic.comparison.frontier")
     monkeypatch.setattr(
-        module, "write_frontier", lambda summary, name, folder: (folder / "frontier.svg").write_text("")
+        module, "write_frontier", lambda summary, name, folder, siblings: (folder / "frontier.svg").write_text("")
     )
     monkeypatch.setattr(module, "evaluate", lambda *model, **asked: EVALUATION)
     measurement = Measurement(tokens=2_048, speed=False)

@@ -49,6 +49,24 @@ def joined(messages: Sequence[Message]) -> list[Piece]:
     return found
 
 
+def takes_chats(tokenizer: Any, rows: int) -> bool:
+    """Tell whether a model can be shown a question and its answer by its own template.
+
+    It cannot where it has no template, where the template refuses them, or writes tokens without an embedding.
+
+    Args:
+        tokenizer: the model's.
+        rows: of the model's embeddings.
+    """
+    if not tokenizer.chat_template:
+        return False
+    try:
+        text = rendered([Message("user", "a"), Message("assistant", "b")], tokenizer, "")
+    except Exception:  # a template is a program, and may raise anything
+        return False
+    return max(tokenizer(text, add_special_tokens=False)["input_ids"], default=0) < rows
+
+
 def templated(document: Document, tokenizer: Any, opening: str) -> list[Piece]:
     """Write a chat by the model's template, and find the assistant's turns in it.
 

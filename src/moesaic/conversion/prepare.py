@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .. import registry
+from ..calibration.chat import takes_chats
 from ..calibration.prompts import sources_for
 from ..calibration.windows import check_tokens
 from ..checkpoint.sources import resolve
@@ -191,7 +192,7 @@ def prepare(
     check_pictures(config, router, layerwise)
     window = min(config.window, layerwise.config.max_position_embeddings)
     tokenizer = load_tokenizer(source)
-    chats = bool(tokenizer.chat_template) and not layerwise.takes_pictures
+    chats = not layerwise.takes_pictures and takes_chats(tokenizer, layerwise.config.vocab_size)
     config = config.model_copy(update={"calibration": config.calibration or sources_for(config.for_use, chats)})
     if partitioner.labelled:
         check_domains(config, plan, source)

@@ -11,9 +11,11 @@ from typing import Literal, Protocol
 
 from transformers import PreTrainedModel
 
+from ...calibration.chat import takes_chats
 from ...calibration.prompts import sources_for
 from ...checkpoint.sources import resolve
 from ...errors import InputError
+from ...models.integrity import read_config
 from ...models.tokenizer import load_tokenizer
 from ...results import EvaluationResult, FrontierRow
 from ..rows import Measurement, Point
@@ -24,8 +26,11 @@ BATCH_1 = "batch 1 only: each token reads its own rows or columns; no runtime he
 
 def calibration(model: str, measurement: Measurement) -> tuple[str, ...]:
     """Name the calibration text: what is given, else what a conversion of the model would take by itself."""
-    chats = bool(load_tokenizer(resolve(model)).chat_template)
-    return measurement.calibration or sources_for(None, chats)
+    if measurement.calibration:
+        return measurement.calibration
+    folder = resolve(model)
+    rows = read_config(folder).get_text_config().vocab_size
+    return sources_for(None, takes_chats(load_tokenizer(folder), rows))
 
 
 class UndefinedBudget(InputError):
