@@ -1,13 +1,15 @@
-"""Light training on the same text for the same time: ours and CMoE's recipe, each from its own conversion.
+"""Light training on the same text for the same time: ours, CMoE's recipe, each from its own conversion, and dense.
 
     python benchmarks/recovery.py demo --web c4.jsonl --data book.jsonl ... instruct.jsonl --text wiki.test.raw \\
         --tasks pack_200.jsonl --plans S1A1E8 S2A2E8 --minutes 15 60 --out benchmarks/results/recovery-demo
 
 Minutes are the processor's (one thread unless `--threads` says otherwise). A fifth of the web text, its last documents,
 is neither calibrated nor trained on; perplexity is measured on it and on WikiText-2 (`gptq`, windows of 2,048).
-Recipes: `cmoe` (CMoE's own, from its own conversion) and ours by objective, `lm`, `distill`, `both`, all from one of
-ours. Resumable: a finished row is a file in `<out>/rows`, so that processes may share the work by recipe; a training
-that was stopped goes on. Rows at 0 minutes, the conversions, are always there.
+Recipes: `cmoe` (CMoE's own, from its own conversion); ours by objective, `lm`, `distill`, `both`, all from one of ours,
+also with other settings of `FinetuneConfig` (`both,method=full,learning_rate=3e-5`). Plan S8A0E8 is the control:
+all neurons always run, so it is the dense model that is trained alike. `--steps` in place of `--minutes` compares
+settings at equal tokens. Resumable: a finished row is a file in `<out>/rows`, so that processes may share the work by
+recipe; a training that was stopped goes on. Rows at 0 minutes, the conversions, are always there.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -34,6 +37,7 @@ from moesaic.machine import machine, versions
 
 CMOE = Path(__file__).parent.parent / "recipes" / "cmoe.yaml"
 WINDOW, SAMPLES = 512, 2_000
+CONTROL = "S8A0E8"
 TITLES = {"wikitext2": "WikiText-2, test split", "web": "web text kept apart (C4)"}
 
 
@@ -44,6 +48,8 @@ def converter(recipe: str) -> str:
 
 def conversion(maker: str, plan: str, calibration: Path, tokens: int) -> ConvertConfig:
     """How a model is made: ours specialists where they can (one active), CMoE's as published."""
+    if plan == CONTROL:
+        return ConvertConfig(plan=plan, recovery="none", calibration=(str(calibration),), tokens=2_048, device="cpu")
     method = {"cmoe": "cmoe", "ours": "specialists" if "A1E" in plan else "coactivation"}[maker]
     recovery = "none" if maker == "cmoe" else "closed-form"
     return ConvertConfig(
@@ -51,12 +57,24 @@ def conversion(maker: str, plan: str, calibration: Path, tokens: int) -> Convert
     )
 
 
-def training(recipe: str, data: Sequence[str], minutes: float) -> FinetuneConfig:
+class Budget(NamedTuple):
+    """How long one training goes on, by one of both."""
+
+    minutes: float | None = None
+    steps: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.minutes:g}" if self.steps is None else f"{self.steps}-steps"
+
+
+def training(recipe: str, data: Sequence[str], budget: Budget) -> FinetuneConfig:
     """How it is trained: ours as `moesaic finetune` does, CMoE's by its recipe in sequences of 512."""
-    common = {"data": tuple(data), "minutes": minutes, "device": "cpu"}
+    common = {"data": tuple(data), "device": "cpu"} | budget._asdict()
     if recipe == "cmoe":
         return FinetuneConfig.read(CMOE, common | {"window": WINDOW, "samples": SAMPLES})
-    return FinetuneConfig(**common, objective=recipe)
+    objective, *options = recipe.split(",")
+    settings = {name: yaml.safe_load(value) for name, value in (option.split("=", 1) for option in options)}
+    return FinetuneConfig.model_validate(common | {"objective": objective} | settings)
 
 
 def split_web(source: Path, out: Path) -> tuple[Path, Path]:
@@ -133,17 +151,18 @@ def merge(out: Path, setting: dict[str, Any]) -> None:
 
 
 def trained(
-    a: argparse.Namespace, recipe: str, plan: str, minutes: float, start: Path, data: list[str]
+    a: argparse.Namespace, recipe: str, plan: str, budget: Budget, start: Path, data: list[str]
 ) -> dict[str, Any]:
     """Train a converted model and measure what comes of it."""
-    made = a.work / f"{plan}-{recipe}-{minutes:g}"
+    made = a.work / f"{plan}-{recipe}-{budget}"
     if not (made / "metrics.json").is_file():
         moesaic.finetune(
-            start, made, training(recipe, data, minutes), teacher_cache=None, clock=time.process_time,
+            start, made, training(recipe, data, budget), clock=time.process_time,
+            teacher_cache=a.work / "teacher" if budget.steps else None,  # minutes are the teacher's too
             progress=lambda done, count, note: print(f"{time.strftime('%H:%M')} {done} % {note}", flush=True),
         )  # fmt: skip
     facts = json.loads((made / "metrics.json").read_text())["finetune"] | {"output": made.name}
-    return {"recipe": recipe, "plan": plan, "minutes": minutes, "finetune": facts} | measure(made, a.texts, a)
+    return {"recipe": recipe, "plan": plan} | budget._asdict() | {"finetune": facts} | measure(made, a.texts, a)
 
 
 def main(a: argparse.Namespace) -> None:
@@ -156,6 +175,7 @@ def main(a: argparse.Namespace) -> None:
     documents = check_apart(data, held)
     a.texts = {"wikitext2": a.text, "web": held}
     rows = a.out / "rows"
+    budgets = [Budget(steps=steps) for steps in a.steps] or [Budget(minutes) for minutes in a.minutes]
     row(rows / "dense.json", lambda: measure(a.model, a.texts, a))
     for plan in a.plans:
         for recipe in a.recipes:
@@ -165,10 +185,10 @@ def main(a: argparse.Namespace) -> None:
                 moesaic.convert(a.model, start, conversion(maker, plan, web, a.tokens), force=True)
             name = {"conversion": maker, "plan": plan, "minutes": 0}
             row(rows / f"{plan}-{maker}-0.json", lambda s=start, n=name: n | measure(s, a.texts, a))
-            for m in a.minutes:
+            for budget in budgets:
                 row(
-                    rows / f"{plan}-{recipe}-{m:g}.json",
-                    lambda r=recipe, p=plan, m=m, s=start: trained(a, r, p, m, s, data),
+                    rows / f"{plan}-{recipe}-{budget}.json",
+                    lambda r=recipe, p=plan, b=budget, s=start: trained(a, r, p, b, s, data),
                 )
     files = {"web": a.web.name, "data": [path.name for path in a.data], "text": a.text.name}
     setting = {"model": a.model, "files": files, "data_sha256": text_hash(documents), "threads": a.threads}
@@ -185,8 +205,9 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", type=Path, help="zero-shot items")
     parser.add_argument("--items", type=int, default=200, help="of each task")
     parser.add_argument("--plans", nargs="+", default=["S1A1E8", "S2A2E8"])
-    parser.add_argument("--recipes", nargs="+", default=["both", "cmoe"], choices=["lm", "distill", "both", "cmoe"])
+    parser.add_argument("--recipes", nargs="+", default=["both", "cmoe"], help="see above")
     parser.add_argument("--minutes", type=float, nargs="+", default=[15, 60])
+    parser.add_argument("--steps", type=int, nargs="+", default=[], help="of each training, in place of minutes")
     parser.add_argument("--tokens", type=int, default=32_768, help="of calibration")
     parser.add_argument("--max-tokens", type=int, default=40_960, help="of each perplexity")
     parser.add_argument("--threads", type=int, default=1)
