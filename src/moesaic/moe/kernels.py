@@ -26,6 +26,8 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
+from ..models.products import product, widens
+
 NAME, TRITON = "moesaic", "moesaic_triton"
 GROUPED_MM_ALIGNMENT_BYTES = 16
 FEW_PAIRS = 64
@@ -90,7 +92,7 @@ def is_plain(self: Any) -> bool:
 
 
 def _expert(self: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    return down_product(self._apply_gate(linear(x, gate_up)), down)
+    return down_product(self._apply_gate(product(x, gate_up)), down)
 
 
 def _one_token(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ def down_product(hidden_CI: Tensor, down_DI: Tensor) -> Tensor:
     half = hidden_CI.dtype.itemsize <= HALF_BYTES
     if len(hidden_CI) <= (FEW_TOKENS if half else 1):
         return rows_product(hidden_CI, down_DI, torch.zeros(len(hidden_CI), dtype=torch.int64))
-    return linear(hidden_CI, down_DI.contiguous() if half else down_DI)
+    return product(hidden_CI, down_DI.contiguous() if half and not widens(hidden_CI) else down_DI)
 
 
 class Pairs(NamedTuple):

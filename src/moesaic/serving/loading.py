@@ -20,6 +20,7 @@ from ..given import path
 from ..models.devices import choose_device, compute_dtype
 from ..models.families import auto_class
 from ..models.integrity import check_contents, check_finite, check_runs, model_on_meta, read_config
+from ..models.products import quicken
 from ..models.tokenizer import load_tokenizer
 from ..moe.adaptive import attach
 from ..moe.kernels import TRITON, interpreted, turn_down
@@ -132,6 +133,7 @@ def _load_whole(
     ready: PreTrainedModel = loaded.to(device).eval()  # pyrefly: ignore[bad-argument-type]
     if device.type == "cpu" and experts_implementation(ready.config.get_text_config()) == DEFAULT_EXPERTS:
         turn_down(ready)
+    quicken(ready)
     return ready
 
 

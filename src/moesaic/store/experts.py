@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers.integrations.moe import ExpertsInterface
 
+from ..models.products import product
 from ..moe.kernels import add_slots, down_product, is_plain, sort_pairs
 from .predict import VIEW, StoredBlock
 from .source import ExpertWeights
@@ -53,15 +54,15 @@ def _one_token(self: Any, block: StoredBlock, hidden_1D: Tensor, index_1K: Tenso
 def run_expert(self: Any, number: int, x_CD: Tensor, weights: ExpertWeights) -> Tensor:
     """Run one expert of any layout that transformers has: transposed, with biases, with a norm after it."""
     if is_plain(self):
-        return down_product(self._apply_gate(linear(x_CD, weights.gate_up)), weights.down)
+        return down_product(self._apply_gate(product(x_CD, weights.gate_up)), weights.down)
 
-    def product(x: Tensor, weight: Tensor, name: str) -> Tensor:
+    def biased(x: Tensor, weight: Tensor, name: str) -> Tensor:
         out = x @ weight if self.is_transposed else linear(x, weight)
         return out + getattr(self, f"{name}_bias")[number] if self.has_bias else out
 
-    hidden = product(x_CD, weights.gate_up, "gate_up_proj")
+    hidden = biased(x_CD, weights.gate_up, "gate_up_proj")
     hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-    out = product(hidden, weights.down, "down_proj")
+    out = biased(hidden, weights.down, "down_proj")
     return self.post_expert_norm(out) if getattr(self, "has_post_expert_norm", False) else out
 
 

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..formats.converted import GENERATION, Converted, is_ours, read_generation
 from ..machine import give_back_memory
 from ..models.integrity import check_finite, model_on_meta, read_config
+from ..models.products import quicken
 from ..moe.kernels import is_plain, turned
 from ..moe.modeling import MODEL_TYPE
 from ..routing.base import Router
@@ -96,6 +97,7 @@ def load_with_store(
     model.set_experts_implementation(NAME)
     if options.cache_bias:
         prefer_resident(model, getattr(model, STORE), options.cache_bias)
+    quicken(model)
     give_back_memory()
     return model.eval()
 
