@@ -226,7 +226,7 @@ def file_quality(file: Path, quality: Quality) -> MeasuredPerplexity:
     folder.mkdir()
     try:
         unpack_file(file, folder)
-        model, tokenizer = load(folder, for_scoring=True)
+        model, tokenizer = load(folder, dtype=torch.float32)  # llama.cpp's activations are float32
         return perplexity(model, tokenizer, **quality._asdict())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
