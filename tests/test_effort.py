@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import moesaic
 from moesaic import ConvertConfig, InputError, effort
@@ -54,6 +55,46 @@ def test_good_converts_and_trains(short, tmp_path):
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["finetune"]["steps"] == made.finetune.steps
     assert {count for count, _ in said} >= {5, 100} or len({count for count, _ in said}) > 1
     moesaic.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["out.gguf", "out"])
+def test_good_ends_in_a_gguf_of_the_trained_model(short, name, tmp_path):
+    config = CONFIG.model_copy(update={"engine": "llama.cpp", "outtype": "f32"})
+    made = moesaic.convert("tiny", tmp_path / name, config, effort="good")
+    file = tmp_path / name if name == "out.gguf" else tmp_path / "out" / "model.gguf"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert made.finetune is not None
+    assert made.gguf is not None
+    assert (made.output, made.gguf.output, made.gguf.bytes) == (str(tmp_path / name), str(file), file.stat().st_size)
+    assert made.gguf.perplexity == pytest.approx(made.perplexity, rel=0.02)  # the latter in the dtype of the folder
+    tokens = torch.arange(40)[None]
+    logits = moesaic.load(file, dtype=torch.float32).model(tokens).logits
+    if name == "out":
+        assert json.loads((tmp_path / "out" / "metrics.json").read_text())["gguf"]["perplexity"] == made.gguf.perplexity
+        folder, _ = moesaic.load(tmp_path / "out", dtype=torch.float32)
+        torch.testing.assert_close(folder(tokens).logits, logits, rtol=1e-4, atol=1e-4)
+        again = moesaic.finetune(tmp_path / "out", tmp_path / "more", moesaic.FinetuneConfig(steps=1, window=64))
+        assert "gguf" not in json.loads((tmp_path / "more" / "metrics.json").read_text()), again
+
+
+def test_a_gguf_is_gone_on_with_after_the_training(short, tmp_path, monkeypatch):
+    config, out = CONFIG.model_copy(update={"engine": "llama.cpp"}), tmp_path / "out"
+
+    def full(*args, **options):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(effort, "write_checked_gguf", full)
+        with pytest.raises(OSError, match="disk full"):
+            moesaic.convert("tiny", out, config, effort="good")
+    with pytest.raises(InputError, match="exists"):  # another configuration
+        moesaic.convert("tiny", out, config.model_copy(update={"seed": 1}), effort="good")
+    steps = json.loads((out / "metrics.json").read_text())["finetune"]["steps"]
+    made = moesaic.convert("tiny", out, config, effort="good")
+    assert made.gguf is not None
+    assert made.finetune is not None
+    assert made.finetune.steps == steps  # not trained again
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_fast_is_the_conversion_alone(tmp_path):

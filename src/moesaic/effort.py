@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.nn.functional import linear
 
-from .checkpoint.claim import remove
+from .calibration.text import bundled
+from .calibration.windows import token_windows
+from .checkpoint.claim import real_path, remove
 from .checkpoint.facts import METRICS_FILE, saved_result, saved_settings
-from .checkpoint.writer import check_output
+from .checkpoint.single_file import MADE, check_file
+from .checkpoint.writer import beside, check_output
 from .config import ConvertConfig, FinetuneConfig
 from .conversion import convert as converting
 from .conversion.auto import EVERY, candidates, unwritten
-from .conversion.engines import for_output
+from .conversion.engines import GGUF, for_output
+from .conversion.gguf import write_checked_gguf
 from .conversion.prepare import Conversion
 from .errors import InputError
+from .files import write_json
 from .formats.converted import Converted
 from .formats.engines import LLAMA_CPP
 from .given import path, place
 from .models.devices import choose_device
+from .models.tokenizer import load_tokenizer
 from .registry import nearest
 from .results import ConversionResult
 
@@ -158,26 +164,51 @@ def convert(
     if not minutes:
         return converting.convert(model, output, config, overwrite=overwrite, force=force, **options)
     output, model = path(output), place(str(model))
-    if for_output(config, output).engine == LLAMA_CPP:
-        raise InputError(
-            f"--effort {effort} trains a folder, and --for {LLAMA_CPP} ends in a GGUF; give --effort fast, or train a "
-            "folder with the plan that 'moesaic plan --for llama.cpp' shows, and then: moesaic export OUT OUT.gguf"
-        )
-    check_output(output, overwrite)
     from .training.finetune import finetune  # which says what to install, before the conversion
 
-    made = output.with_name(f"{output.name}.effort")
-    if not (resume and _is_made(made, model, config)):
-        converting.convert(model, made, config, overwrite=True, force=force, **options)
-    longest: int = Converted(made).config.max_position_embeddings
-    text = tuple(saved_settings(made)["config"]["calibration"])
-    training = FinetuneConfig(
-        teacher=model, data=text, minutes=minutes, window=min(WINDOW, longest), seed=config.seed,
-        device=config.device,
-    )  # fmt: skip
-    finetune(made, output, training, overwrite=overwrite, **options)
+    config, one_file, made = for_output(config, output), output.suffix == GGUF, beside(output, ".effort")
+    trained = beside(output, ".trained") if one_file else output
+    whole = resume and _is_made(made, model, config)
+    if not (whole and _is_trained(trained, made)):
+        (check_file if one_file else check_output)(output, overwrite)
+        if not whole:
+            converting.convert(model, made, config, overwrite=True, force=force, **options)
+        longest: int = Converted(made).config.max_position_embeddings
+        text = tuple(saved_settings(made)["config"]["calibration"])
+        training = FinetuneConfig(
+            teacher=model, data=text, minutes=minutes, window=min(WINDOW, longest), seed=config.seed,
+            device=config.device,
+        )  # fmt: skip
+        finetune(made, trained, training, overwrite=overwrite or one_file, **options)
+    if config.engine == LLAMA_CPP:
+        write_trained_gguf(trained, output, config, progress or (lambda done, count, note: None))
+    result = saved_result(trained)
+    if one_file:
+        check_file(output, overwrite)
+        (trained / MADE).replace(real_path(output))
+        remove(trained)
     remove(made)
-    return saved_result(output)
+    return replace(result, output=str(output))
+
+
+def write_trained_gguf(trained: Path, output: Path, config: ConvertConfig, report: Progress) -> None:
+    """Write `MADE` into the folder of a trained model, as a conversion for llama.cpp does; its metrics say so."""
+    known = saved_result(trained)
+    assert known.engine is not None
+    protocol = known.perplexity_protocol
+    tokens_NL = token_windows(bundled("heldout"), load_tokenizer(trained), protocol.tokens, protocol.window)
+    called = output if output.suffix == GGUF else output / MADE
+    device = choose_device(config.device)
+    written = write_checked_gguf(trained, known.engine.outtype or "", called, tokens_NL, device, report)
+    write_json(trained / METRICS_FILE, replace(known, gguf=written).to_dict())
+
+
+def _is_trained(trained: Path, made: Path) -> bool:
+    """Tell whether a conversion's training was finished before."""
+    if not (trained / METRICS_FILE).is_file():
+        return False
+    found = saved_result(trained)
+    return found.finetune is not None and found.fingerprint == saved_result(made).fingerprint
 
 
 def _is_made(made: Path, model: str, config: ConvertConfig) -> bool:
