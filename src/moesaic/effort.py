@@ -173,12 +173,7 @@ def convert(
         (check_file if one_file else check_output)(output, overwrite)
         if not whole:
             converting.convert(model, made, config, overwrite=True, force=force, **options)
-        longest: int = Converted(made).config.max_position_embeddings
-        text = tuple(saved_settings(made)["config"]["calibration"])
-        training = FinetuneConfig(
-            teacher=model, data=text, minutes=minutes, window=min(WINDOW, longest), seed=config.seed,
-            device=config.device,
-        )  # fmt: skip
+        training = training_of(made, model, config, minutes)
         finetune(made, trained, training, overwrite=overwrite or one_file, **options)
     if config.engine == LLAMA_CPP:
         write_trained_gguf(trained, output, config, progress or (lambda done, count, note: None))
@@ -189,6 +184,15 @@ def convert(
         remove(trained)
     remove(made)
     return replace(result, output=str(output))
+
+
+def training_of(made: Path, model: str, config: ConvertConfig, minutes: float) -> FinetuneConfig:
+    """Say how a conversion is trained: on its calibration text, taught by the model that it was made of."""
+    longest: int = Converted(made).config.max_position_embeddings
+    text = tuple(saved_settings(made)["config"]["calibration"])
+    return FinetuneConfig(
+        teacher=model, data=text, minutes=minutes, window=min(WINDOW, longest), seed=config.seed, device=config.device
+    )
 
 
 def write_trained_gguf(trained: Path, output: Path, config: ConvertConfig, report: Progress) -> None:
