@@ -30,7 +30,11 @@ assert metrics["llama_cpp"] or metrics["llama_cpp_missing"], "llama.cpp is neith
 ratio = metrics["perplexity"] / metrics["perplexity_dense"]
 assert 1 < ratio < 2.5, f"perplexity ratio {ratio}"
 assert metrics["peak_rss_bytes"] < 6e9, f"peak memory {metrics['peak_rss_bytes'] / 1e9:.2f} GB"
-assert metrics["active_parameters"] < 0.8 * metrics["dense_parameters"]
+shape = json.loads((out / "config.json").read_text())
+groups = int(metrics["plan"].split("E")[1])
+ffn = 3 * shape["num_hidden_layers"] * shape["hidden_size"] * shape["moe_intermediate_size"] * groups
+spared = (metrics["dense_parameters"] - metrics["active_parameters"]) / ffn  # but for the routers
+assert abs(spared - (1 - metrics["ffn_active"])) < 0.005, f"a token is spared {spared:.1%} of the FFNs' parameters"
 numbers = {"tokens_per_s", "dense_tokens_per_s", "speedup", "limit", "share_of_limit"}
 for kind in ("decode", "prefill", "block"):
     assert metrics[kind], f"no speed of {kind}"
