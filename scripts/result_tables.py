@@ -40,6 +40,7 @@ LABELS = {
     "static-weighted+closed-form": "the same, weighted saliency",
     "flap": "static pruning (FLAP)",
     "cmoe": "CMoE",
+    "cmoe-code": "CMoE, as its code has it",
     "moefication": "MoEfication, 64 groups",
     "moefication-coarse": "MoEfication, eight groups",
     "expertweaver": "ExpertWeaver, 64 groups",

@@ -86,6 +86,20 @@ def test_atopk_marks_the_largest_activations_of_each_token():
     assert h[active.T].view(30, 5).min(1).values.ge(h.masked_fill(active.T, -1).max(1).values).all()
 
 
+def test_cmoe_as_its_code_has_it_represents_by_the_mean_of_the_last_members():
+    sample, plan = random_sample(tokens=64), Plan(1, 1, 4, 12)
+    build = lambda options: registry.build("partition", f"cmoe:{options}").split(sample, plan, torch.Generator())  # noqa: E731
+    paper, code = build("iterations=1"), build("iterations=1,final_centroids=True")
+    assert torch.equal(paper.experts, code.experts)
+    assert torch.equal(paper.shared, code.shared)
+    column = active_neurons(sample, 10).float()
+    for members, representative in zip(code.experts, code.representatives, strict=True):
+        distance = (column[members] - column[members].mean(0)).abs().sum(1)
+        assert representative in members
+        assert distance[members == representative].item() == pytest.approx(distance.min().item(), abs=1e-4)
+    assert not torch.equal(paper.representatives, code.representatives)
+
+
 def test_static_keeps_the_largest_fluctuation_and_compensates_the_mean():
     sample = random_sample()
     plan = Plan(2, 0, 4, 12)

@@ -41,6 +41,7 @@ METHODS = {
     "static-weighted+closed-form": Method("static:weighted=True"),
     "flap": Method("static", "none"),
     "cmoe": Method("cmoe", "none"),
+    "cmoe-code": Method("cmoe:iterations=1,final_centroids=True", "none"),
     "expertweaver": Method("expertweaver", "none", groups=64),
     "expertweaver-coarse": Method("expertweaver", "none"),
     "moefication": Method("moefication", "none", groups=64),
@@ -49,8 +50,8 @@ METHODS = {
     "read-me": Method("domains", "none"),
     "coactivation-oracle": Method("coactivation", "none", ORACLE),
 }
-"""Lines by name; the published methods without recovery, as published: CMoE's paper has 8 experts, ExpertWeaver's 64
-(arXiv 2602.15521, §4.1), MoEfication's code 128."""
+"""Lines by name; the published methods without recovery, as published: CMoE's paper has 8 experts (its code, a line of
+its own, differs), ExpertWeaver's 64 (arXiv 2602.15521, §4.1), MoEfication's code 128."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ class CMoE(Partitioner):
     """CMoE's K_a."""
     iterations: Annotated[int, Field(gt=0)] = 4
     """Rounds of balanced k-means."""
+    final_centroids: bool = False
+    """Whether a representative is nearest to the mean of the neurons assigned last, as in CMoE's code, which has one
+    round; else to the centroid that they were assigned to."""
 
     def split(self, sample: LayerActivations, plan: Plan, generator: torch.Generator) -> Partition:
         active_FT = active_neurons(sample, self.top_k)
@@ -46,11 +49,10 @@ class CMoE(Partitioner):
         centers_ET = column_RT[: plan.num_experts].float()
         expert_R = balanced_assignment(l1_distance(column_RT, centers_ET)).to(routed.device)
         for _ in range(self.iterations - 1):
-            sums_ET = torch.zeros_like(centers_ET)
-            for expert_C, column_CT in zip(expert_R.split(CHUNK_NEURONS), column_RT.split(CHUNK_NEURONS), strict=True):
-                sums_ET.index_add_(0, expert_C, column_CT.float())
-            centers_ET = sums_ET * plan.num_experts / len(routed)
+            centers_ET = centroids(column_RT, expert_R, plan.num_experts)
             expert_R = balanced_assignment(l1_distance(column_RT, centers_ET)).to(routed.device)
+        if self.final_centroids:
+            centers_ET = centroids(column_RT, expert_R, plan.num_experts)
         own_R = l1_distance(column_RT, centers_ET).gather(1, expert_R[:, None]).squeeze(1)
         nearest = [routed[torch.where(expert_R == e, own_R, torch.inf).argmin()] for e in range(plan.num_experts)]
         return Partition(
@@ -70,6 +72,14 @@ def active_neurons(sample: LayerActivations, top_k: int) -> Tensor:
         top_CK = h_CF.abs().topk(min(top_k, h_CF.shape[1]), dim=1).indices
         active_FT[:, part] = torch.zeros_like(h_CF, dtype=torch.bool).scatter_(1, top_CK, True).T
     return active_FT
+
+
+def centroids(column_RT: Tensor, expert_R: Tensor, experts: int) -> Tensor:
+    """Average the columns of each expert's neurons, of which all have as many, float32 [E, T]."""
+    sums_ET = torch.zeros(experts, column_RT.shape[1], device=column_RT.device)
+    for expert_C, column_CT in zip(expert_R.split(CHUNK_NEURONS), column_RT.split(CHUNK_NEURONS), strict=True):
+        sums_ET.index_add_(0, expert_C, column_CT.float())
+    return sums_ET * experts / len(column_RT)
 
 
 def l1_distance(column_RT: Tensor, center_ET: Tensor) -> Tensor:

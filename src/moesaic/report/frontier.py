@@ -25,6 +25,7 @@ RIVALS = {
     "cats": "CATS",
     "flap": "static pruning (FLAP)",
     "cmoe": "CMoE",
+    "cmoe-code": "CMoE, as its code has it",
     "moefication": "MoEfication",
     "moefication-coarse": "MoEfication, 8 experts",
     "expertweaver": "ExpertWeaver",
