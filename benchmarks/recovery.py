@@ -6,7 +6,7 @@
 Minutes are the processor's (one thread unless `--threads` says otherwise). A fifth of the web text, its last documents,
 is neither calibrated nor trained on; perplexity is measured on it and on WikiText-2 (`gptq`, windows of 2,048).
 Recipes: `cmoe` (CMoE's own, from its own conversion); ours by objective, `lm`, `distill`, `both`, all from one of ours,
-also with other settings of `FinetuneConfig` (`both,method=full,learning_rate=3e-5`). Plan S8A0E8 is the control:
+also with other settings of `FinetuneConfig` (`both+method=full+learning_rate=3e-5`). Plan S8A0E8 is the control:
 all neurons always run, so it is the dense model that is trained alike. `--steps` in place of `--minutes` compares
 settings at equal tokens. Resumable: a finished row is a file in `<out>/rows`, so that processes may share the work by
 recipe; a training that was stopped goes on. Rows at 0 minutes, the conversions, are always there.
@@ -72,9 +72,9 @@ def training(recipe: str, data: Sequence[str], budget: Budget) -> FinetuneConfig
     common = {"data": tuple(data), "device": "cpu"} | budget._asdict()
     if recipe == "cmoe":
         return FinetuneConfig.read(CMOE, common | {"window": WINDOW, "samples": SAMPLES})
-    objective, *options = recipe.split(",")
-    settings = {name: yaml.safe_load(value) for name, value in (option.split("=", 1) for option in options)}
-    return FinetuneConfig.model_validate(common | {"objective": objective} | settings)
+    objective, *options = recipe.split("+")
+    settings = {name: yaml.safe_load(value) for name, _, value in (option.partition("=") for option in options)}
+    return FinetuneConfig(**common | {"objective": objective} | settings)
 
 
 def split_web(source: Path, out: Path) -> tuple[Path, Path]:
@@ -129,14 +129,17 @@ def merge(out: Path, setting: dict[str, Any]) -> None:
     for found in rows.values():
         found["ratio"] = {name: found[name]["perplexity"] / dense[name]["perplexity"] for name in TITLES}
     (out / "recovery.json").write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
-    lines = sorted({(r["plan"], r["recipe"]) for r in rows.values() if r.get("minutes")})
+    timed = [r for r in rows.values() if r.get("minutes")]
+    if not timed:
+        return
+    lines = sorted({(r["plan"], r["recipe"]) for r in timed})
     colours = {recipe: f"C{i}" for i, recipe in enumerate(sorted({recipe for _, recipe in lines}))}
     styles = dict(zip(sorted({plan for plan, _ in lines}), ("o-", "s--", "^:"), strict=False))
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), TITLES, strict=True):
         for plan, recipe in lines:
             ends = [(0, rows[f"{plan}-{converter(recipe)}-0"])]
-            ends += [(r["minutes"], r) for r in rows.values() if (r.get("plan"), r.get("recipe")) == (plan, recipe)]
+            ends += [(r["minutes"], r) for r in timed if (r["plan"], r["recipe"]) == (plan, recipe)]
             line = sorted((minutes, r["ratio"][name]) for minutes, r in ends)
             label = "CMoE's recipe" if recipe == "cmoe" else f"ours, {recipe}"
             axes.plot(*zip(*line, strict=True), styles[plan], color=colours[recipe], label=f"{plan}, {label}")
@@ -168,6 +171,9 @@ def trained(
 def main(a: argparse.Namespace) -> None:
     """Every row that is asked for and not there."""
     torch.set_num_threads(a.threads)
+    budgets = [Budget(steps=steps) for steps in a.steps] or [Budget(minutes) for minutes in a.minutes]
+    for recipe in a.recipes:
+        training(recipe, [], budgets[0])  # wrong names are seen before any work
     for folder in (a.out / "rows", a.work):
         folder.mkdir(parents=True, exist_ok=True)
     web, held = split_web(a.web, a.work)
@@ -175,7 +181,6 @@ def main(a: argparse.Namespace) -> None:
     documents = check_apart(data, held)
     a.texts = {"wikitext2": a.text, "web": held}
     rows = a.out / "rows"
-    budgets = [Budget(steps=steps) for steps in a.steps] or [Budget(minutes) for minutes in a.minutes]
     row(rows / "dense.json", lambda: measure(a.model, a.texts, a))
     for plan in a.plans:
         for recipe in a.recipes:

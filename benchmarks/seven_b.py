@@ -91,15 +91,22 @@ def at(active: float, given: argparse.Namespace, data: list[str]) -> list[dict[s
     percent = f"{active:.0%}".rstrip("%")
     made, tuned = given.work / f"active-{percent}", given.work / f"active-{percent}-trained"
     config = ConvertConfig(active=active, calibration=(str(given.calibration),), tokens=given.tokens, seed=given.seed)
-    training = FinetuneConfig(data=tuple(data), minutes=given.minutes, window=given.window, seed=given.seed)
+    training = FinetuneConfig(
+        teacher=given.model, data=tuple(data), minutes=given.minutes, window=given.window, seed=given.seed
+    )
 
     def converted() -> dict[str, Any]:
-        done = moesaic.convert(given.model, made, config, force=True, overwrite=True, progress=said(made.name))
+        if not (made / "metrics.json").is_file():
+            moesaic.convert(given.model, made, config, force=True, progress=said(made.name))
+        done = moesaic.inspect(made).metrics
         shape = {"plan": done.plan, "partition": done.partition, "ffn_active": done.ffn_active}
         return shape | {"training": None, "convert_seconds": done.seconds} | measure(made, given)
 
     def trained() -> dict[str, Any]:
-        done = moesaic.finetune(made, tuned, training, overwrite=True, progress=said(tuned.name))
+        if not (tuned / "metrics.json").is_file():
+            moesaic.finetune(made, tuned, training, progress=said(tuned.name))
+        done = moesaic.inspect(tuned).metrics.finetune
+        assert done is not None
         facts = {"minutes": given.minutes, "tokens": done.tokens, "steps": done.steps, "improved": done.improved}
         return first | {"training": facts} | measure(tuned, given)
 
@@ -107,8 +114,9 @@ def at(active: float, given: argparse.Namespace, data: list[str]) -> list[dict[s
     first = row(rows / f"{percent}.json", converted)
     if not made.is_dir() and not (rows / f"{percent}-trained.json").is_file():
         raise SystemExit(f"{made}, which is to be trained, is gone; delete {rows / f'{percent}.json'} to make it again")
+    kept = (rows / f"{percent}-trained.json").is_file()
     second = row(rows / f"{percent}-trained.json", trained)
-    if not given.keep:
+    if not (given.keep or kept):  # of an earlier run they are its own
         for folder in (made, tuned):
             shutil.rmtree(folder, ignore_errors=True)
     return [first, second]
@@ -120,13 +128,13 @@ def table(dense: dict[str, Any], ours: list[dict[str, Any]]) -> Table:
     shown = Table(*columns, title="over the dense model's")
     lines: list[dict[str, Any]] = []
     for r in ours:
-        accuracies = {"accuracy": r["accuracy"], "accuracy_dense": dense["accuracy"]} if r["accuracy"] else {}
+        accuracies = {"accuracy": r["accuracy"], "accuracy_dense": dense["accuracy"]} if dense["accuracy"] else {}
         training = f"{r['training']['tokens']:,} tokens" if r["training"] else "none"
         ratio = r["perplexity"] / dense["perplexity"]
         own = {"method": f"moesaic, {r['plan']}", "model": "this one", "ffn_active": r["ffn_active"]}
         lines.append(own | {"training": training, "ratio": ratio} | accuracies)
     for r in sorted([*lines, *PUBLISHED], key=lambda r: -round(r["ffn_active"], 2)):
-        accuracy = f"{r['accuracy'] / r['accuracy_dense']:.2f}" if r.get("accuracy") else ""
+        accuracy = f"{r['accuracy'] / r['accuracy_dense']:.2f}" if "accuracy" in r else ""
         perplexity = f"{r['ratio']:.2f}" if r.get("ratio") else ""
         shown.add_row(f"{r['ffn_active']:.0%}", r["method"], r["training"], r["model"], perplexity, accuracy)
     return shown
@@ -140,7 +148,8 @@ def main(given: argparse.Namespace) -> None:
     setting = {
         "model": given.model, "tokens": given.tokens, "minutes": given.minutes, "window": given.window,
         "max_tokens": given.max_tokens, "items": given.items, "text": given.text.name, "seed": given.seed,
-        "calibration": given.calibration.name, "data": [path.name for path in given.data],
+        "calibration": given.calibration.name, "tasks": given.tasks and given.tasks.name,
+        "data": [path.name for path in given.data],
         "data_sha256": text_hash(read_documents(data)),
     }  # fmt: skip
     kept = given.out / "rows" / "setting.json"

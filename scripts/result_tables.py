@@ -23,8 +23,9 @@ import read_me_tables
 import sibling_tables
 import speed_tables
 import store_tables
+import training_tables
 import vlm_tables
-from measured import RESULTS, ROOT, grid, harness, measured, number, ratio, read, times
+from measured import RESULTS, ROOT, grid, harness, measured, ratio, read, times
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -153,57 +154,6 @@ def first_tokens() -> str:
     return grid(head, rows) + "\n\n" + "\n\n".join(sources)
 
 
-def training() -> str:
-    """Light training of ours and of CMoE, by minutes."""
-    d = read("recovery-demo/recovery.json")
-    found, rows = d["rows"], []
-    order = ["ours", "both", "lm", "distill", "cmoe"]
-    keys = sorted(
-        (name.split("-") for name in found if name != "dense"), key=lambda k: (k[0], order.index(k[1]), int(k[2]))
-    )
-    for plan, recipe, minutes in keys:
-        r = found[f"{plan}-{recipe}-{minutes}"]
-        tune = r.get("finetune")
-        tuned = [
-            t["finetune"]
-            for other, t in found.items()
-            if other.startswith(plan) and t.get("finetune") and (recipe == "cmoe") == ("-cmoe-" in other)
-        ]
-        bundled = tune["perplexity"] if tune else tuned[0]["perplexity_before"]
-        rows.append(
-            [
-                plan,
-                "CMoE's" if recipe == "cmoe" else "ours",
-                f"{minutes} min, `{recipe}`" if tune else "none",
-                number(r["ratio"]["wikitext2"]),
-                number(r["ratio"]["web"]),
-                number(bundled / tuned[0]["perplexity_dense"]),
-                f"{r['tasks']['mean']['acc']:.3f}",
-                f"{tune['tokens']:,}" if tune else "",
-            ]
-        )
-    dense = found["dense"]
-    rows.append(["*dense*", "", "", "*1*", "*1*", "*1*", f"*{dense['tasks']['mean']['acc']:.3f}*", ""])
-    head = ["shape", "conversion", "training", "WikiText-2", "web", "bundled", "zero-shot", "trained tokens"]
-    s = d["setting"]
-    return (
-        grid(head, rows)
-        + "\n\n"
-        + measured(
-            "recovery-demo/recovery.json",
-            f"python benchmarks/recovery.py demo --web {s['files']['web']} --data {' '.join(s['files']['data'])} "
-            f"--text {s['files']['text']} --tasks pack_200.jsonl --items {s['items_per_task']} "
-            f"--max-tokens {s['max_tokens']} --plans S1A1E8 S2A2E8 --minutes 15 60",
-            f"Protocol: perplexity `gptq`, windows of {dense['web']['window']:,}, "
-            f"{s['max_tokens']:,} tokens of each text; "
-            f"dense {dense['wikitext2']['perplexity']:.2f} and {dense['web']['perplexity']:.2f}; "
-            f"{s['items_per_task']} items of each of 12 tasks, standard error {dense['tasks']['mean']['stderr']:.3f}",
-            f"Training text: sha256 `{s['data_sha256']}`; calibration: {s['calibration_tokens']:,} tokens of "
-            f"{s['files']['web']}; {s['threads']} thread; one seed (0)",
-        )
-    )
-
-
 def pruning(model: str) -> str:
     """Pruning methods at equal size, with and without recovery."""
     file = f"pruning-{model}.json"
@@ -246,7 +196,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "engines": engine_tables.engines,
     "engines-by-width": engine_tables.by_width,
     "quantised": engine_tables.quantised,
-    "training": training,
+    "training": training_tables.training,
     "adaptive-tiny-moe": lambda: adaptive_tables.adaptive("tiny-moe"),
     "adaptive-speed": adaptive_tables.adaptive_speed,
     "adaptive-demo": lambda: adaptive_tables.adaptive("demo"),

@@ -51,7 +51,7 @@ def test_a_large_model_in_one_go(web, tmp_path):
 
 def test_light_training_of_the_dense_model_and_with_other_settings(web, tmp_path):
     (tmp_path / "text.txt").write_text(" ".join(document.text for document in bundled("heldout"))[:20_000])
-    recipe = "both,method=full,learning_rate=0.00003,window=128"
+    recipe = "both+method=full+learning_rate=3.0e-5+window=128"
     run(
         "recovery.py", "tiny", "--web", web, "--text", tmp_path / "text.txt", "--plans", "S8A0E8", "--recipes", recipe,
         "--steps", 1, "--tokens", 2_048, "--max-tokens", 2_048, "--work", tmp_path / "work", "--out", tmp_path / "out",

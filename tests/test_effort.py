@@ -73,28 +73,79 @@ def test_good_ends_in_a_gguf_of_the_trained_model(short, name, tmp_path):
         assert json.loads((tmp_path / "out" / "metrics.json").read_text())["gguf"]["perplexity"] == made.gguf.perplexity
         folder, _ = moesaic.load(tmp_path / "out", dtype=torch.float32)
         torch.testing.assert_close(folder(tokens).logits, logits, rtol=1e-4, atol=1e-4)
-        again = moesaic.finetune(tmp_path / "out", tmp_path / "more", moesaic.FinetuneConfig(steps=1, window=64))
-        assert "gguf" not in json.loads((tmp_path / "more" / "metrics.json").read_text()), again
+        assert "llama-server -m" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_gguf_is_gone_on_with_after_the_training(short, tmp_path, monkeypatch):
-    config, out = CONFIG.model_copy(update={"engine": "llama.cpp"}), tmp_path / "out"
+def full(*args, **options):
+    raise OSError("disk full")
 
-    def full(*args, **options):
-        raise OSError("disk full")
 
+def test_what_is_trained_is_gone_on_with_in_the_type_that_is_asked_for(short, tmp_path, monkeypatch):
+    config, out = CONFIG.model_copy(update={"engine": "llama.cpp", "outtype": "f32"}), tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(effort, "write_checked_gguf", full)
         with pytest.raises(OSError, match="disk full"):
             moesaic.convert("tiny", out, config, effort="good")
-    with pytest.raises(InputError, match="exists"):  # another configuration
-        moesaic.convert("tiny", out, config.model_copy(update={"seed": 1}), effort="good")
-    steps = json.loads((out / "metrics.json").read_text())["finetune"]["steps"]
-    made = moesaic.convert("tiny", out, config, effort="good")
+    assert {path.name for path in tmp_path.iterdir()} == {"out.effort", "out.trained"}  # OUT is whole or absent
+    steps = json.loads((tmp_path / "out.trained" / "metrics.json").read_text())["finetune"]["steps"]
+    made = moesaic.convert("tiny", out, config.model_copy(update={"outtype": "f16"}), effort="good")
     assert made.gguf is not None
+    assert (made.gguf.outtype, made.engine and made.engine.outtype) == ("f16", "f16")
     assert made.finetune is not None
-    assert made.finetune.steps == steps  # not trained again
+    assert (made.finetune.steps, made.finetune.output) == (steps, str(out))  # not trained again
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_more_minutes_are_trained_anew_and_an_old_out_stays_until_then(short, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    before = moesaic.convert("tiny", out, CONFIG, effort="good")
+    monkeypatch.setitem(EFFORTS, "good", Effort(2_048, 2_048, 2 / 60))
+    with monkeypatch.context() as patch:
+        patch.setattr(effort, "take_place", full)
+        with pytest.raises(OSError, match="disk full"):
+            moesaic.convert("tiny", out, CONFIG, effort="good", overwrite=True)
+    assert json.loads((out / "metrics.json").read_text())["seconds"] == before.seconds
+    monkeypatch.setitem(EFFORTS, "good", Effort(2_048, 2_048, 3 / 60))
+    made = moesaic.convert("tiny", out, CONFIG, effort="good", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert "minutes: 0.05" in (out / "moesaic.yaml").read_text()
+    assert made.output == str(out)
+
+
+def test_unfinished_work_of_another_command_is_not_dropped(short, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(effort.converting, "convert_layers", full)
+        with pytest.raises(OSError, match="disk full"):
+            moesaic.convert("tiny", out, CONFIG)
+    assert (tmp_path / "out.partial" / "state.json").is_file()
+    with pytest.raises(InputError, match="an unfinished conversion without --effort"):
+        moesaic.convert("tiny", out, CONFIG, effort="good")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    moesaic.convert("tiny", out, CONFIG, effort="good", resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_in_the_way_is_seen_before_any_work(short, tmp_path, monkeypatch):
+    (tmp_path / "out.trained").mkdir()
+    (tmp_path / "out.trained" / "mine").write_text("mine")
+    monkeypatch.setattr(effort.converting, "convert", full)
+    with pytest.raises(InputError, match="was not made by moesaic"):
+        moesaic.convert("tiny", tmp_path / "out", CONFIG, effort="good")
+
+
+def test_the_command_takes_a_type_with_a_gguf_and_an_effort(short, tmp_path):
+    from typer.testing import CliRunner
+
+    from moesaic.cli import app
+
+    out = tmp_path / "out.gguf"
+    arguments = ["convert", "tiny", str(out), "--effort", "good", "--outtype", "q8_0", "--partition", "coactivation"]
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["output"], found["finetune"]["output"]) == (str(out), str(out))
+    assert found["gguf"]["outtype"] == "q8_0"
 
 
 def test_fast_is_the_conversion_alone(tmp_path):

@@ -7,6 +7,7 @@ from torch.nn.functional import linear
 import moesaic
 from moesaic.models import products
 from moesaic.models.products import CHUNK, FEW_ROWS, Linear, product, quicken
+from moesaic.store.opening import StoreOptions
 
 generator = torch.Generator().manual_seed(0)
 
@@ -39,52 +40,88 @@ def test_a_product_is_that_of_float32_rounded_once(slow, rows, outputs, dtype):
     assert torch.equal(product(x, turned), product(x, weight))
 
 
-@torch.no_grad()
-def test_few_rows_and_other_machines_multiply_as_ever(slow):
-    weight = normal(700, 24)
-    for x in (normal(FEW_ROWS, 24), normal(0, 24)):
-        assert torch.equal(product(x, weight), linear(x, weight))
-    wide = normal(9, 24, dtype=torch.float32)
-    assert torch.equal(product(wide, weight.float()), linear(wide, weight.float()))
+@pytest.fixture
+def seen(monkeypatch):
+    """(dtype, rows, shape of the weights) of each product."""
+    found = []
+
+    def watched(x, weight, bias=None):
+        found.append((x.dtype, x.numel() // x.shape[-1], tuple(weight.shape)))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(products, "linear", watched)
+    return found
 
 
 @torch.no_grad()
-def test_units_for_half_precision_are_used(fast):
-    x, weight = normal(50, 24), normal(700, 24)
-    assert torch.equal(product(x, weight), linear(x, weight))
+def test_only_many_rows_of_half_precision_are_widened(slow, seen):
+    half, single = torch.bfloat16, torch.float32
+    for rows, dtype, inside in ((FEW_ROWS, half, half), (FEW_ROWS + 1, half, single), (9, single, single)):
+        product(normal(rows, 24, dtype=dtype), normal(700, 24, dtype=dtype))
+        assert {found for found, _, _ in seen} == {inside}
+        assert len(seen) == (2 if dtype != inside else 1)
+        seen.clear()
+    assert product(normal(0, 24), normal(700, 24)).shape == (0, 700)
+
+
+@torch.no_grad()
+def test_units_for_half_precision_are_used(fast, seen):
+    product(normal(50, 24), normal(700, 24))
+    assert seen == [(torch.bfloat16, 50, (700, 24))]
     layer = torch.nn.Linear(24, 700).bfloat16()
     quicken(layer)
     assert type(layer) is torch.nn.Linear
 
 
-def test_what_learns_gets_its_gradient(slow):
+def test_what_learns_is_not_widened(slow, seen):
     x, weight = normal(9, 24), normal(7, 24).requires_grad_()
     product(x, weight).sum().backward()
+    assert [dtype for dtype, _, _ in seen] == [torch.bfloat16]
     torch.testing.assert_close(weight.grad, x.sum(0).expand(7, 24), rtol=2**-6, atol=1e-2)
 
 
-@torch.no_grad()
-def test_layers_of_a_loaded_model_are_quickened(slow, monkeypatch, tmp_path):
-    source, _ = moesaic.load("tiny")
-    source.to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    moesaic.load("tiny").tokenizer.save_pretrained(tmp_path / "half")
-    tokens = torch.arange(40)[None]
-    for folder, of_experts in ((tmp_path / "half", False), (converted(tmp_path), True)):
-        model, _ = moesaic.load(folder)
-        layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-        assert {type(layer) for layer in layers} == {Linear}
-        found = model(tokens).logits.float()
-        names = set(model.state_dict())
-        monkeypatch.setattr(products, "compute_dtype", lambda dtype, device: dtype)
-        model, _ = moesaic.load(folder)
-        assert set(model.state_dict()) == names
-        expected = model(tokens).logits.float()
-        assert (found - expected).abs().max() < 0.02 * expected.abs().max()
-        assert of_experts == hasattr(model.config, "num_experts")
-        monkeypatch.setattr(products, "compute_dtype", lambda dtype, device: torch.float32)
+def test_a_dynamic_length_is_exported(slow):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(normal(7, 24), requires_grad=False)
+
+        def forward(self, x):
+            return product(x, self.weight)
+
+    made = torch.export.export(Model(), (normal(9, 24),), dynamic_shapes=({0: torch.export.Dim("rows", min=2)},))
+    assert made.module()(normal(3, 24)).shape == (3, 7)
 
 
-def converted(tmp_path):
+@pytest.fixture
+def half(tmp_path):
+    """The tiny model in bfloat16, dense and converted."""
+    model, tokenizer = moesaic.load("tiny")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
     config = moesaic.ConvertConfig(plan="S2A2E8", tokens=2_048, format="moesaic")
-    moesaic.convert(str(tmp_path / "half"), tmp_path / "out", config)
-    return tmp_path / "out"
+    moesaic.convert(str(tmp_path / "dense"), tmp_path / "converted", config)
+    return tmp_path
+
+
+@pytest.mark.parametrize("store", [None, StoreOptions(expert_memory="100%")])
+@torch.no_grad()
+def test_layers_and_experts_of_a_loaded_model_are_quickened(half, slow, seen, store):
+    tokens = torch.arange(40)[None]
+    model, _ = moesaic.load(half / "converted", store=store)
+    assert {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)} == {Linear}
+    found = model(tokens).logits.float()
+    c = model.config
+    inner = (2 * c.moe_intermediate_size, c.hidden_size)
+    for shape in (inner, (c.hidden_size, c.moe_intermediate_size), (CHUNK, c.hidden_size)):  # experts, and the head
+        assert any(dtype == torch.float32 and shape == own for dtype, _, own in seen), shape
+    plain, _ = moesaic.load(half / "converted", dtype=torch.float32)
+    expected = plain(tokens).logits
+    assert (found - expected).abs().mean() < 0.02 * expected.abs().mean()
+
+
+@torch.no_grad()
+def test_a_dense_model_is_quickened_and_keeps_its_names(half, slow):
+    model, _ = moesaic.load(half / "dense")
+    assert {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)} == {Linear}
+    assert set(model.state_dict()) == set(moesaic.load("tiny").model.state_dict())

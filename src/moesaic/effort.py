@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
+from . import registry
 from .calibration.text import bundled
 from .calibration.windows import token_windows
-from .checkpoint.claim import real_path, remove
+from .checkpoint.claim import remove
 from .checkpoint.facts import METRICS_FILE, saved_result, saved_settings
-from .checkpoint.single_file import MADE, check_file
-from .checkpoint.writer import beside, check_output
+from .checkpoint.single_file import MADE, ResumableFile, claim_file
+from .checkpoint.writer import ResumableOutput, beside, check_output, claim_output, partial_folder, read_state
 from .config import ConvertConfig, FinetuneConfig
 from .conversion import convert as converting
 from .conversion.auto import EVERY, candidates, unwritten
@@ -23,9 +24,9 @@ from .conversion.engines import GGUF, for_output
 from .conversion.gguf import write_checked_gguf
 from .conversion.prepare import Conversion
 from .errors import InputError
-from .files import write_json
 from .formats.converted import Converted
-from .formats.engines import LLAMA_CPP
+from .formats.engines import LLAMA_CPP, choose_for
+from .formats.export import write_metrics
 from .given import path, place
 from .models.devices import choose_device
 from .models.tokenizer import load_tokenizer
@@ -37,6 +38,9 @@ WINDOW = 512
 """Tokens of a training sequence, where the model's context is as long."""
 FORWARDS, FITS = 4, 2
 """Runs of a layer, and of products of its neurons with each other, in one conversion of it."""
+
+LAST = {"step": "taking OUT's place"}
+"""Of the state of OUT.partial in the moment when a trained model becomes OUT."""
 
 
 @dataclass(frozen=True)
@@ -166,24 +170,20 @@ def convert(
     output, model = path(output), place(str(model))
     from .training.finetune import finetune  # which says what to install, before the conversion
 
-    config, one_file, made = for_output(config, output), output.suffix == GGUF, beside(output, ".effort")
-    trained = beside(output, ".trained") if one_file else output
-    whole = resume and _is_made(made, model, config)
-    if not (whole and _is_trained(trained, made)):
-        (check_file if one_file else check_output)(output, overwrite)
-        if not whole:
-            converting.convert(model, made, config, overwrite=True, force=force, **options)
-        training = training_of(made, model, config, minutes)
-        finetune(made, trained, training, overwrite=overwrite or one_file, **options)
-    if config.engine == LLAMA_CPP:
-        write_trained_gguf(trained, output, config, progress or (lambda done, count, note: None))
-    result = saved_result(trained)
-    if one_file:
-        check_file(output, overwrite)
-        (trained / MADE).replace(real_path(output))
-        remove(trained)
-    remove(made)
-    return replace(result, output=str(output))
+    config, one_file = for_output(config, output), output.suffix == GGUF
+    made, trained = beside(output, ".effort"), beside(output, ".trained")
+    with (claim_file if one_file else claim_output)(output, overwrite):
+        check_unfinished(output, resume)
+        check_output(trained, overwrite=True)
+        whole = resume and _is_made(made, model, config)
+        if not (whole and _is_trained(trained, made, minutes)):
+            if not whole:
+                converting.convert(model, made, config, overwrite=True, force=force, gguf=False, **options)
+            finetune(made, trained, training_of(made, model, config, minutes), overwrite=True, **options)
+        result = told(trained, output, config, progress or (lambda done, count, note: None))
+        take_place(trained, output)
+        remove(made)
+    return result
 
 
 def training_of(made: Path, model: str, config: ConvertConfig, minutes: float) -> FinetuneConfig:
@@ -195,24 +195,61 @@ def training_of(made: Path, model: str, config: ConvertConfig, minutes: float) -
     )
 
 
-def write_trained_gguf(trained: Path, output: Path, config: ConvertConfig, report: Progress) -> None:
-    """Write `MADE` into the folder of a trained model, as a conversion for llama.cpp does; its metrics say so."""
+def told(trained: Path, output: Path, config: ConvertConfig, report: Progress) -> ConversionResult:
+    """Write metrics and card of a trained model as those of OUT, and before them the GGUF, where it is for llama.cpp.
+
+    Returns:
+        What `metrics.json` holds.
+    """
     known = saved_result(trained)
-    assert known.engine is not None
-    protocol = known.perplexity_protocol
-    tokens_NL = token_windows(bundled("heldout"), load_tokenizer(trained), protocol.tokens, protocol.window)
-    called = output if output.suffix == GGUF else output / MADE
-    device = choose_device(config.device)
-    written = write_checked_gguf(trained, known.engine.outtype or "", called, tokens_NL, device, report)
-    write_json(trained / METRICS_FILE, replace(known, gguf=written).to_dict())
+    assert known.finetune is not None
+    known = replace(known, output=str(output), finetune=replace(known.finetune, output=str(output)))
+    if config.engine == LLAMA_CPP:
+        engine, protocol = choose_for(LLAMA_CPP, config.outtype), known.perplexity_protocol
+        tokens_NL = token_windows(bundled("heldout"), load_tokenizer(trained), protocol.tokens, protocol.window)
+        called = output if output.suffix == GGUF else output / MADE
+        device = choose_device(config.device)
+        written = write_checked_gguf(trained, engine.outtype or "", called, tokens_NL, device, report)
+        known = replace(known, engine=engine, gguf=written)
+    write_metrics(trained, known.to_dict(), registry.build("format", known.format), known.check)
+    return saved_result(trained)
 
 
-def _is_trained(trained: Path, made: Path) -> bool:
+def check_unfinished(output: Path, resume: bool) -> None:
+    """Check that OUT.partial holds no unfinished work that the same command without --effort would go on with.
+
+    Raises:
+        InputError: it does.
+    """
+    folder = partial_folder(output)
+    found = read_state(folder)
+    if resume and found and found.fingerprint != LAST:
+        raise InputError(
+            f"'{folder}' holds an unfinished conversion without --effort; repeat that command to finish it, or start "
+            "anew: pass --no-resume, or delete that folder"
+        )
+
+
+def take_place(trained: Path, output: Path) -> None:
+    """Give a finished folder, or the GGUF in it, the name OUT, as a conversion does."""
+    if output.suffix == GGUF:
+        partial: ResumableOutput = ResumableFile(output, LAST, resume=False)
+        (trained / MADE).replace(partial.folder / MADE)
+        partial.take_place()
+        remove(trained)
+    else:
+        partial = ResumableOutput(output, LAST, resume=False, inner=True)
+        remove(partial.folder)
+        trained.rename(partial.folder)
+        partial.take_place()
+
+
+def _is_trained(trained: Path, made: Path, minutes: float) -> bool:
     """Tell whether a conversion's training was finished before."""
-    if not (trained / METRICS_FILE).is_file():
+    if not (trained / METRICS_FILE).is_file() or saved_result(trained).finetune is None:
         return False
-    found = saved_result(trained)
-    return found.finetune is not None and found.fingerprint == saved_result(made).fingerprint
+    same = saved_result(trained).fingerprint == saved_result(made).fingerprint
+    return same and saved_settings(trained)["finetune"]["minutes"] == minutes
 
 
 def _is_made(made: Path, model: str, config: ConvertConfig) -> bool:

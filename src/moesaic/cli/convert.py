@@ -66,6 +66,7 @@ def convert(
 ) -> None:
     """Convert a dense model into a Mixture-of-Experts, layer by layer, without training."""
     from ..config import ConvertConfig
+    from ..conversion.engines import for_output
     from ..effort import at_effort, estimate
     from ..effort import convert as run
 
@@ -77,7 +78,7 @@ def convert(
         "for_use": for_use, "image_weight": image_weight, "text_only": text_only, "engine": engine, "outtype": outtype,
     }  # fmt: skip
     config = ConvertConfig.read(recipe, {name: value for name, value in given.items() if value is not None})
-    config = at_effort(config, effort)
+    config = for_output(at_effort(config, effort), out)
     if dry_run:
         return dry(model, out, config, effort, overwrite, as_json)
     if effort != "fast":
@@ -93,11 +94,10 @@ def dry(model: str, out: Path, config: ConvertConfig, effort: str, overwrite: bo
     from ..checkpoint.writer import check_output
     from ..conversion.auto import candidates, unwritten
     from ..conversion.dry_run import describe
-    from ..conversion.engines import GGUF, for_output
+    from ..conversion.engines import GGUF
     from ..effort import estimate
 
     with options.status("checking"):
-        config = for_output(config, out)
         (check_file if out.suffix == GGUF else check_output)(out, overwrite)
         conversions = candidates(model, unwritten(config))
         conversions[0].check_space(out)

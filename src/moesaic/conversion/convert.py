@@ -55,6 +55,7 @@ def convert(
     overwrite: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    gguf: bool = True,
 ) -> ConversionResult:
     """Turn a dense model into a Mixture-of-Experts and write it to `output`.
 
@@ -66,6 +67,7 @@ def convert(
         overwrite: replace `output` if it exists.
         force: keep a collapsed result.
         progress: called with (finished layers, all layers, note).
+        gguf: whether a conversion for llama.cpp ends in a GGUF; not where it is trained first.
 
     Returns:
         What `metrics.json` holds.
@@ -98,7 +100,7 @@ def convert(
         conversion.layerwise.drop_embeddings_and_head()  # the check needs the room
         del states
         give_back_memory()
-        return finish(conversion, partial, result, report)
+        return finish(conversion, partial, result, report, gguf)
 
 
 def convert_layers(
@@ -145,7 +147,7 @@ def convert_layers(
 
 
 def finish(
-    conversion: Conversion, partial: ResumableOutput, result: ConversionResult, report: Progress
+    conversion: Conversion, partial: ResumableOutput, result: ConversionResult, report: Progress, gguf: bool
 ) -> ConversionResult:
     """Check what was written, give it its name, and return what `metrics.json` says then.
 
@@ -160,7 +162,7 @@ def finish(
     def last(made: Path) -> None:
         found, done = check(Converted(made), made) if stock else None, result
         write_metrics(made, done.to_dict(), conversion.format, found)
-        if engine and engine.engine == LLAMA_CPP:
+        if gguf and engine and engine.engine == LLAMA_CPP:
             text_NL, device = conversion.tokens.held_out_NL[is_text(conversion)], conversion.layerwise.device
             called = partial.output if isinstance(partial, ResumableFile) else partial.output / MADE
             done = replace(done, gguf=write_checked_gguf(made, engine.outtype or "", called, text_NL, device, report))

@@ -22,14 +22,15 @@ CHUNK = 512
 
 def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """Compute `x W^T + b`, [..., O], equal to `linear` up to rounding, in what this machine is fast in."""
-    few = x_TI.numel() <= FEW_ROWS * x_TI.shape[-1]
-    learns = torch.is_grad_enabled() and (x_TI.requires_grad or weight_OI.requires_grad)
-    if few or learns or torch.compiler.is_compiling() or not widens(x_TI) or x_TI.dtype != weight_OI.dtype:
+    if torch.compiler.is_compiling() or x_TI.numel() <= FEW_ROWS * x_TI.shape[-1] or not widens(x_TI):
         return linear(x_TI, weight_OI, bias_O)
-    wide_TI = x_TI.float()
-    parts = [linear(wide_TI, weight_CI.float()).to(x_TI.dtype) for weight_CI in weight_OI.split(CHUNK)]
-    found_TO = torch.cat(parts, dim=-1)
-    return found_TO if bias_O is None else found_TO.add_(bias_O)
+    learns = torch.is_grad_enabled() and (x_TI.requires_grad or weight_OI.requires_grad)
+    if learns or x_TI.dtype != weight_OI.dtype:
+        return linear(x_TI, weight_OI, bias_O)
+    wide_TI, out_TO = x_TI.float(), x_TI.new_empty(*x_TI.shape[:-1], len(weight_OI))
+    for first, weight_CI in zip(range(0, len(weight_OI), CHUNK), weight_OI.split(CHUNK), strict=True):
+        out_TO[..., first : first + CHUNK] = linear(wide_TI, weight_CI.float())
+    return out_TO if bias_O is None else out_TO.add_(bias_O)
 
 
 def widens(x: Tensor) -> bool:

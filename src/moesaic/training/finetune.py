@@ -265,7 +265,7 @@ def write(run: Finetuning, trained: PreTrainedModel, result: FinetuneResult, sta
     shutil.copyfile(run.folder.path / LOG, made / LOG)
     metrics = replace(
         active(run, trained, known, result), output=str(run.output), finetune=result, perplexity=found,
-        pictures=pictures, gguf=None, collapsed=not found / known.perplexity_dense <= ConvertConfig().collapse_ratio,
+        pictures=pictures, collapsed=not found / known.perplexity_dense <= ConvertConfig().collapse_ratio,
     )  # fmt: skip
     write_json(made / METRICS_FILE, metrics.to_dict())
     written = export_as(made, run.output, chosen, run.overwrite)
