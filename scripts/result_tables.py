@@ -187,6 +187,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "readme": readme,
     "quality-demo": lambda: quality("demo"),
     "quality-gemma-270m": lambda: quality("gemma-270m"),
+    "baselines-demo": lambda: quality("demo", "baselines/"),
     "quality-demo-1.5b": lambda: quality("demo-1.5b"),
     "siblings-demo-1.5b": lambda: sibling_tables.siblings("demo-1.5b", LABELS),
     "zero-shot": lambda: zero_shot("tasks"),
