@@ -58,7 +58,7 @@ def split_web(source: Path, out: Path) -> tuple[Path, Path]:
 
 def scores(arguments: argparse.Namespace, held: Path, **rule: Any) -> dict[str, Any]:
     """Perplexities, accuracies and experts a token of the model under a rule."""
-    model, tokenizer = moesaic.load(arguments.model, for_scoring=True, **rule)
+    model, tokenizer = moesaic.load(arguments.model, **rule)
     found: dict[str, Any] = {}
     for name, text in (("web", held), ("wikitext2", arguments.text)):
         kept: list[moesaic.evaluate] = []

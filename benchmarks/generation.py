@@ -59,7 +59,7 @@ def reference_tokens(given: argparse.Namespace) -> dict[str, list[list[int]]] | 
         return None
     path = given.out / "rows" / "reference.json"
     if not path.is_file():
-        loaded = moesaic.load(given.reference, for_scoring=True)
+        loaded = moesaic.load(given.reference)
         request = read_request(
             files_of(given), given.items, allow_code_execution=True, reference=loaded, batch=given.batch,
             reference_tokens=given.reference_tokens,
@@ -71,7 +71,7 @@ def reference_tokens(given: argparse.Namespace) -> dict[str, list[list[int]]] | 
 def row_of(given: argparse.Namespace, label: str, model: str, theirs: Any) -> dict[str, Any]:
     """Measure one model."""
     kept = given.out / "rows" / f"{label}.answers.jsonl" if given.keep else None
-    start, loaded = time.monotonic(), moesaic.load(model, for_scoring=True)
+    start, loaded = time.monotonic(), moesaic.load(model)
     result = moesaic.evaluate(
         *loaded, window=WINDOW, max_tokens=given.max_tokens, generate=files_of(given), items=given.items,
         allow_code_execution=True, reference=theirs, reference_tokens=given.reference_tokens, batch=given.batch,

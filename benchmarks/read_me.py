@@ -135,7 +135,7 @@ def converted_row(arguments: argparse.Namespace, name: str, settings: dict[str, 
         calibration=tuple(map(str, arguments.domains)), tokens=arguments.tokens, seed=seed, **settings
     )
     result = moesaic.convert(arguments.model, folder, config, overwrite=True, force=True)
-    model, tokenizer = moesaic.load(folder, for_scoring=True)
+    model, tokenizer = moesaic.load(folder)
     tokens_NL = token_windows(held_out(arguments), tokenizer, arguments.held_out, arguments.window)
     row: dict[str, Any] = {
         "line": name, "seed": seed, "plan": result.plan, "expert_width": result.expert_width,
@@ -152,7 +152,7 @@ def converted_row(arguments: argparse.Namespace, name: str, settings: dict[str, 
             seed=seed, teacher=arguments.model, learning_rate=arguments.learning_rate, device="auto",
         )  # fmt: skip
         tuned = moesaic.finetune(folder, arguments.out / "models" / f"{name}-{seed}-tuned", tuning, overwrite=True)
-        model, _ = moesaic.load(arguments.out / "models" / f"{name}-{seed}-tuned", for_scoring=True)
+        model, _ = moesaic.load(arguments.out / "models" / f"{name}-{seed}-tuned")
         row["tuned"] = quality(model, tokens_NL) | {"tokens": tuned.tokens, "seconds": tuned.seconds}
         row["oracle_tuned"] = oracle(model, tokens_NL)
     return row
@@ -165,7 +165,7 @@ def held_out(arguments: argparse.Namespace) -> Any:
 
 def dense_row(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the dense model."""
-    model, tokenizer = moesaic.load(arguments.model, for_scoring=True)
+    model, tokenizer = moesaic.load(arguments.model)
     tokens_NL = token_windows(held_out(arguments), tokenizer, arguments.held_out, arguments.window)
     return {"line": "dense", "seed": 0, "converted": quality(model, tokens_NL)}
 

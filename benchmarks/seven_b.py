@@ -61,7 +61,7 @@ PUBLISHED: tuple[dict[str, Any], ...] = (
 
 def measure(model: str | Path, given: argparse.Namespace) -> dict[str, Any]:
     """Measure perplexity, and the tasks where they are given."""
-    loaded = moesaic.load(model, for_scoring=True)
+    loaded = moesaic.load(model)
     result = moesaic.evaluate(
         *loaded, text=given.text, window=WINDOW, max_tokens=given.max_tokens, tasks=given.tasks, items=given.items
     )

@@ -55,7 +55,7 @@ def conversions(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def accuracy(arguments: argparse.Namespace, model: str | Path) -> dict[str, float]:
     """Share of right answers, and its standard error."""
-    loaded = moesaic.load(model, for_scoring=True)
+    loaded = moesaic.load(model)
     processor = moesaic.load_processor(model)
     start = time.monotonic()
     result = moesaic.evaluate(loaded.model, processor, tasks=arguments.tasks, items=arguments.items)

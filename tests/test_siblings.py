@@ -243,7 +243,7 @@ def measured(tmp_path_factory, small):
 def test_a_sibling_is_measured_as_the_rows_are(measured, small):
     out, _, result = measured
     (found,) = result.siblings
-    own = moesaic.evaluate(*moesaic.load(small, for_scoring=True), max_tokens=4_096)
+    own = moesaic.evaluate(*moesaic.load(small), max_tokens=4_096)
     assert found.perplexity == found.evaluation.perplexity == pytest.approx(own.perplexity, rel=1e-6)
     assert found.perplexity_ratio == found.perplexity / result.dense.perplexity
     assert found.label == "small"

@@ -81,8 +81,8 @@ def demo(
     active, config = shown(model, active).active, shown_config(model, active)
     conversion = convert(model, output, config, overwrite=True, progress=steps.converting)
     # CPUs without units for half precision take many times as long to read a prompt in it
-    converted, tokenizer = load(output, for_scoring=True)
-    dense = load(model, for_scoring=True).model
+    converted, tokenizer = load(output)
+    dense = load(model).model
     tokens_BL = prompt_tokens(tokenizer, PROMPT)
     speed = benchmark(
         converted, dense, tokens_BL, new=16, rounds=ROUNDS,

@@ -83,7 +83,7 @@ def evaluate(
     check_request(text, protocol, window, max_tokens, tasks, harness, generate, items, generating)
     processor = pictures.task_processor(model, tasks)
     loaded, tokenizer = options.load_model(
-        model, device, dtype, threads, experts, for_scoring=True, adapter=adapter, select=select, store=store
+        model, device, dtype, threads, experts, adapter=adapter, select=select, store=store
     )
     with progress(stderr, "evaluating", "step") as tick:
         result = run(

@@ -231,4 +231,4 @@ def load(
         folder = resolve(model, stderr)
     check_mixture(folder)
     device, dtype = ("auto" if given is None else given for given in (device, dtype))
-    return options.load_model(model, device, dtype, threads, for_scoring=True, adapter=adapter, select=select)
+    return options.load_model(model, device, dtype, threads, adapter=adapter, select=select)

@@ -240,7 +240,7 @@ def status(text: str) -> Iterator[None]:
 
 
 def load_model(
-    model: str, device: str, dtype: str, threads: int | None, experts: str | None = None, for_scoring: bool = False,
+    model: str, device: str, dtype: str, threads: int | None, experts: str | None = None,
     adapter: Path | None = None, select: str | None = None, store: StoreOptions | None = None,
 ) -> Loaded:  # fmt: skip
     """Load a model as the options ask for.
@@ -264,7 +264,7 @@ def load_model(
     wanted = None if dtype == "auto" else choose_dtype(dtype, folder)
     with status(f"loading {model}"):
         return load(
-            folder, dtype=wanted, device=where, experts=experts, for_scoring=for_scoring, adapter=adapter,
+            folder, dtype=wanted, device=where, experts=experts, adapter=adapter,
             select=select, store=store,
         )  # fmt: skip
 

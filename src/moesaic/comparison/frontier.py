@@ -191,7 +191,7 @@ def _evaluate(model: str | Path, measurement: Measurement, alter: Alter | None =
     """Measure perplexity and tasks of a model, or of what `alter` makes of it when it is loaded."""
     tasks = optional_path(measurement.tasks)
     processor = task_processor(model, tasks)
-    loaded, tokenizer = load(model, for_scoring=True)
+    loaded, tokenizer = load(model)
     with nullcontext() if alter is None else alter(loaded):
         return evaluate(
             loaded, processor or tokenizer, text=optional_path(measurement.text), max_tokens=measurement.max_tokens,

@@ -17,7 +17,7 @@ from ..errors import InputError, first_line
 from ..formats.adapter import Adapter, apply, build_selection, check_base, read_adapter
 from ..formats.converted import Converted, is_ours
 from ..given import path
-from ..models.devices import choose_device, compute_dtype
+from ..models.devices import choose_device
 from ..models.families import auto_class
 from ..models.integrity import check_contents, check_finite, check_runs, model_on_meta, read_config
 from ..models.products import quicken
@@ -47,7 +47,6 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "auto",
     experts: str | None = None,
-    for_scoring: bool = False,
     adapter: str | Path | None = None,
     select: object = None,
     store: StoreOptions | None = None,
@@ -62,8 +61,6 @@ def load(
         device: `auto` is the GPU when there is one.
         experts: the implementation of the experts' products, a name that transformers' `set_experts_implementation`
             takes; None is `moesaic` for every model that has experts, unless they are quantised.
-        for_scoring: for scoring texts rather than decoding: without a `dtype`, float32 on a CPU that multiplies it
-            faster than the checkpoint's, for twice the memory.
         adapter: a folder that `adapt` made for this model.
         select: a selection or its name, e.g. `top-p:p=0.6`: how many experts run for each token, in place of the
             model's own number.
@@ -84,7 +81,7 @@ def load(
     if isinstance(rule, Adapter):
         check_base(rule, checkpoint, Path(str(adapter)))
     if dtype is None:
-        dtype = compute_dtype(checkpoint.dtype(), device) if for_scoring else checkpoint.dtype()
+        dtype = checkpoint.dtype()
     tokenizer = load_tokenizer(folder)
     if store is None:
         ready = _load_whole(checkpoint, dtype, device, experts)

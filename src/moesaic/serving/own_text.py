@@ -197,7 +197,7 @@ def _write(kept: Kept, model: Path, tokens: int, seed: int, device: str, progres
     """Write until each kind has its share of so many tokens."""
     share = -(-tokens // len(kept.kinds))
     progress(0, tokens, "loading the model that writes its own text")
-    loaded, tokenizer = load(model, device=device, for_scoring=True)
+    loaded, tokenizer = load(model, device=device)
     for kind in kept.kinds:
         for prompt in kind:
             check_length(loaded, len(_ids(prompt, tokenizer)), LONGEST, "the answer")
