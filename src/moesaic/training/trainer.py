@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ..models.families import decoder_layers, ffn_name
@@ -265,6 +266,8 @@ class Trainer:
         own = samples.take(torch.arange(process, len(samples), count))
         with self.autocast():
             found = held_out_loss(self.module, self.blocks, own, self.accelerator.device, self.dtype)
+        if isinstance(self.module, FSDPModule):
+            self.module.reshard()  # the root keeps what it gathered, and other weights may take their place now
         total = found.total
         if count > 1:
             total = self.accelerator.reduce(total.to(self.accelerator.device))
