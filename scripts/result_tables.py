@@ -198,6 +198,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "engines-by-width": engine_tables.by_width,
     "quantised": engine_tables.quantised,
     "training": training_tables.training,
+    "training-settings": training_tables.settings,
     "adaptive-tiny-moe": lambda: adaptive_tables.adaptive("tiny-moe"),
     "adaptive-speed": adaptive_tables.adaptive_speed,
     "adaptive-demo": lambda: adaptive_tables.adaptive("demo"),

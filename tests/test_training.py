@@ -21,7 +21,6 @@ from moesaic.formats.converted import Converted
 from moesaic.models.tokenizer import load_tokenizer
 from moesaic.moe.kernels import _by_transformers
 from moesaic.moe.modeling import moe_blocks
-from moesaic.training.average import Average
 from moesaic.training.data import make_samples
 from moesaic.training.load import balance_loss, count_load, move_bias, summary, watched
 from moesaic.training.losses import Objective, distance, layer_distance, next_token
@@ -399,27 +398,9 @@ def test_a_float16_start_comes_back_bit_by_bit(tmp_path):
     assert same(tensors(tmp_path / "start"), tensors(tmp_path / "out"))
 
 
-def test_the_average_is_a_weighted_sum_of_all_steps():
-    parameter, seen = torch.zeros(3), []
-    average = Average({"p": parameter}, 0.5)
-    for step in range(1, 31):
-        seen.append(torch.randn(3, generator=torch.Generator().manual_seed(step)))
-        parameter.copy_(seen[-1])
-        average.update(step)
-    expected = torch.zeros(3)
-    for step, value in enumerate(seen, 1):
-        decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * value
-    with average.in_place():
-        torch.testing.assert_close(parameter, expected)
-    assert torch.equal(parameter, seen[-1])
-    assert not Average({"p": parameter}, 0).tensors
-
-
-@pytest.mark.parametrize(("method", "ema_decay"), [("lora", 0), ("full", 0), ("lora", 0.8)])
-def test_resumed_equals_uninterrupted(converted, tmp_path, method, ema_decay):
-    update = {"method": method, "balance": "bias", "learning_rate": 1e-3, "ema_decay": ema_decay}
-    config = SHORT.model_copy(update=update)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_resumed_equals_uninterrupted(converted, tmp_path, method):
+    config = SHORT.model_copy(update={"method": method, "balance": "bias", "learning_rate": 1e-3})
     moesaic.finetune(converted, tmp_path / "whole", config)
 
     def stop(done, count, note):

@@ -58,7 +58,6 @@ LIMITS = {
     "learning_rate": Limit(0, 1, whole=False),
     "router_learning_rate": Limit(0, 1, whole=False),
     "warmup": Limit(0, 1, whole=False),
-    "ema_decay": Limit(0, 0.9999, whole=False),
     "cache_bias": Limit(0, 1, whole=False, hint="a share of the range of a token's scores, such as 0.3,"),
     "top_k": Limit(1, COUNT),
     "match": Limit(0, 1e6, whole=False),

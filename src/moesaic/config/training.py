@@ -38,8 +38,6 @@ class FinetuneConfig(Settings):
     """Of the routers; None is the method's own."""
     warmup: float = 0.05
     """Share of the training in which the learning rate rises; then it falls as a cosine to a tenth."""
-    ema_decay: float = 0.0
-    """Of the exponential moving average of what learns, which is then measured and written; 0: no average."""
     top_k: int = 64
     """Of the teacher's logits, the largest that are kept; the rest of the probability is one more class."""
     match: float = 0.0

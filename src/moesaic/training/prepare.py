@@ -204,8 +204,7 @@ def check_memory(
     """Check that the training's estimate fits in the device's free memory.
 
     Weights of model and teacher in `dtype`; 16 bytes for each parameter that learns (itself, gradient and Adam's two
-    moments in float32), 4 more for its average; activations and logits of a micro-batch; with adapters the routed
-    experts' sum `W + B A`.
+    moments in float32); activations and logits of a micro-batch; with adapters the routed experts' sum `W + B A`.
 
     Raises:
         InputError: it does not fit, or nothing in the model would learn.
@@ -228,8 +227,7 @@ def check_memory(
     checkpoints = [source.checkpoint, *([teacher.checkpoint] if teacher else [])]
     activations = tokens * c.num_hidden_layers * (16 * c.hidden_size + 8 * width) * itemsize
     logits = tokens * c.vocab_size * (8 + itemsize)
-    needed = sum(c.size() * itemsize / c.dtype().itemsize for c in checkpoints)
-    needed += (20 if config.ema_decay else 16) * learning
+    needed = sum(c.size() * itemsize / c.dtype().itemsize for c in checkpoints) + 16 * learning
     needed += activations + logits
     if method.copies_experts:
         needed += 3 * c.num_hidden_layers * c.num_experts * c.moe_intermediate_size * c.hidden_size * itemsize

@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ..models.families import decoder_layers, ffn_name
@@ -27,7 +26,6 @@ from ..moe.modeling import moe_blocks, moe_layers
 from ..results import ExpertLoad
 from . import load as balance
 from . import losses as objective
-from .average import Average
 from .data import Samples, step_sequences
 from .load import MICRO_TOKENS, held_out_loss
 from .locality import locality_loss
@@ -41,8 +39,6 @@ BETAS = (0.9, 0.95)
 WEIGHTS = {"lm": (1.0, 0.0), "distill": (0.0, 1.0), "both": (0.5, 0.5)}
 """Of the next token's loss and of the distance from the teacher, by objective."""
 SELECTION_BIAS = "e_score_correction_bias"
-AVERAGE = "average of "
-"""Before the name of what learns, in a state on disk."""
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 """Of the optimizer's state: not in shards."""
@@ -78,7 +74,6 @@ class Trainer:
         self.optimizer = accelerator.prepare(optimizer)
         self.named = trainable(module)
         self.kept = self.named | {n: p for n, p in module.named_parameters() if n.endswith(SELECTION_BIAS)}
-        self.average = Average(self.kept, config.ema_decay)
 
     def fit(self, state: TrainingState, clock: Callable[[], float], report: Report) -> TrainingState:
         """Train until the steps or minutes are over or the held-out loss has stopped falling; the best is stored."""
@@ -89,14 +84,12 @@ class Trainer:
                 log.warning("step %d: the loss or its gradient is not finite, so training stops", state.step + 1)
                 break
             state.step += 1
-            self.average.update(state.step)
             before, state.seconds = state.seconds, self.agreed(clock() - start)
             row = replace(row, step=state.step, seconds=state.seconds, step_seconds=state.seconds - before)
             state.history.append(row)
             if self.progress(state) >= (state.evaluated + 1) / self.config.evaluations:
                 state.evaluated = int(self.progress(state) * self.config.evaluations)
-                with self.average.in_place():
-                    latest, load = self.evaluate(self.held)
+                latest, load = self.evaluate(self.held)
                 if not math.isfinite(latest):
                     log.warning("step %d: the held-out loss is not finite, so training stops", state.step)
                     state.history.pop()
@@ -127,13 +120,11 @@ class Trainer:
         best = held_out < state.held_out
         if best:
             state.held_out, state.best_step = held_out, state.step
-        kept, averages = gather(self.kept), gather(self.average.tensors)
-        optimizer = get_optimizer_state_dict(self.module, self.inner, options=WHOLE)
+        kept, optimizer = gather(self.kept), get_optimizer_state_dict(self.module, self.inner, options=WHOLE)
         if self.accelerator.is_main_process:
             if best:
-                self.folder.keep_best(state.step, averages or kept)
-            averages = {AVERAGE + name: tensor for name, tensor in averages.items()}
-            self.folder.save(state, kept | averages, optimizer)
+                self.folder.keep_best(state.step, kept)
+            self.folder.save(state, kept, optimizer)
         self.accelerator.wait_for_everyone()
 
     @property
@@ -144,8 +135,6 @@ class Trainer:
     def restore(self, found: SavedTraining[TrainingState]) -> TrainingState:
         """Put back what `RunFolder.load` found: weights, optimizer; returns where the training was."""
         put_back(self.kept, found.tensors)
-        averages = {AVERAGE + name: tensor for name, tensor in self.average.tensors.items()}
-        put_back(averages, found.tensors)
         set_optimizer_state_dict(self.module, self.inner, found.optimizer, options=WHOLE)
         return found.state
 
@@ -266,8 +255,6 @@ class Trainer:
         own = samples.take(torch.arange(process, len(samples), count))
         with self.autocast():
             found = held_out_loss(self.module, self.blocks, own, self.accelerator.device, self.dtype)
-        if isinstance(self.module, FSDPModule):
-            self.module.reshard()  # the root keeps what it gathered, and other weights may take their place now
         total = found.total
         if count > 1:
             total = self.accelerator.reduce(total.to(self.accelerator.device))
