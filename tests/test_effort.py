@@ -86,8 +86,8 @@ def test_what_is_trained_is_gone_on_with_in_the_type_that_is_asked_for(short, tm
         patch.setattr(effort, "write_checked_gguf", full)
         with pytest.raises(OSError, match="disk full"):
             moesaic.convert("tiny", out, config, effort="good")
-    assert {path.name for path in tmp_path.iterdir()} == {"out.effort", "out.trained"}  # OUT is whole or absent
-    steps = json.loads((tmp_path / "out.trained" / "metrics.json").read_text())["finetune"]["steps"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out.effort"}  # OUT is whole or absent
+    steps = json.loads((tmp_path / "out.effort" / "trained" / "metrics.json").read_text())["finetune"]["steps"]
     made = moesaic.convert("tiny", out, config.model_copy(update={"outtype": "f16"}), effort="good")
     assert made.gguf is not None
     assert (made.gguf.outtype, made.engine and made.engine.outtype) == ("f16", "f16")
@@ -126,12 +126,20 @@ def test_unfinished_work_of_another_command_is_not_dropped(short, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_folder_in_the_way_is_seen_before_any_work(short, tmp_path, monkeypatch):
-    (tmp_path / "out.trained").mkdir()
-    (tmp_path / "out.trained" / "mine").write_text("mine")
+def test_a_model_of_the_name_that_the_work_needs_is_kept(short, tmp_path, monkeypatch):
+    moesaic.convert("tiny", tmp_path / "out.effort", CONFIG.model_copy(update={"tokens": 1_024}))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.effort").iterdir()}
     monkeypatch.setattr(effort.converting, "convert", full)
-    with pytest.raises(InputError, match="was not made by moesaic"):
-        moesaic.convert("tiny", tmp_path / "out", CONFIG, effort="good")
+    with pytest.raises(InputError, match="is in the way"):
+        moesaic.convert("tiny", tmp_path / "out", CONFIG, effort="good", overwrite=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out.effort").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out.effort"]
+
+
+def test_what_fails_before_any_work_leaves_nothing(short, tmp_path):
+    with pytest.raises(InputError):
+        moesaic.convert("tiny", tmp_path / "out", CONFIG.model_copy(update={"partition": "nothing"}), effort="good")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_takes_a_type_with_a_gguf_and_an_effort(short, tmp_path):
@@ -165,8 +173,8 @@ def test_it_goes_on_where_it_stopped(short, tmp_path, monkeypatch):
 
     with pytest.raises(Stop):
         moesaic.convert("tiny", tmp_path / "out", CONFIG, effort="good", progress=stop)
-    assert (tmp_path / "out.effort" / "metrics.json").is_file()
-    before = (tmp_path / "out.effort" / "metrics.json").read_text()
+    assert (tmp_path / "out.effort" / "converted" / "metrics.json").is_file()
+    before = (tmp_path / "out.effort" / "converted" / "metrics.json").read_text()
 
     def no(*args, **options):
         raise AssertionError("converted twice")
@@ -175,7 +183,7 @@ def test_it_goes_on_where_it_stopped(short, tmp_path, monkeypatch):
         patch.setattr(effort.converting, "convert", no)
         with pytest.raises(AssertionError, match="twice"):  # another configuration is converted anew
             moesaic.convert("tiny", tmp_path / "out", CONFIG.model_copy(update={"seed": 1}), effort="good")
-        assert (tmp_path / "out.effort" / "metrics.json").read_text() == before
+        assert (tmp_path / "out.effort" / "converted" / "metrics.json").read_text() == before
         made = moesaic.convert("tiny", tmp_path / "out", CONFIG, effort="good")
     assert made.finetune is not None
     assert not (tmp_path / "out.effort").exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from .calibration.windows import token_windows
 from .checkpoint.claim import remove
 from .checkpoint.facts import METRICS_FILE, saved_result, saved_settings
 from .checkpoint.single_file import MADE, ResumableFile, claim_file
-from .checkpoint.writer import ResumableOutput, beside, check_output, claim_output, partial_folder, read_state
+from .checkpoint.writer import ResumableOutput, beside, claim_output, partial_folder, read_state
 from .config import ConvertConfig, FinetuneConfig
 from .conversion import convert as converting
 from .conversion.auto import EVERY, candidates, unwritten
@@ -24,6 +26,7 @@ from .conversion.engines import GGUF, for_output
 from .conversion.gguf import write_checked_gguf
 from .conversion.prepare import Conversion
 from .errors import InputError
+from .files import read_json, write_json
 from .formats.converted import Converted
 from .formats.engines import LLAMA_CPP, choose_for
 from .formats.export import write_metrics
@@ -39,6 +42,8 @@ WINDOW = 512
 FORWARDS, FITS = 4, 2
 """Runs of a layer, and of products of its neurons with each other, in one conversion of it."""
 
+FINGERPRINT, MARK = "fingerprint.json", {"command": "convert --effort"}
+"""What OUT.effort is known by."""
 LAST = {"step": "taking OUT's place"}
 """Of the state of OUT.partial in the moment when a trained model becomes OUT."""
 
@@ -171,10 +176,9 @@ def convert(
     from .training.finetune import finetune  # which says what to install, before the conversion
 
     config, one_file = for_output(config, output), output.suffix == GGUF
-    made, trained = beside(output, ".effort"), beside(output, ".trained")
-    with (claim_file if one_file else claim_output)(output, overwrite):
+    with (claim_file if one_file else claim_output)(output, overwrite), work_folder(output) as work:
         check_unfinished(output, resume)
-        check_output(trained, overwrite=True)
+        made, trained = work / "converted", work / "trained"
         whole = resume and _is_made(made, model, config)
         if not (whole and _is_trained(trained, made, minutes)):
             if not whole:
@@ -182,8 +186,28 @@ def convert(
             finetune(made, trained, training_of(made, model, config, minutes), overwrite=True, **options)
         result = told(trained, output, config, progress or (lambda done, count, note: None))
         take_place(trained, output)
-        remove(made)
+        remove(work)
     return result
+
+
+@contextmanager
+def work_folder(output: Path) -> Iterator[Path]:
+    """Make the folder of unfinished work, `OUT.effort`; if nothing was put there, it is gone afterwards.
+
+    Raises:
+        InputError: something else has that name, a converted model too.
+    """
+    work = beside(output, ".effort")
+    mark = work / FINGERPRINT
+    if os.path.lexists(work) and not (mark.is_file() and read_json(mark) == MARK):
+        raise InputError(f"'{work}' is in the way; it is no unfinished work of --effort. Move it or choose another OUT")
+    work.mkdir(exist_ok=True)
+    write_json(mark, MARK)
+    try:
+        yield work
+    finally:
+        if work.is_dir() and {path.name for path in work.iterdir()} <= {FINGERPRINT}:
+            remove(work)
 
 
 def training_of(made: Path, model: str, config: ConvertConfig, minutes: float) -> FinetuneConfig:
@@ -236,7 +260,6 @@ def take_place(trained: Path, output: Path) -> None:
         partial: ResumableOutput = ResumableFile(output, LAST, resume=False)
         (trained / MADE).replace(partial.folder / MADE)
         partial.take_place()
-        remove(trained)
     else:
         partial = ResumableOutput(output, LAST, resume=False, inner=True)
         remove(partial.folder)
