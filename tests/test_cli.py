@@ -8,6 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from moesaic.checkpoint.builtin import tiny_folder
+from moesaic.checkpoint.reader import Checkpoint
 from moesaic.report.frontier_table import show_frontier
 from moesaic.results import EvaluationResult, FrontierResult, FrontierSummary
 
@@ -203,12 +205,14 @@ def test_a_frontier_fits_eighty_columns_and_shows_only_what_was_measured():
     assert not any(part in alone for part in ("decode", "zero-shot", "±", "ours/line"))
 
 
-@pytest.mark.parametrize(("asked", "used"), [([], "float16"), (["--dtype", "float32"], "float32")])
-def test_texts_are_scored_in_the_dtype_that_is_fast_unless_one_is_asked_for(run, monkeypatch, asked, used):
-    monkeypatch.setattr("moesaic.serving.loading.compute_dtype", lambda dtype, device: torch.float16)
+@pytest.mark.parametrize(("asked", "used"), [([], None), (["--dtype", "float32"], "float32")])
+def test_texts_are_scored_in_the_checkpoints_dtype_unless_one_is_asked_for(run, monkeypatch, asked, used):
+    own = str(Checkpoint(tiny_folder()).dtype()).removeprefix("torch.")
+    monkeypatch.setattr("moesaic.models.products.compute_dtype", lambda dtype, device: torch.float32)
     code, out, err = run("evaluate", "tiny", "--window", "64", "--max-tokens", "64", *asked, "--json")
     assert code == 0, err
-    assert json.loads(out)["dtype"] == used
+    assert json.loads(out)["dtype"] == (used or own)
+    assert own != "float32"
 
 
 @pytest.mark.parametrize(

@@ -249,12 +249,6 @@ def test_a_damaged_file_of_ours_is_said_to_be(made, tmp_path, monkeypatch):
         moesaic.load(tmp_path / "renamed.gguf")
 
 
-def test_training_and_a_gguf_take_two_commands(tmp_path):
-    with pytest.raises(InputError, match="--effort good trains a folder"):
-        moesaic.convert("tiny", tmp_path / "out.gguf", QUICK, effort="good")
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_conversion_for_an_engine_tries_its_shapes(folders):
     names = [c.name for c in candidates("tiny", ConvertConfig(engine="llama.cpp", tokens=2_048))]
     assert names == [f"{c.partition} {c.plan}" for c in plans("tiny", engine="llama.cpp").choices[:2]]
