@@ -1,6 +1,7 @@
 """One dial: how much calibration and training a conversion gets."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,7 +88,8 @@ def test_what_is_trained_is_gone_on_with_in_the_type_that_is_asked_for(short, tm
         with pytest.raises(OSError, match="disk full"):
             moesaic.convert("tiny", out, config, effort="good")
     assert {path.name for path in tmp_path.iterdir()} == {"out.effort"}  # OUT is whole or absent
-    steps = json.loads((tmp_path / "out.effort" / "trained" / "metrics.json").read_text())["finetune"]["steps"]
+    (trained,) = (tmp_path / "out.effort").glob("trained-*/metrics.json")
+    steps = json.loads(trained.read_text())["finetune"]["steps"]
     made = moesaic.convert("tiny", out, config.model_copy(update={"outtype": "f16"}), effort="good")
     assert made.gguf is not None
     assert (made.gguf.outtype, made.engine and made.engine.outtype) == ("f16", "f16")
@@ -187,6 +189,35 @@ def test_it_goes_on_where_it_stopped(short, tmp_path, monkeypatch):
         made = moesaic.convert("tiny", tmp_path / "out", CONFIG, effort="good")
     assert made.finetune is not None
     assert not (tmp_path / "out.effort").exists()
+
+
+@pytest.mark.parametrize(("name", "seed"), [("best", 0), ("good", 1)])
+def test_another_effort_or_model_than_the_one_that_stopped_begins_anew(short, tmp_path, monkeypatch, name, seed):
+    monkeypatch.setitem(EFFORTS, "best", Effort(2_048, 2_048, 2 / 60))
+
+    class Stop(BaseException):
+        pass
+
+    def stop(done, count, note):
+        if "step" in note:
+            raise Stop
+
+    with pytest.raises(Stop):
+        moesaic.convert("tiny", tmp_path / "out", CONFIG, effort="good", progress=stop)
+    made = moesaic.convert("tiny", tmp_path / "out", CONFIG.model_copy(update={"seed": seed}), effort=name)
+    assert made.finetune is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_training_that_will_not_fit_is_refused_before_the_conversion(short, tmp_path, monkeypatch):
+    monkeypatch.setattr("moesaic.training.prepare.virtual_memory", lambda: SimpleNamespace(available=1e6))
+    monkeypatch.setattr(effort.converting, "convert", full)
+    with pytest.raises(InputError, match="training would need about"):
+        moesaic.convert("tiny", tmp_path / "out", CONFIG, effort="good")
+    with pytest.raises(InputError, match="training would need about"):
+        estimate("tiny", CONFIG, "good")
+    assert not list(tmp_path.iterdir())
+    estimate("tiny", CONFIG)  # which trains nothing
 
 
 def test_what_exists_is_not_replaced(tmp_path):

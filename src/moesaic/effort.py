@@ -24,6 +24,7 @@ from .conversion import convert as converting
 from .conversion.auto import EVERY, candidates, unwritten
 from .conversion.engines import GGUF, for_output
 from .conversion.gguf import write_checked_gguf
+from .conversion.plans import sizes
 from .conversion.prepare import Conversion
 from .errors import InputError
 from .files import read_json, write_json
@@ -98,14 +99,17 @@ def estimate(model: str | Path, config: ConvertConfig | None = None, effort: str
     """Estimate the minutes of a conversion from a few products on this machine; text that is to be written not counted.
 
     Raises:
-        InputError: what `convert` refuses.
+        InputError: what `convert` refuses, or a training that does not fit in memory.
     """
     config = at_effort(config or ConvertConfig(), effort)
     check = unwritten(config)
     conversions = candidates(place(str(model)), check)
+    minutes = effort_of(effort).minutes
+    if minutes:
+        check_training(conversions, minutes)
     tokens = config.tokens / check.tokens
     products = sum(_products(conversion, tokens, share) for conversion, share in _passes(conversions))
-    return Estimate(products / _speed(conversions[0]) / 60, effort_of(effort).minutes)
+    return Estimate(products / _speed(conversions[0]) / 60, minutes)
 
 
 def _passes(conversions: list[Conversion]) -> list[tuple[Conversion, float]]:
@@ -154,8 +158,8 @@ def convert(
         model: hub id, folder, .gguf file or built-in name (`tiny`, `demo`, `demo-1.5b`, `gemma-270m`).
         output: the folder to make; it appears only when whole.
         config: what to do; by default half of each FFN is active.
-        effort: `fast`; `good`: four times the calibration tokens and 15 minutes of training; `best`: six times and an
-            hour. Tokens that `config` gives stay.
+        effort: `fast`; `good`: four times the calibration tokens (on a GPU eight) and 15 minutes of training; `best`:
+            six times (twelve) and an hour. Tokens that `config` gives stay.
         resume: go on with unfinished work on the same model, data and configuration.
         overwrite: replace `output` if it exists.
         force: keep a collapsed result.
@@ -178,10 +182,13 @@ def convert(
     config, one_file = for_output(config, output), output.suffix == GGUF
     with (claim_file if one_file else claim_output)(output, overwrite), work_folder(output) as work:
         check_unfinished(output, resume)
-        made, trained = work / "converted", work / "trained"
+        made, trained = work / "converted", work / f"trained-{minutes:g}"  # each length has a training of its own
         whole = resume and _is_made(made, model, config)
-        if not (whole and _is_trained(trained, made, minutes)):
+        if not (whole and _is_trained(trained, made)):
             if not whole:
+                check_training(candidates(model, unwritten(config)), minutes)
+                for old in work.glob("trained-*"):  # of another conversion
+                    remove(old)
                 converting.convert(model, made, config, overwrite=True, force=force, gguf=False, **options)
             finetune(made, trained, training_of(made, model, config, minutes), overwrite=True, **options)
         result = told(trained, output, config, progress or (lambda done, count, note: None))
@@ -208,6 +215,23 @@ def work_folder(output: Path) -> Iterator[Path]:
     finally:
         if work.is_dir() and {path.name for path in work.iterdir()} <= {FINGERPRINT}:
             remove(work)
+
+
+def check_training(conversions: list[Conversion], minutes: float) -> None:
+    """Check before a conversion that its training, taught by the dense model, will fit in memory.
+
+    Raises:
+        InputError: it will not, or training is not installed.
+    """
+    from .training.prepare import check_memory, training_dtype
+
+    for conversion in conversions:
+        device, longest = conversion.layerwise.device, conversion.layerwise.config.max_position_embeddings
+        config = FinetuneConfig(minutes=minutes, window=min(WINDOW, longest))
+        dtype = training_dtype(conversion.dtype, device)
+        parameters = sizes(conversion.whole_config, conversion.plan, conversion.format).total_parameters
+        weights = (parameters + conversion.layerwise.parameters()) * dtype.itemsize
+        check_memory(conversion.whole_config, weights, registry.build("method", config.method), config, device, dtype)
 
 
 def training_of(made: Path, model: str, config: ConvertConfig, minutes: float) -> FinetuneConfig:
@@ -267,12 +291,11 @@ def take_place(trained: Path, output: Path) -> None:
         partial.take_place()
 
 
-def _is_trained(trained: Path, made: Path, minutes: float) -> bool:
+def _is_trained(trained: Path, made: Path) -> bool:
     """Tell whether a conversion's training was finished before."""
     if not (trained / METRICS_FILE).is_file() or saved_result(trained).finetune is None:
         return False
-    same = saved_result(trained).fingerprint == saved_result(made).fingerprint
-    return same and saved_settings(trained)["finetune"]["minutes"] == minutes
+    return saved_result(trained).fingerprint == saved_result(made).fingerprint
 
 
 def _is_made(made: Path, model: str, config: ConvertConfig) -> bool:

@@ -15,7 +15,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from psutil import virtual_memory
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import registry
 from ..calibration.mixture import bundled_both
@@ -27,6 +27,7 @@ from ..checkpoint.writer import check_output
 from ..config import FinetuneConfig
 from ..conversion.plans import empty
 from ..errors import InputError
+from ..formats.base import block_config
 from ..formats.converted import Converted, dense_origin
 from ..machine import versions
 from ..models.devices import choose_device, compute_dtype
@@ -100,11 +101,15 @@ def prepare(
     held = held.take(torch.arange(even))
     taught = config.objective != "lm" or config.match > 0 or method.needs_dense
     name = (config.teacher or dense_origin(str(source.checkpoint.folder), "--teacher")) if taught else None
-    dtype = training_dtype(source.checkpoint.dtype(), accelerator.device, begun_dtype(output) if resume else None)
+    begun = begun_dtype(output) if resume else None  # goes on in its own
+    own = [begun or training_dtype(source.checkpoint.dtype(), accelerator.device)]
+    dtype: torch.dtype = broadcast_object_list(own)[0]  # in all processes the first one's
     teacher = Teacher(name, source.config, tokenizer, config.top_k, accelerator.device, dtype) if name else None
     if teacher and (config.match > 0 or method.needs_dense):
         teacher.check_layers(source.config)
-    check_memory(source, method, teacher, config, accelerator.device, dtype)
+    checkpoints = [source.checkpoint, *([teacher.checkpoint] if teacher else [])]
+    weights = sum(one.size() * dtype.itemsize / one.dtype().itemsize for one in checkpoints)
+    check_memory(source.whole, weights, method, config, accelerator.device, dtype)
     fingerprint = {
         "model": source.checkpoint.fingerprint(),
         "teacher": teacher.checkpoint.fingerprint() if teacher else "none",
@@ -184,33 +189,32 @@ def make_accelerator(device: torch.device, folder: Path) -> Accelerator:
     )
 
 
-def training_dtype(own: torch.dtype, device: torch.device, begun: torch.dtype | None = None) -> torch.dtype:
-    """Choose the dtype to train in: bfloat16 for weights of it where it is the fastest in all processes, else float32.
+def training_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
+    """Choose the dtype to train in: bfloat16 for weights of it where it is the fastest here, else float32.
 
-    Of float16 the gradients may overflow. What was begun in one dtype goes on in it.
+    Of float16 the gradients may overflow.
     """
-    found = [begun or (compute_dtype(own, device) if own == torch.bfloat16 else torch.float32)]
-    return broadcast_object_list(found)[0]
+    return compute_dtype(own, device) if own == torch.bfloat16 else torch.float32
 
 
 def check_memory(
-    source: Converted,
+    whole: PreTrainedConfig,
+    weights: float,
     method: Method,
-    teacher: Teacher | None,
     config: FinetuneConfig,
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
     """Check that the training's estimate fits in the device's free memory.
 
-    Weights of model and teacher in `dtype`; 16 bytes for each parameter that learns (itself, gradient and Adam's two
+    Weights of model and teacher, so many bytes in `dtype`; 16 bytes for each parameter that learns (itself, gradient and Adam's two
     moments in float32); activations and logits of a micro-batch; with adapters the routed experts' sum `W + B A`.
 
     Raises:
         InputError: it does not fit, or nothing in the model would learn.
     """
     name = registry.text("method", config.method)
-    on_meta = empty(copy.deepcopy(source.whole))  # methods change the configuration
+    on_meta = empty(copy.deepcopy(whole))  # methods change the configuration
     named = trainable(method.prepare(on_meta))
     learning = sum(p.numel() for p in named.values())
     if config.locality and "router" not in counts(named.items()):
@@ -219,16 +223,14 @@ def check_memory(
         )
     if not learning:
         raise InputError(f"--method {name} has nothing to train in this model, whose router is "
-                         f"{source.config.router} with {source.config.num_experts} routed experts")  # fmt: skip
-    c = source.config
+                         f"{block_config(whole).router} with {block_config(whole).num_experts} routed experts")  # fmt: skip
+    c = block_config(whole)
     tokens = min(max(MICRO_TOKENS, config.window), config.batch * config.window)
     width = c.shared_expert_intermediate_size + c.num_experts_per_tok * c.moe_intermediate_size
     itemsize = dtype.itemsize
-    checkpoints = [source.checkpoint, *([teacher.checkpoint] if teacher else [])]
     activations = tokens * c.num_hidden_layers * (16 * c.hidden_size + 8 * width) * itemsize
     logits = tokens * c.vocab_size * (8 + itemsize)
-    needed = sum(c.size() * itemsize / c.dtype().itemsize for c in checkpoints) + 16 * learning
-    needed += activations + logits
+    needed = weights + 16 * learning + activations + logits
     if method.copies_experts:
         needed += 3 * c.num_hidden_layers * c.num_experts * c.moe_intermediate_size * c.hidden_size * itemsize
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else virtual_memory().available
