@@ -93,7 +93,7 @@ def block(hidden: int, width: int, plan: tuple[int, int, int]) -> MoE:
     config: Any = SimpleNamespace(
         hidden_size=hidden, num_experts=groups - shared, num_experts_per_tok=active, router="linear",
         moe_intermediate_size=width // groups, shared_expert_intermediate_size=shared * (width // groups),
-        shared_expert_bias=False, _experts_implementation="eager",
+        shared_expert_bias=False, selection="top-k", _experts_implementation="eager",
     )  # fmt: skip
     return MoE(config, nn.SiLU())
 

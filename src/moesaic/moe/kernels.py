@@ -34,6 +34,8 @@ FEW_PAIRS = 64
 HALF_BYTES = 2
 FEW_TOKENS = 4
 """Of an expert, for which reading its columns anew is less than laying them out again."""
+CALL_BYTES, CALL_PRODUCTS = 2e6, 5e7
+"""What one expert's own products cost beside their bytes, in bytes read and in multiplications (100 µs each)."""
 SPLIT = "_is_expert_parallel"
 FLAGS = ("is_transposed", "has_bias", "has_post_expert_norm", SPLIT)
 """What transformers says of experts that are not just two products; not every version has all."""
@@ -49,6 +51,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         return _by_transformers(self, hidden_states, top_k_index, top_k_weights)
     if len(hidden_states) == 1:
         return _one_token(self, hidden_states, top_k_index, top_k_weights)
+    if not torch.is_grad_enabled() and is_turned(self.down_proj) and _masking_is_faster(self, top_k_index):
+        return _masked(self, hidden_states, top_k_index, top_k_weights)
     return _by_expert(self, hidden_states, top_k_index, top_k_weights)
 
 
@@ -157,6 +161,30 @@ def down_product(hidden_CI: Tensor, down_DI: Tensor) -> Tensor:
     if len(hidden_CI) <= (FEW_TOKENS if half else 1):
         return rows_product(hidden_CI, down_DI, torch.zeros(len(hidden_CI), dtype=torch.int64))
     return product(hidden_CI, down_DI.contiguous() if half and not widens(hidden_CI) else down_DI)
+
+
+def _masking_is_faster(self: Any, top_k_index: Tensor) -> bool:
+    """Tell whether all neurons of all experts in two products take less time than a few small ones for each expert."""
+    tokens, experts = len(top_k_index), self.num_experts
+    used = torch.bincount(top_k_index.flatten(), minlength=experts)[:experts]
+    touched, pairs = int(used.count_nonzero()), int(used.sum())
+    if not touched:
+        return False
+    weights = self.gate_up_proj[0].numel() + self.down_proj[0].numel()
+    more_bytes = (experts - touched) * weights * self.gate_up_proj.element_size()
+    more_products = (tokens * experts - pairs) * weights
+    return more_bytes / CALL_BYTES + more_products / CALL_PRODUCTS < touched
+
+
+def _masked(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Run all experts as one FFN whose neurons count as their expert's weight, 0 where it does not run: few tokens."""
+    experts, rows, hidden_size = self.gate_up_proj.shape
+    gain_TE = hidden_states.new_zeros(len(hidden_states), experts + 1)  # the last column is no expert
+    gain_TE.scatter_(1, top_k_index, top_k_weights.to(hidden_states.dtype))
+    gate_up_TF = product(hidden_states, self.gate_up_proj.view(experts * rows, hidden_size))
+    hidden_TEI = self._apply_gate(gate_up_TF.view(len(hidden_states), experts, rows)) * gain_TE[:, :-1, None]
+    columns_FD = self.down_proj.mT.reshape(-1, hidden_size)
+    return product(hidden_TEI.flatten(1), columns_FD.mT)
 
 
 class Pairs(NamedTuple):
