@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 from ..errors import InputError, first_line
 from .documents import BLANK, Document, Message
 
+FIXED_DATE = "{%- macro strftime_now(format) -%}01 January 2025{%- endmacro -%}"
+"""Before a template that writes today's date: the same text gives the same tokens on every day."""
+
 
 class Piece(NamedTuple):
     """A piece of a text."""
@@ -105,9 +108,13 @@ def turn(messages: Sequence[Message], tokenizer: Any, opening: str, whole: str) 
 
 
 def rendered(messages: Sequence[Message], tokenizer: Any, opening: str, opened: bool = False) -> str:
-    """Write a chat by the model's template, `opened` for an answer or not."""
+    """Write a chat by the model's template, `opened` for an answer or not, on one day for all days."""
     turns = [turn_of(message) for message in messages]
-    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened)
+    own = tokenizer.chat_template
+    dated = isinstance(own, str) and "strftime_now" in own
+    text: str = tokenizer.apply_chat_template(
+        turns, chat_template=FIXED_DATE + own if dated else None, tokenize=False, add_generation_prompt=opened
+    )
     return text.removeprefix(opening)
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ..checkpoint.gguf_source import unpack_file
+from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_space
 from ..errors import InputError
@@ -131,7 +132,7 @@ def write_all(
     for outtype in outtypes:
         for number, entry in enumerate(entries):
             report(len(found), f"{entry.name} in {outtype}")
-            file = place / f"{number}-{entry.kind}-{outtype}.gguf"
+            file = place / f"{number}-{entry.kind}-{Checkpoint(entry.folder).fingerprint()[:12]}-{outtype}.gguf"
             if not file.is_file():
                 write_as(entry, file, outtype)
             found.append(Written(entry, outtype, file, file_quality(file, quality)))

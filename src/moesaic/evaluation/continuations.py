@@ -16,12 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from ..serving.generate import new_tokens
 from ..serving.questions import Words, on_model, tokenizer_of
-from .questions import end_of_turn, ending_tokens
+from .questions import GREEDY, end_of_turn, ending_tokens
 
 LOOK_BACK = 12
 """Tokens at the end of a text in which a stop sequence is looked for: more than any of ours has."""
-GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
-"""Said in full, as a model's own generation settings may have a penalty."""
 
 
 class Scored(NamedTuple):

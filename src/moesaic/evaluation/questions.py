@@ -33,6 +33,8 @@ ANSWER_TOKENS = 16
 """Of an answer, at most."""
 SAID = "\N{SNOWMAN}"
 """Stands for an answer where only what follows it matters."""
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
+"""Said in full, as a model's own generation settings may have a penalty."""
 Inputs = Mapping[str, Tensor]
 
 
@@ -98,7 +100,7 @@ def answers(model: PreTrainedModel, words: Words, questions: Sequence[Question],
     ends = ending_tokens(model, words, end)
     for rows in alike(encoded):
         batch = on_model(model, together([encoded[row] for row in rows]), words)
-        made_BL = new_tokens(model, batch, words, max_new_tokens=most, do_sample=False, eos_token_id=ends or None)
+        made_BL = new_tokens(model, batch, words, max_new_tokens=most, eos_token_id=ends or None, **GREEDY)
         for row, tokens in zip(rows, made_BL.tolist(), strict=True):
             cut = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
             text = str(tokenizer.decode(tokens[:cut], skip_special_tokens=True))

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,9 +80,15 @@ class ExpertSource(ABC):
         return
 
 
-@cache
 def tensor_offsets(path: Path) -> Mapping[str, int]:
     """Read where each tensor of a safetensors file begins, in bytes from the file's beginning."""
+    found = path.stat()
+    return _tensor_offsets(path, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _tensor_offsets(path: Path, *written: int) -> Mapping[str, int]:
+    """Read them once for a file as it was `written`: a model may take another's place under its name."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
