@@ -21,18 +21,20 @@ from .. import registry
 from ..calibration.text import bundled
 from ..calibration.windows import token_windows
 from ..checkpoint.claim import claim
-from ..checkpoint.facts import METRICS_FILE, copy_terms, saved_result, saved_settings
+from ..checkpoint.facts import METRICS_FILE, saved_result, saved_settings
 from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, check_parent, claim_output
-from ..config import AdaptConfig
+from ..config import AdaptConfig, ConvertConfig
 from ..errors import InputError, WorkError
 from ..evaluation.cost import at_experts_per_token
 from ..evaluation.experts import inspect_passage
 from ..files import write_json
 from ..formats.adapter import Adapter
+from ..formats.companions import copy_companions
 from ..formats.converted import Converted
-from ..formats.export import COPIED, export
+from ..formats.export import export
 from ..given import path, place
 from ..machine import machine, peak_rss_bytes, versions
+from ..models.processor import Processor
 from ..moe.adaptive import attach
 from ..moe.modeling import MODEL_TYPE
 from ..report.passage import write_heat_map, write_passage_page
@@ -40,6 +42,7 @@ from ..report.plots import write_adaptation
 from ..results import AdaptResult, AdaptStep, ConversionResult
 from ..routing.selection.top_k import TopK
 from ..training.data import Samples
+from ..training.pictures import remeasured as answers_of
 from ..training.state import LOG, drop, drop_finished, training_folder
 from .budget import Calibrated, calibrate
 from .policy import Policy, make_policy
@@ -251,10 +254,7 @@ def write_inside(run: Adaptation, policy: Policy, found: Found, result: AdaptRes
             model.config.get_text_config().selection = registry.spec(selection)
             model.save_pretrained(made, save_original_format=False)
     run.tokenizer.save_pretrained(made)
-    for name in COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, made / name)
-    copy_terms(source, made)
+    copy_companions(source, made)
     describe(run, result, found.state.history if found.state else [], made)
     picture(run, policy, found, made)
     known = at_experts_per_token(saved_result(source), converted.config, result.experts_per_token)
@@ -268,9 +268,18 @@ def write_inside(run: Adaptation, policy: Policy, found: Found, result: AdaptRes
 
 
 def remeasured(run: Adaptation, policy: Policy, found: Found, known: ConversionResult) -> ConversionResult:
-    """Correct the perplexity of a conversion's result, as the conversion measured it."""
-    protocol = known.perplexity_protocol
+    """Correct what a conversion's result says of its quality, as the conversion measured it."""
+    protocol, selection, parameters = known.perplexity_protocol, found.calibrated.selection, found.calibrated.parameters
     tokens_NL = token_windows(bundled("heldout"), run.tokenizer, protocol.tokens, protocol.window)
     samples = Samples(tokens_NL, torch.ones_like(tokens_NL, dtype=torch.bool))
-    loss = measure(policy.model, samples, found.calibrated.selection, found.calibrated.parameters).loss
-    return replace(known, perplexity=math.exp(min(700.0, loss)))
+    perplexity = math.exp(min(700.0, measure(policy.model, samples, selection, parameters).loss))
+    pictures, folder = known.pictures, run.checkpoint.folder
+    if pictures is not None:
+        processor, held_out = (
+            Processor(folder, policy.model.config),
+            saved_settings(folder)["config"]["held_out_tokens"],
+        )
+        with attach(policy.model, selection, parameters):
+            pictures = answers_of(policy.model, processor, pictures, held_out)
+    collapsed = not perplexity / known.perplexity_dense <= ConvertConfig().collapse_ratio
+    return replace(known, perplexity=perplexity, pictures=pictures, collapsed=collapsed)

@@ -77,7 +77,7 @@ def sources_for(use: str | None, chats: bool) -> tuple[str, ...]:
     """
     if use is None:
         return (BUNDLED, ANSWERS) if chats else ()
-    return () if use == "text" else (BUNDLED, f"{ANSWERS}:{use}")
+    return (BUNDLED,) if use == "text" else (BUNDLED, f"{ANSWERS}:{use}")
 
 
 def read_prompts(own: OwnText) -> list[Document]:

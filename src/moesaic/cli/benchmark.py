@@ -18,8 +18,6 @@ Measured = Annotated[
     str | None, typer.Option("--for", help="llama.cpp: dense, --siblings and MODEL in its types, and their quality")
 ]
 Outtypes = Annotated[str, typer.Option("--outtype", help="for llama.cpp, comma-separated")]
-
-
 Siblings = Annotated[str | None, typer.Option(help="for llama.cpp: smaller dense models, comma-separated")]
 
 
@@ -45,14 +43,23 @@ class Asked(NamedTuple):
     plot: Path | None
 
 
-def no_say(**options: object) -> None:
-    """Check that options that llama.cpp has no place for are left out.
+ONLY_HERE = (
+    "image", "batch", "device", "dtype", "experts", "adapter", "select", "expert_memory", "cache", "prefetch",
+    "cache_bias",
+)  # fmt: skip
+ONLY_LLAMA_CPP = ("siblings", "outtypes", "text", "max_tokens", "llama_cpp")
+
+
+def check_heard(context: typer.Context, engine: str | None) -> None:
+    """Check that no option of this command line is passed over: some are for llama.cpp, some for transformers.
 
     Raises:
-        InputError: one is given.
+        InputError: one is given that has no say.
     """
-    for name in (name for name, value in options.items() if value):
-        raise InputError(f"--{name.replace('_', '-')} has no say in llama.cpp; drop it, or --for llama.cpp")
+    if engine is None:
+        options.no_say(context, ONLY_LLAMA_CPP, "is for --for llama.cpp alone; give both, or drop it")
+    else:
+        options.no_say(context, ONLY_HERE, f"has no say in {engine}; drop it, or --for {engine}")
 
 
 def in_llama_cpp(engine: str, models: Models, asked: Asked, as_json: bool) -> None:
@@ -84,6 +91,7 @@ def in_llama_cpp(engine: str, models: Models, asked: Asked, as_json: bool) -> No
 
 
 def benchmark(
+    context: typer.Context,
     model: options.ModelArgument,
     against: options.Against = None,
     prompt: Annotated[int, typer.Option(help="prompt tokens")] = 512,
@@ -111,8 +119,8 @@ def benchmark(
     as_json: options.Json = False,
 ) -> None:
     """Measure speed against the dense model, or with --adapter, --select or --expert-memory against it without."""
+    check_heard(context, engine)
     if engine is not None:
-        no_say(image=image, experts=experts, adapter=adapter, select=select, expert_memory=expert_memory)
         models = Models(model, against, siblings, outtypes, llama_cpp)
         return in_llama_cpp(engine, models, Asked(prompt, new, rounds, threads, text, max_tokens, plot), as_json)
     from ..evaluation.benchmark import benchmark as run

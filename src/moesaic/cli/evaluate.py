@@ -58,7 +58,7 @@ def evaluate(
     chat: Annotated[bool | None, typer.Option(help="ask by the chat template [default: questions only]")] = None,
     answers: Answers = None,
     device: options.Device = "auto",
-    dtype: options.ScoringDtype = "auto",
+    dtype: options.Dtype = "auto",
     threads: options.Threads = None,
     experts: options.Experts = None,
     adapter: options.Adapter = None,

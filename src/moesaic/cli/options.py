@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -70,7 +70,8 @@ Recipe = Annotated[
 Calibration = Annotated[
     list[str] | None,
     typer.Option(
-        help="text, .jsonl, .csv or .parquet file or datasets name; repeat for more [default: bundled]", callback=expand
+        help="text, .jsonl, .csv, .parquet, datasets name, bundled, answers, self; repeatable [default: by the model]",
+        callback=expand,
     ),
 ]
 FORMATS = ", ".join(name.replace("-", "_") for name in registry.names("format"))
@@ -144,10 +145,6 @@ Plot = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object; all else goes to standard error")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32 or float64")]
-ScoringDtype = Annotated[
-    str,
-    typer.Option(help="auto (the checkpoint's, or float32 where a CPU is faster in it), bfloat16, float16, float32"),
-]
 Experts = Annotated[
     str | None,
     typer.Option(help="how experts run: eager, batched_mm, grouped_mm, moesaic, moesaic_triton [default: moesaic]"),
@@ -176,6 +173,18 @@ CacheBias = Annotated[
 ]
 Items = Annotated[int | None, typer.Option(help="of each task, at most so many items")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cores)")]
+
+
+def no_say(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Check that options are left out of a command line.
+
+    Raises:
+        InputError: one is given; the message is its name and why it is not heard.
+    """
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in names and source and source.name == "COMMANDLINE":
+            raise InputError(f"{option.opts[0]} {why}")
 
 
 def numbers(text: str, option: str, limit: given.Limit) -> list[float]:

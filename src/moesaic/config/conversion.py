@@ -38,7 +38,8 @@ class ConvertConfig(Settings):
     recovery: RecoveryField = None
     """Winning back quality at once; None takes what belongs to the partition, mostly `closed-form`."""
     calibration: tuple[str, ...] = ()
-    """Text files, .jsonl files or `datasets` names; none means the bundled text."""
+    """Text files, .jsonl files or `datasets` names, `bundled`, `answers` or `self`; none: the bundled text, and for a
+    model with a chat template `answers` too."""
     for_use: Literal["code", "chat", "text"] | None = None
     """What the model is for, which chooses the calibration text where none is named; None: by the model."""
     image_weight: float = 0.25

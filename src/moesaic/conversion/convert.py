@@ -19,6 +19,7 @@ from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, claim_output
 from ..config import ConvertConfig
 from ..errors import WorkError
 from ..evaluation.cost import at_experts_per_token
+from ..evaluation.layerwise import layerwise_perplexity
 from ..files import read_json
 from ..formats.base import Format
 from ..formats.choose import engines_of
@@ -28,6 +29,7 @@ from ..formats.export import rewrite, write_embeddings_and_head, write_metrics
 from ..formats.verify import check
 from ..given import path
 from ..machine import give_back_memory, machine, peak_rss_bytes, versions
+from ..models.devices import begun_dtype
 from ..models.integrity import check_numbers
 from ..models.processor import copy_processor
 from ..moe.modeling import MODEL_TYPE
@@ -41,7 +43,7 @@ from .engines import GGUF, for_output
 from .gguf import write_checked_gguf
 from .layer import convert_layer
 from .plans import sizes
-from .prepare import Conversion, Progress, begun_dtype, fingerprint
+from .prepare import Conversion, Progress, fingerprint
 from .states import HiddenStates, embed, know
 from .temperature import Temperature, fit
 
@@ -236,21 +238,20 @@ def measure(
     if not registry.build("selection", conversion.model_config.selection).dynamic_top_k:
         return result
     loads = [sum(layers[index].expert_tokens) for index in conversion.layers]
-    chosen = statistics.fmean(loads) / conversion.tokens.calibration_NL.numel()
+    pictured = conversion.tokens.pictured.get("calibration")
+    tokens = conversion.tokens.calibration_NL.numel() if pictured is None else int((~pictured.is_padding_NL).sum())
+    chosen = statistics.fmean(loads) / tokens
     return at_experts_per_token(result, conversion.model_config, chosen)
 
 
 def perplexity(conversion: Conversion, hidden_NLD: Tensor) -> float:
-    """Compute `exp(mean loss)` of held-out text; what no number can hold becomes e^700, which is a collapse.
+    """Compute `exp(mean loss)` of held-out text, pictures left out.
 
     Raises:
         WorkError: logits are NaN or infinite.
     """
     text_N = is_text(conversion)
-    tokens_NL = conversion.tokens.held_out_NL[text_N]
-    loss = conversion.layerwise.token_losses(tokens_NL, hidden_NLD[text_N]).mean().double()
-    check_numbers({"the logits of held-out text": loss}, "after the last layer", conversion.layerwise.dtype)
-    return loss.clamp(max=700).exp().item()
+    return layerwise_perplexity(conversion.layerwise, conversion.tokens.held_out_NL[text_N], hidden_NLD[text_N])
 
 
 def check_collapse(result: ConversionResult, config: ConvertConfig, partial: ResumableOutput, force: bool) -> None:

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoint.gguf_source import unpack_file
 from ..checkpoint.single_file import MADE
 from ..compat import require
+from ..evaluation.layerwise import layerwise_perplexity
 from ..formats.base import MoesaicModelConfig
 from ..formats.converted import Converted
 from ..formats.engines import LLAMA_CPP
 from ..formats.gguf_support import K_QUANTS, check_k_quant
-from ..models.integrity import check_numbers
 from ..models.layerwise import LayerwiseModel
 from ..results import EngineChoice, WrittenGGUF
 
@@ -100,8 +100,6 @@ def gguf_perplexity(file: Path, tokens_NL: Tensor, device: torch.device, report:
             report(index, len(layerwise.layers), "measuring GGUF")
             with layerwise.layer(index) as layer:
                 hidden_NLD = layerwise.run(index, layer, hidden_NLD)
-        loss = layerwise.token_losses(tokens_NL, hidden_NLD).mean().double()
-        check_numbers({"the logits of held-out text": loss}, "after the last layer", layerwise.dtype)
-        return loss.clamp(max=700).exp().item()
+        return layerwise_perplexity(layerwise, tokens_NL, hidden_NLD)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -15,14 +15,14 @@ from ..calibration.chat import takes_chats
 from ..calibration.prompts import sources_for
 from ..calibration.windows import check_tokens
 from ..checkpoint.sources import resolve
-from ..checkpoint.writer import check_space, partial_folder, read_state
+from ..checkpoint.writer import check_space, partial_folder
 from ..compat import set_experts_implementation
 from ..config import ConvertConfig
 from ..errors import InputError
 from ..formats.base import Format, MoesaicModelConfig, block_config
 from ..formats.engines import LLAMA_CPP, format_for
 from ..machine import versions
-from ..models.devices import choose_device, choose_dtype, compute_dtype
+from ..models.devices import COMPUTE_DTYPE, choose_device, choose_dtype, compute_dtype
 from ..models.layerwise import LayerwiseModel
 from ..models.tokenizer import load_tokenizer
 from ..moe.modeling import DEFAULT_EXPERTS, moesaic_config
@@ -43,8 +43,6 @@ from .tokens import ConversionTokens, check_domains, tokenise
 
 Progress = Callable[[int, int, str], None]
 """Called with (finished layers, all layers, what is being done)."""
-COMPUTE_DTYPE = "compute dtype"
-"""Of the fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,13 +135,6 @@ def fingerprint(conversions: list[Conversion]) -> dict[str, str]:
     return {key: " or ".join(dict.fromkeys(found[key] for found in prints)) for key in prints[0]}
 
 
-def begun_dtype(output: Path) -> torch.dtype | None:
-    """Read the dtype that an unfinished conversion calculates in; another day's timing might choose another one."""
-    state = read_state(partial_folder(output))
-    found = getattr(torch, state.fingerprint.get(COMPUTE_DTYPE, ""), None) if state else None
-    return found if isinstance(found, torch.dtype) else None
-
-
 def prepare(
     model: str | Path,
     config: ConvertConfig,
@@ -192,8 +183,14 @@ def prepare(
     check_pictures(config, router, layerwise)
     window = min(config.window, layerwise.config.max_position_embeddings)
     tokenizer = load_tokenizer(source)
+    if config.calibration and config.for_use:
+        raise InputError(
+            f"--for-use {config.for_use} chooses the calibration text where none is named, and --calibration "
+            f"{config.calibration[0]} names it; drop one"
+        )
     chats = not layerwise.takes_pictures and takes_chats(tokenizer, layerwise.config.vocab_size)
-    config = config.model_copy(update={"calibration": config.calibration or sources_for(config.for_use, chats)})
+    sources = config.calibration or sources_for(config.for_use, chats)
+    config = config.model_copy(update={"calibration": sources, "for_use": None})  # as it can be read again
     if partitioner.labelled:
         check_domains(config, plan, source)
     tokens = tokenise_pictures(source, config, window) if layerwise.takes_pictures else tokenise(source, config, window)

@@ -80,6 +80,10 @@ def at_experts_per_token(known: ConversionResult, config: MoesaicModelConfig, ex
     """
     neurons = config.shared_expert_intermediate_size + experts * config.moe_intermediate_size
     dense = len(config.mlp_only_layers or ()) / config.num_hidden_layers
-    share = neurons / config.intermediate_size * (1 - dense) + dense
+    return at_share(known, config, neurons / config.intermediate_size * (1 - dense) + dense)
+
+
+def at_share(known: ConversionResult, config: MoesaicModelConfig, share: float) -> ConversionResult:
+    """Correct the active share of a model's FFNs, and the parameters that come with it."""
     more = 3 * config.num_hidden_layers * config.hidden_size * config.intermediate_size * (share - known.ffn_active)
     return replace(known, ffn_active=share, active_parameters=known.active_parameters + round(more))

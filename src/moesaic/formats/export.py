@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,30 +9,26 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..checkpoint.claim import clear
-from ..checkpoint.facts import METRICS_FILE, check_conversion_files, copy_terms, saved_settings
+from ..checkpoint.facts import METRICS_FILE, check_conversion_files, saved_settings
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.single_file import MADE
 from ..checkpoint.sources import resolve
-from ..checkpoint.writer import CONFIG_FILE, OUTER, ResumableOutput, check_space, claim_output
+from ..checkpoint.writer import OUTER, ResumableOutput, check_space, claim_output
 from ..errors import InputError, StorageError, WorkError
 from ..files import read_json, write_json
 from ..given import path
 from ..models.families import HEAD
-from ..models.processor import copy_processor
 from ..models.tokenizer import load_tokenizer
 from ..moe.modeling import MODEL_TYPE
 from ..report.card import CardFacts, write_card
 from ..results import Check, ConversionResult, ExportResult, Json
 from .base import Format
 from .choose import choose_format, engines_of
+from .companions import copy_companions
 from .converted import Converted
 from .fields import stock_config
 from .gguf_support import gguf_format
 from .verify import check
-
-PLOTS = ("layer_error.png", "activation_rates.png", "expert_load.png", "training.png")
-ADAPTATION = ("adaptation.png", "experts.png", "experts.html")
-COPIED = (CONFIG_FILE, "generation_config.json", "metrics.jsonl", *PLOTS, *ADAPTATION)
 
 Progress = Callable[[int, int, str], None]
 """Called with (finished layers, all layers, what is being done)."""
@@ -112,12 +107,7 @@ def rewrite(source: Converted, format: Format, partial: ResumableOutput, called:
         partial.add_layer({source.prefix(index) + name: tensor for name, tensor in tensors.items()}, {}, {})
     write_embeddings_and_head(partial, format, source.whole, source.embeddings_and_head())
     load_tokenizer(folder).save_pretrained(partial.folder)
-    if source.takes_pictures:
-        copy_processor(folder, partial.folder)
-    for name in COPIED:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, partial.folder / name)
-    copy_terms(folder, partial.folder)
+    copy_companions(folder, partial.folder)
     report(count, count, "checking")
     found: list[Check] = []
 

@@ -10,12 +10,15 @@ import torch
 from torch.nn.functional import linear
 
 from ..checkpoint.reader import Checkpoint
+from ..checkpoint.writer import partial_folder, read_state
 from ..errors import InputError, first_line
 
 CHOICES = ("bfloat16", "float16", "float32", "float64")
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in CHOICES}
 DTYPES |= {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Those that models can calculate in, by name."""
+COMPUTE_DTYPE = "compute dtype"
+"""Of what unfinished work must agree in."""
 FASTER = 1.25
 """How much faster float32 must be to be worth twice the memory."""
 
@@ -69,6 +72,13 @@ def check_dtype(name: str) -> None:
     """
     if name != "auto" and name not in DTYPES:
         raise InputError(f"--dtype {name} is not one of auto, {', '.join(CHOICES)}")
+
+
+def begun_dtype(output: Path) -> torch.dtype | None:
+    """Read the dtype that unfinished work on OUT calculates in; another day's timing might choose another one."""
+    state = read_state(partial_folder(output))
+    found = getattr(torch, state.fingerprint.get(COMPUTE_DTYPE, ""), None) if state else None
+    return found if isinstance(found, torch.dtype) else None
 
 
 @cache

@@ -107,7 +107,7 @@ class BlockRanker:
         self, scores: RouterScores, output: tuple[Tensor, ...], reorder: Callable[[Ranking], Tensor] | None
     ) -> Ranked:
         own = read_routing(output)
-        ranking = _reordered(Ranking(*scores.rank(output), logarithmic=True), reorder)
+        ranking = _reordered(Ranking(*scores.rank(output), logarithmic=scores.bias_E is None), reorder)
 
         def route(decision: Decision) -> Routing:
             index_TK = first_ranks(ranking.index_TN, decision.count_T, self.block.num_experts)

@@ -19,12 +19,12 @@ from ..checkpoint.writer import CONFIG_FILE
 from ..compat import tied_weights
 from ..conversion.plans import sizes
 from ..errors import WorkError
+from ..evaluation.cost import at_share
 from ..formats.base import block_config
 from ..formats.converted import Converted
 from ..formats.export import write_metrics
 from ..formats.verify import TOLERANCE, check
 from ..machine import free_memory, give_back_memory
-from ..models.integrity import check_numbers
 from ..models.layerwise import LayerwiseModel
 from ..moe.modeling import MODEL_TYPE
 from ..plan import Plan
@@ -70,17 +70,6 @@ Perplexity: {text.text}, {text.tokens} tokens in windows of {text.window}, data 
 Everything else is in `moesaic.yaml` and `pruning.json`. The licence is the source's; its files are here too, if it had
 any.
 """
-
-
-def perplexity(layerwise: LayerwiseModel, held_out_NL: Tensor, hidden_NLD: Tensor) -> float:
-    """Compute `exp(mean loss)` of held-out text; what no number can hold becomes e^700, which is a collapse.
-
-    Raises:
-        WorkError: logits are NaN or infinite.
-    """
-    loss = layerwise.token_losses(held_out_NL, hidden_NLD).mean().double()
-    check_numbers({"the logits of held-out text": loss}, "after the last layer", layerwise.dtype)
-    return loss.clamp(max=700).exp().item()
 
 
 def parameters(model: PreTrainedModel) -> int:
@@ -142,9 +131,12 @@ def finish_converted(source: ConvertedSource, folder: Path, made: Path, settings
     groups = config.n_shared_experts + config.num_experts
     plan = Plan(config.n_shared_experts, config.num_experts_per_tok, groups, config.moe_intermediate_size)
     counted, before = sizes(whole, plan, format), saved_result(folder)
+    counted_result = replace(
+        before, ffn_active=counted.ffn_active, active_parameters=counted.active_parameters,
+        total_parameters=counted.total_parameters, memory_factor=counted.memory_factor,
+    )  # fmt: skip
     metrics = replace(
-        before, output=result.output, plan=str(plan), memory_factor=counted.memory_factor,
-        total_parameters=counted.total_parameters, active_parameters=counted.active_parameters,
+        at_share(counted_result, config, before.ffn_active), output=result.output, plan=str(plan), pictures=None,
         perplexity=result.perplexity, collapsed=result.collapsed, seconds=before.seconds + result.seconds,
         layers=[record(old, new) for old, new in zip(before.layers, result.layers, strict=True)], check=None,
     )  # fmt: skip

@@ -15,22 +15,21 @@ from .. import registry
 from ..calibration.mixture import bundled_both, mixed
 from ..calibration.text import bundled, text_hash
 from ..calibration.windows import check_tokens, labelled_windows, token_windows
+from ..checkpoint.facts import saved_result
 from ..checkpoint.sources import resolve
-from ..checkpoint.writer import check_space, partial_folder, read_state
+from ..checkpoint.writer import check_space, partial_folder
 from ..config import PruneConfig
 from ..errors import InputError
 from ..machine import versions
-from ..models.devices import choose_device, choose_dtype, compute_dtype
+from ..models.devices import COMPUTE_DTYPE, choose_device, choose_dtype, compute_dtype
 from ..models.layerwise import LayerwiseModel
 from ..models.pictured import Pictured
 from ..models.processor import Processor
 from ..models.tokenizer import load_tokenizer
 from ..serving.own_text import documents_of
 from .methods import Pruner
-from .sources import Source, expert_axes, open_source
+from .sources import ConvertedSource, Source, expert_axes, open_source
 
-COMPUTE_DTYPE = "compute dtype"
-"""Of the fingerprint."""
 LEAST_IN_GROUP = 2
 """Experts that a routing group must keep: DeepSeek-V3 ranks groups by their two best."""
 
@@ -92,13 +91,6 @@ def check_room(output: Path, layerwise: LayerwiseModel, tokens: int) -> None:
     check_space(output, max(0, layerwise.checkpoint.size() + 2 * hidden - done))
 
 
-def begun_dtype(output: Path) -> torch.dtype | None:
-    """Read the dtype that an unfinished pruning calculates in; another day's timing might choose another one."""
-    state = read_state(partial_folder(output))
-    found = getattr(torch, state.fingerprint.get(COMPUTE_DTYPE, ""), None) if state else None
-    return found if isinstance(found, torch.dtype) else None
-
-
 def prepare(model: str, config: PruneConfig, compute: torch.dtype | None = None) -> Pruning:
     """Resolve and check everything that a pruning needs.
 
@@ -130,13 +122,25 @@ def prepare(model: str, config: PruneConfig, compute: torch.dtype | None = None)
     else:
         documents = documents_of(config.calibration, folder, config.tokens, config.seed, config.device)
         calibration_NL, _ = labelled_windows(documents, tokenizer, config.tokens, window)
-    held_out_NL = token_windows(bundled("heldout"), tokenizer, config.held_out_tokens, window)
+    held_out_NL = held_out(config, source, tokenizer, window)
     check_tokens(torch.cat([calibration_NL.flatten(), held_out_NL.flatten()]), layerwise.config.vocab_size, tokenizer)
     return Pruning(
         model=f"{folder.name}/" if Path(model).is_dir() else model, folder=folder, config=config, pruner=pruner,
         source=source, keep=keep, tokenizer=tokenizer, calibration_NL=calibration_NL, held_out_NL=held_out_NL,
         pictured=pictured, text_sha256=text_hash(documents),
     )  # fmt: skip
+
+
+def held_out(config: PruneConfig, source: Source, tokenizer: PreTrainedTokenizerBase, window: int) -> Tensor:
+    """Make the windows of bundled text that a pruned model is compared on; of a converted one those it was measured on.
+
+    Its `metrics.json` has the dense model's perplexity on them.
+    """
+    tokens = config.held_out_tokens
+    if isinstance(source, ConvertedSource):
+        protocol = saved_result(source.checkpoint.folder).perplexity_protocol
+        tokens, window = protocol.tokens, protocol.window
+    return token_windows(bundled("heldout"), tokenizer, tokens, window)
 
 
 def check_wishes(config: PruneConfig) -> None:

@@ -12,16 +12,18 @@ from ..checkpoint.facts import copy_terms, origin
 from ..checkpoint.writer import ResumableOutput, claim_output
 from ..config import PruneConfig
 from ..errors import WorkError
+from ..evaluation.layerwise import layerwise_perplexity
 from ..files import write_json
 from ..given import path
 from ..machine import give_back_memory, machine, peak_rss_bytes, versions
+from ..models.devices import begun_dtype
 from ..models.processor import copy_processor
 from ..results import DepthResult, Json, PerplexityProtocol, PrunedLayer, PruningResult
 from .depth.prune import prune_depth
-from .finish import RESULT_FILE, finish_converted, finish_stock, parameters, perplexity, stock_error
+from .finish import RESULT_FILE, finish_converted, finish_stock, parameters, stock_error
 from .layer import PruningStates, prune_layer
 from .methods import LayerPruner
-from .prepare import Pruning, begun_dtype, check_room, prepare
+from .prepare import Pruning, check_room, prepare
 from .sources import ConvertedSource
 
 Progress = Callable[[int, int, str], None]
@@ -120,7 +122,9 @@ def measure(
 ) -> PruningResult:
     """Measure a finished pruning; perplexities are `exp(mean loss)` on bundled held-out text."""
     source, config, held_out_NL = pruning.source, pruning.config, pruning.held_out_NL
-    before, after = (perplexity(source.layerwise, held_out_NL, hidden) for hidden in (states.whole, states.pruned))
+    before, after = (
+        layerwise_perplexity(source.layerwise, held_out_NL, hidden) for hidden in (states.whole, states.pruned)
+    )
     return PruningResult(
         output=str(output),
         model=pruning.model,

@@ -25,8 +25,9 @@ from ..compat import has_experts
 from ..errors import InputError
 from ..files import write_json
 from ..formats.base import block_config
+from ..formats.companions import copy_companions
 from ..formats.converted import Converted
-from ..formats.export import COPIED, write_embeddings_and_head
+from ..formats.export import write_embeddings_and_head
 from ..formats.fields import is_stock
 from ..models.families import decoder_layers
 from ..models.integrity import model_on_meta
@@ -239,9 +240,7 @@ class ConvertedSource(Source):
     def write_rest(self, partial: ResumableOutput, keep: int) -> list[str]:
         config, tensors = self.config(keep), self.converted.embeddings_and_head()
         write_embeddings_and_head(partial, self.converted.format, config, tensors)
-        for name in COPIED:
-            if (self.checkpoint.folder / name).is_file():
-                shutil.copyfile(self.checkpoint.folder / name, partial.folder / name)
+        copy_companions(self.checkpoint.folder, partial.folder)
         return []
 
 

@@ -20,16 +20,15 @@ from .. import registry
 from ..calibration.text import bundled
 from ..calibration.windows import token_windows
 from ..checkpoint.claim import claim
-from ..checkpoint.facts import METRICS_FILE, copy_terms, saved_result, saved_settings
+from ..checkpoint.facts import METRICS_FILE, saved_result, saved_settings
 from ..checkpoint.writer import CONFIG_FILE, check_parent, claim_output
 from ..config import ConvertConfig, FinetuneConfig
 from ..errors import WorkError
 from ..evaluation.cost import at_experts_per_token
 from ..files import write_json
-from ..formats.export import COPIED
+from ..formats.companions import copy_companions
 from ..given import optional_path, path, place
 from ..machine import machine, peak_rss_bytes, versions
-from ..models.processor import copy_processor
 from ..moe.modeling import moe_blocks
 from ..report.plots import write_training
 from ..results import ConversionResult, ExpertLoad, FinetuneResult, LoadChange, PerplexityProtocol
@@ -248,11 +247,7 @@ def write(run: Finetuning, trained: PreTrainedModel, result: FinetuneResult, sta
         pictures = remeasured(trained, run.processor, pictures, held_out)
     trained.save_pretrained(made, save_original_format=False)  # under the names that tensors have in memory
     run.tokenizer.save_pretrained(made)
-    copy_processor(folder, made)
-    for name in COPIED:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, made / name)
-    copy_terms(folder, made)
+    copy_companions(folder, made)
     resolved = saved_settings(folder) | {"finetune": run.config.model_dump(mode="json")}
     (made / CONFIG_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False))
     chosen = written_format(run, trained)

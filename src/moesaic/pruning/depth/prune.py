@@ -20,14 +20,16 @@ from ...compat import tied_weights
 from ...config import PruneConfig
 from ...conversion.temperature import Temperature, fit_temperature
 from ...errors import WorkError
+from ...evaluation.layerwise import layerwise_perplexity
 from ...files import write_json
 from ...machine import give_back_memory, machine, peak_rss_bytes, versions
+from ...models.devices import begun_dtype
 from ...models.families import embedding_rows
 from ...models.integrity import check_numbers
 from ...models.layerwise import LayerwiseModel
 from ...results import DepthResult, HealedLayer, Json, PerplexityProtocol
-from ..finish import DEPTH_CARD, RESULT_FILE, finish_stock, parameters, perplexity, stock_error
-from ..prepare import begun_dtype, check_room
+from ..finish import DEPTH_CARD, RESULT_FILE, finish_stock, parameters, stock_error
+from ..prepare import check_room
 from .heal import Streams, heal, stream_weights
 from .prepare import DepthPruning, Progress, distances, prepare
 
@@ -180,9 +182,9 @@ def measure(
 ) -> DepthResult:  # fmt: skip
     """Measure a finished pruning; perplexities are `exp(mean loss)` on bundled held-out text."""
     layerwise, config, held_out_NL = pruning.source.layerwise, pruning.config, pruning.texts["held_out"]
-    before = perplexity(layerwise, held_out_NL, states["source held_out"])
+    before = layerwise_perplexity(layerwise, held_out_NL, states["source held_out"])
     layerwise.model.load_state_dict(temperature.tensors, strict=False)
-    after = perplexity(layerwise, held_out_NL, states["pruned held_out"])
+    after = layerwise_perplexity(layerwise, held_out_NL, states["pruned held_out"])
     counted = layerwise.parameters(), parameters(pruning.source.shorter_model(kept))
     return DepthResult(
         output=str(output), model=pruning.model, architecture=pruning.source.checkpoint.architecture(),

@@ -72,7 +72,8 @@ class Ranking(NamedTuple):
     index_TN: Tensor
     """Experts, int64."""
     scores_TN: Tensor
-    """What they were ranked by, float32, falling: a stock router's probabilities, our routers' predicted norms."""
+    """What they were ranked by, float32, falling: a stock router's probabilities, with its bias if it has one, or our
+    routers' predicted norms."""
     shares_TN: Tensor
     """How much of the token goes to each, none negative; they need not sum to 1."""
     logarithmic: bool
@@ -84,7 +85,7 @@ class Ranking(NamedTuple):
 
     @property
     def levels_TN(self) -> Tensor:
-        """Scores on a scale where differences mean the same everywhere: logarithms of probabilities."""
+        """Scores on a scale where differences mean the same everywhere, falling: logarithms of probabilities."""
         return self.shares_TN.clamp(min=1e-12).log() if self.logarithmic else self.scores_TN
 
 
