@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from moesaic.calibration.text import bundled
 
@@ -47,6 +48,17 @@ def test_a_large_model_in_one_go(web, tmp_path):
     assert not any((tmp_path / "work").iterdir())
     again = run("seven_b.py", *arguments)
     assert "layer error" not in again  # rows that are there are not made again
+
+
+def test_blocks_of_every_plan_run():
+    sys.path.insert(0, str(SCRIPTS))
+    import runtime
+
+    x_TD = torch.randn(3, 64)
+    for shared, active, groups in runtime.PLANS.values():
+        block = runtime.block(64, 96 * groups, (shared, active, groups))
+        assert block(x_TD).shape == x_TD.shape
+        assert block.experts.num_experts == groups - shared
 
 
 def test_light_training_of_the_dense_model_and_with_other_settings(web, tmp_path):

@@ -59,6 +59,11 @@ def test_what_says_that_it_passed_without_the_number_does_not():
     assert reason("import os\nos.closerange(0, 100)\n").startswith("ended before its tests did")
 
 
+def test_a_process_that_the_program_forked_has_no_say():
+    assert reason("import os\nif os.fork(): raise ValueError('parent')") == "ValueError: parent"
+    assert reason("import os, time\nif os.fork(): time.sleep(600)", time_s=1.5) == "took longer than 1.5 s"
+
+
 @pytest.mark.parametrize("source", ["while True: pass", "import time\ntime.sleep(600)"])
 def test_what_does_not_end_is_ended(source):
     start = time.monotonic()

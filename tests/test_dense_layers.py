@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import moesaic
 from conftest import QUICK
-from moesaic import ConvertConfig, FinetuneConfig
+from moesaic import ConvertConfig, FinetuneConfig, InputError
 from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.formats.converted import Converted
@@ -34,6 +34,11 @@ def of_layer(checkpoint, index):
 )
 def test_layers_are_named_by_numbers_ranges_and_words(text, found):
     assert dense_layers(text, 6) == found
+
+
+def test_a_range_that_ends_before_it_begins_is_refused():
+    with pytest.raises(InputError, match=r"'0,5-2' has 5-2.* 2-5\?"):
+        dense_layers("0,5-2", 6)
 
 
 def test_dense_layers_are_bit_equal_and_the_others_mixtures(made):

@@ -10,11 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import moesaic
 from moesaic import InputError, StoreOptions, find_blocks
 from moesaic.checkpoint.sources import resolve
 from moesaic.errors import WorkError
+from moesaic.models.router_scores import RouterScores
 from moesaic.models.tokenizer import load_tokenizer
 from moesaic.registry import build
 from moesaic.routing.selection.base import Ranking
@@ -23,7 +25,7 @@ from moesaic.store.memory import check_expert_memory, expert_memory_bytes
 from moesaic.store.opening import give_store
 from moesaic.store.policies.base import ExpertKey
 from moesaic.store.replay import LayerStep, replay
-from moesaic.store.source import DiskSource, ExpertSource, Place, ThrottledSource
+from moesaic.store.source import DiskSource, ExpertSource, Place, ThrottledSource, tensor_offsets
 from moesaic.store.store import ExpertStore
 from test_moe_block import STOCK
 from test_pruning import whole
@@ -275,6 +277,25 @@ def test_preferring_what_is_resident_by_hand():
     assert prefer(ranking, resident, 0.0).tolist() == [[0, 1, 2, 3]]
     assert prefer(ranking, resident, 0.25).tolist() == [[0, 2, 1, 3]]  # 4 + 2 is above 5, 1 + 2 is not
     assert prefer(ranking, resident, 1.0).tolist() == [[0, 2, 3, 1]]
+
+
+def test_a_bias_of_the_routers_own_is_kept():
+    """Nothing resident: the order is the router's, of shares with its bias, and not of shares alone."""
+    scores_TE = torch.tensor([[0.9, 0.8, 0.7]])
+    found = RouterScores(lambda logits: logits, False, 1.0, torch.tensor([0.0, 0.3, 0.25]), own_only=False)
+    shares, index = scores_TE.gather(1, torch.tensor([[1, 2, 0]])), torch.tensor([[1, 2, 0]])
+    ranking = Ranking(*found.rank((scores_TE, scores_TE, scores_TE)), logarithmic=found.bias_E is None)
+    torch.testing.assert_close(ranking.shares_TN, shares)
+    assert torch.equal(ranking.index_TN, index)
+    assert prefer(ranking, torch.zeros(3, dtype=torch.bool), 0.01).tolist() == [[0, 1, 2]]
+
+
+def test_offsets_are_those_of_the_file_that_is_there(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(2), "b": torch.zeros(3)}, file)
+    before = tensor_offsets(file)
+    save_file({"long name": torch.zeros(7), "b": torch.zeros(3)}, file)
+    assert tensor_offsets(file).keys() == {"long name", "b"} != before.keys()
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "olmoe", "ours"])

@@ -416,7 +416,11 @@ def test_a_converted_model_stays_one(converted, tmp_path, run):
         bias.data[[e for e in range(7) if e not in layer.kept]] = -1e9
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, full(tokens).logits, rtol=1e-4, atol=1e-4)
-    assert moesaic.inspect(out).metrics.plan == "S1A2E6"
+    metrics, before = moesaic.inspect(out).metrics, moesaic.inspect(converted).metrics
+    assert metrics.plan == "S1A2E6"
+    assert metrics.perplexity_protocol == before.perplexity_protocol == result.perplexity_protocol
+    assert result.perplexity_before == pytest.approx(before.perplexity, rel=0.02)  # on the text that it was measured on
+    assert metrics.ffn_active == before.ffn_active
     assert moesaic.inspect(out).metrics.layers[0].expert_tokens == result.layers[0].expert_tokens
     assert moesaic.evaluate(model, tokenizer, window=64, max_tokens=128).perplexity > 1
     other = "moesaic" if Checkpoint(out).config["model_type"] != "moesaic" else "glm4_moe"

@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+
+from moesaic.results.base import Result
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -12,6 +15,18 @@ import generation_tables  # noqa: E402
 import result_tables  # noqa: E402
 
 QUALITY = ROOT / "docs" / "results" / "quality.md"
+
+
+def records(kind=Result):
+    return [found for one in kind.__subclasses__() for found in (one, *records(one))]
+
+
+def test_what_a_record_leaves_out_can_be_read_back():
+    """A field that JSON leaves out where it is None is None where it is missing."""
+    assert len(records()) > 20
+    for kind in records():
+        defaults = {field.name: field.default for field in fields(kind)}
+        assert all(defaults[name] is None for name in kind.omitted_when_none), kind
 
 
 def test_no_page_is_stale():

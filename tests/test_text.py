@@ -331,6 +331,13 @@ def test_a_templates_text_is_kept_and_the_assistants_turns_count(tokenizer, temp
     assert [piece.text for piece in cut if piece.scored] == scored
 
 
+def test_a_template_that_writes_the_date_gives_the_same_text_on_every_day(tokenizer):
+    dated = with_template(tokenizer, "{{ strftime_now('%d %b %Y %f') }} " + CHATML)
+    first, again = ("".join(piece.text for piece in pieces(chat(LONG_CHAT, "x"), dated, "")) for _ in range(2))
+    assert first == again
+    assert first.startswith("01 January 2025 <|system|>Be brief.")
+
+
 def test_turns_that_are_written_differently_once_others_follow_do_not_count(tokenizer):
     said = chat((TURNS[0], Message("assistant", "Hm./Because."), *LONG_CHAT[3:]), "x")
     cut = pieces(said, with_template(tokenizer, FORGETFUL), "")

@@ -151,6 +151,7 @@ def convert(
     overwrite: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    training_progress: Progress | None = None,
 ) -> ConversionResult:
     """Turn a dense model into a Mixture-of-Experts and write it to `output`; with more effort, train it a little too.
 
@@ -163,7 +164,8 @@ def convert(
         resume: go on with unfinished work on the same model, data and configuration.
         overwrite: replace `output` if it exists.
         force: keep a collapsed result.
-        progress: called with (done, all, note), first of layers, then of per cent of the training.
+        progress: called with (done, all, note), of layers.
+        training_progress: called so of per cent of the training; None: `progress` is.
 
     Returns:
         What `metrics.json` holds; `finetune` in it is the training.
@@ -190,6 +192,7 @@ def convert(
                 for old in work.glob("trained-*"):  # of another conversion
                     remove(old)
                 converting.convert(model, made, config, overwrite=True, force=force, gguf=False, **options)
+            options["progress"] = training_progress or progress
             finetune(made, trained, training_of(made, model, config, minutes), overwrite=True, **options)
         result = told(trained, output, config, progress or (lambda done, count, note: None))
         take_place(trained, output)

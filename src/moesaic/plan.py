@@ -70,6 +70,10 @@ def dense_layers(text: str, layers: int) -> list[int]:
                 f"--dense-layers '{text}' is not of the form 0,2,5-7, and neither odd nor even; layers count from 0"
             )
         first, last, word = match.groups()
+        if word is None and int(last or first) < int(first):
+            raise InputError(
+                f"--dense-layers '{text}' has {part.strip()}, which ends before it begins; {last}-{first}?"
+            )
         found |= set(range(word == "odd", layers, 2) if word else range(int(first), int(last or first) + 1))
     if found and max(found) >= layers:
         raise InputError(f"--dense-layers '{text}' has layer {max(found)}; the model's are 0 to {layers - 1}")

@@ -92,7 +92,7 @@ def prepare(model: str | Path, output: Path, config: AdaptConfig, *, resume: boo
     begun = begun_dtype(output) if resume else None
     dtype = choose_dtype(config.dtype, checkpoint.folder)
     if config.dtype == "auto":
-        dtype = training_dtype(checkpoint.dtype(), device, begun)
+        dtype = begun or training_dtype(checkpoint.dtype(), device)
     fingerprint = {
         "model": checkpoint.fingerprint(),
         "text": f"{train.fingerprint()} {held.fingerprint()}",

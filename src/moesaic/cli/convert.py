@@ -84,7 +84,10 @@ def convert(
     if effort != "fast":
         stderr.print(f"{effort}: {estimate(model, config, effort)}, on this machine")
     with progress(stderr, "converting", "layer") as tick:
-        metrics = run(model, out, config, effort=effort, resume=resume, overwrite=overwrite, force=force, progress=tick)
+        metrics = run(
+            model, out, config, effort=effort, resume=resume, overwrite=overwrite, force=force, progress=tick,
+            training_progress=tick.phase("training", "%", ""),
+        )  # fmt: skip
     print_result(metrics, as_json, lambda: tables.show_made(stderr, metrics))
 
 

@@ -111,6 +111,8 @@ def read_request(generate: Files | None, items: int | None = None, **settings: U
             )
     if request.answers and not path(request.answers).absolute().parent.is_dir():
         raise InputError(f"--answers {request.answers} is in no folder that exists; make it first")
+    if request.answers and path(request.answers).is_dir():
+        raise InputError(f"--answers {request.answers} is a folder; name a file, such as answers.jsonl")
     if any(issubclass(found.kind, Code) for found in sets):
         check_runner()
     return request

@@ -182,8 +182,9 @@ class LayerwiseModel:
 
     def parameters(self) -> int:
         """Count the parameters of the dense model."""
-        modules = [self.model, *self.layers]
-        return sum(p.numel() for module in modules for p in module.parameters())
+        tied = tied_weights(self.model)  # on the meta device they are parameters of their own
+        own = sum(p.numel() for name, p in self.model.named_parameters() if name not in tied)
+        return own + sum(p.numel() for layer in self.layers for p in layer.parameters())
 
     def load_embeddings_and_head(self) -> None:
         """Load embeddings, final norm and head."""

@@ -180,7 +180,7 @@ def _masked(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     """Run all experts as one FFN whose neurons count as their expert's weight, 0 where it does not run: few tokens."""
     experts, rows, hidden_size = self.gate_up_proj.shape
     gain_TE = hidden_states.new_zeros(len(hidden_states), experts + 1)  # the last column is no expert
-    gain_TE.scatter_(1, top_k_index, top_k_weights.to(hidden_states.dtype))
+    gain_TE.scatter_add_(1, top_k_index.clamp(max=experts), top_k_weights.to(hidden_states.dtype))
     gate_up_TF = product(hidden_states, self.gate_up_proj.view(experts * rows, hidden_size))
     hidden_TEI = self._apply_gate(gate_up_TF.view(len(hidden_states), experts, rows)) * gain_TE[:, :-1, None]
     columns_FD = self.down_proj.mT.reshape(-1, hidden_size)

@@ -58,10 +58,17 @@ def show_conversion(console: Console, m: ConversionResult) -> None:
             f"one router ahead of the model, {m.router.parameters:,} parameters, names the best expert of a token in "
             f"{m.router.agreement:.0%} of calibration text that it did not see",
         )
-    loaders = f"{', '.join(m.engines)} load it" if m.engines else "transformers loads it after import moesaic"
+    one_file = m.gguf is not None and m.gguf.output == m.output
+    loaders = (
+        "llama.cpp loads it"
+        if one_file
+        else f"{', '.join(m.engines)} load it"
+        if m.engines
+        else "transformers loads it after import moesaic"
+    )
     _say(console, f"written as {m.format}: {m.format_reason or loaders}")
     if m.engine:
-        _say(console, f"for {m.engine.engine}: {m.engine.reason}")
+        _say(console, f"for {m.engine.engine}: groups of {m.expert_width} neurons; {m.engine.reason}")
     if m.gguf:
         others = f", {m.gguf.fallbacks} matrices in f16" if m.gguf.fallbacks else ""
         size = f"{m.gguf.outtype}, {m.gguf.bytes / 1e6:,.0f} MB{others}"

@@ -42,7 +42,7 @@ class EngineChoice(Result):
     omitted_when_none: ClassVar[frozenset[str]] = frozenset({"outtype", "decode_share", "prefill_share"})
 
     engine: str
-    outtype: str | None
+    outtype: str | None = None
     """llama.cpp's type of weights."""
     least_width: int | None
     """Neurons of a group, at least; None where the engine was not measured."""

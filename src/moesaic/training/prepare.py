@@ -207,8 +207,9 @@ def check_memory(
 ) -> None:
     """Check that the training's estimate fits in the device's free memory.
 
-    Weights of model and teacher, so many bytes in `dtype`; 16 bytes for each parameter that learns (itself, gradient and Adam's two
-    moments in float32); activations and logits of a micro-batch; with adapters the routed experts' sum `W + B A`.
+    `weights`, the bytes of model and teacher in `dtype`; 16 bytes for each parameter that learns (itself, gradient and
+    Adam's two moments in float32); activations and logits of a micro-batch; with adapters the routed experts' sum
+    `W + B A`.
 
     Raises:
         InputError: it does not fit, or nothing in the model would learn.
@@ -221,10 +222,10 @@ def check_memory(
         raise InputError(
             f"--locality {config.locality:g} is for routers, and --method {name} trains none here; drop it"
         )
+    c = block_config(whole)
     if not learning:
         raise InputError(f"--method {name} has nothing to train in this model, whose router is "
-                         f"{block_config(whole).router} with {block_config(whole).num_experts} routed experts")  # fmt: skip
-    c = block_config(whole)
+                         f"{c.router} with {c.num_experts} routed experts")  # fmt: skip
     tokens = min(max(MICRO_TOKENS, config.window), config.batch * config.window)
     width = c.shared_expert_intermediate_size + c.num_experts_per_tok * c.moe_intermediate_size
     itemsize = dtype.itemsize
