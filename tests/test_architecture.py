@@ -11,7 +11,8 @@ import moesaic
 SOURCE = Path(moesaic.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = [
-    "errors", "files", "given", "machine", "compat", "registry", "plan", "results", "report", "config", "checkpoint",
+    "errors", "progress", "files", "given", "machine", "compat", "registry", "plan", "results", "report", "config",
+    "checkpoint",
     "models", "calibration", "partition", "routing", "moe", "recovery", "formats", "store", "serving", "evaluation",
     "conversion", "pruning", "training", "adaptation", "comparison", "effort", "demo", "cli",
 ]  # fmt: skip

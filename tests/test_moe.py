@@ -1,7 +1,6 @@
 """The block: all experts on equals dense, fast paths equal the naive one, compilation does not break."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,15 +149,16 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("way", ["as saved", "turned", "by expert", "masked"])
-@pytest.mark.parametrize("tokens", [1, 2, 200])
-@pytest.mark.parametrize("choice", ["all to one", "none", "some none", "random"])
-def test_our_experts_equal_the_naive_loop_for_any_choice(poisoned, tokens, choice, way, monkeypatch):
+@pytest.mark.parametrize("turn", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 9, 200])
+@pytest.mark.parametrize("choice", ["all to one", "none", "some none", "random", "few to some"])
+@pytest.mark.parametrize("few", [1, 8])
+def test_our_experts_equal_the_naive_loop_for_any_choice(poisoned, tokens, choice, turn, few, monkeypatch):
     moe, sample, _ = filled(Plan(0, 2, 4, 12))
-    if way != "as saved":
+    moe.requires_grad_(False)
+    monkeypatch.setattr(kernels, "FEW_TOKENS", few)
+    if turn:
         turn_down(moe)
-    if way in ("by expert", "masked"):
-        monkeypatch.setattr(kernels, "_masking_is_faster", lambda *_: way == "masked")
     x = sample.input_TD[:tokens]
     g = torch.Generator().manual_seed(0)
     index = {
@@ -166,29 +166,13 @@ def test_our_experts_equal_the_naive_loop_for_any_choice(poisoned, tokens, choic
         "none": torch.full((tokens, 2), 4),
         "some none": torch.randint(0, 6, (tokens, 2), generator=g),
         "random": torch.randint(0, 4, (tokens, 2), generator=g),
+        "few to some": torch.cat([torch.tensor([[3, 1]]), torch.tensor([[0, 2]]).expand(tokens - 1, 2)]),
     }[choice]
     weights = torch.rand(tokens, 2, generator=g)
     expected = moe.experts(x, index, weights)
     moe.experts.config._experts_implementation = "moesaic"
-    with torch.set_grad_enabled(way in ("as saved", "turned")):
-        torch.testing.assert_close(moe.experts(x, index, weights), expected)
-        torch.testing.assert_close(moe.experts(x.T.contiguous().T, index, weights), expected)
-
-
-def test_all_experts_at_once_where_their_own_products_are_small():
-    """Few tokens of many small experts; not where most experts are not read, or where rows are many."""
-    experts = SimpleNamespace(num_experts=64, gate_up_proj=torch.empty(64, 128, 896, device="meta"))
-    experts.down_proj = torch.empty(64, 896, 64, device="meta")
-
-    def faster(tokens, active):
-        chosen = torch.rand(tokens, 64, generator=torch.Generator().manual_seed(0)).topk(active).indices
-        return kernels._masking_is_faster(experts, chosen)
-
-    assert faster(8, 16)
-    assert faster(64, 16)
-    assert not faster(2_048, 16)
-    assert not faster(1, 1)
-    assert not kernels._masking_is_faster(experts, torch.full((3, 2), 64))  # nobody runs
+    torch.testing.assert_close(moe.experts(x, index, weights), expected)
+    torch.testing.assert_close(moe.experts(x.T.contiguous().T, index, weights), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

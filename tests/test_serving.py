@@ -524,7 +524,7 @@ tokenizers = {}
 def test_biases_of_a_whole_vocabulary():
     biases = {token: float(token % 7) for token in range(100_000)}
     sampling, row_V = Sampling(1, logit_bias=biases), torch.zeros(100_000)
-    found = sampling.choose(row_V, [5], [])
+    found = sampling.choose(row_V, lambda: [5], [])
     assert torch.equal(found, torch.arange(100_000.0) % 7)
     assert not row_V.any()
 
@@ -532,7 +532,10 @@ def test_biases_of_a_whole_vocabulary():
 def test_gumbel_noise_draws_from_the_distribution():
     row = torch.tensor([2.0, 1.0, 0.0, -9.0])
     sampling = Sampling(1, temperature=0.7, seed=3)
-    drawn = torch.stack([sampling.choose(row, [0], []).argmax() for _ in range(8_000)]).bincount(minlength=4) / 8_000
+    drawn = (
+        torch.stack([sampling.choose(row, lambda: [0], []).argmax() for _ in range(8_000)]).bincount(minlength=4)
+        / 8_000
+    )
     torch.testing.assert_close(drawn, (row / 0.7).softmax(-1), rtol=0, atol=0.02)
     assert row.tolist() == [2.0, 1.0, 0.0, -9.0]
 

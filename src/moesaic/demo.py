@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from .evaluation.benchmark import benchmark
 from .evaluation.inspect import prompt_tokens
 from .files import write_json
 from .given import check, optional_path, path, place
+from .progress import Progress, unheard
 from .report.demo_page import write_demo_page
 from .report.plots import write_speed
 from .results import DemoResult, Typed
@@ -51,7 +51,6 @@ ROUNDS = 3
 INSTALL = "Not measured in llama.cpp. To add it: pip install xllamacpp"
 SHARES = {"convert": 0.62, "speed": 0.18, "typed": 0.05, "llama.cpp": 0.15}
 """Of the demo's time, about."""
-Progress = Callable[[int, int, str], None]
 
 
 def demo(
@@ -132,7 +131,7 @@ class Steps:
     """One bar over all parts of the demo."""
 
     def __init__(self, progress: Progress | None) -> None:
-        self.progress = progress or (lambda done, count, note: None)
+        self.progress = progress or unheard
         self.trials: list[str] = []
         self.tried = 0.0
         """Of the conversion, the share that its trials took."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,10 +34,10 @@ from .formats.export import write_metrics
 from .given import path, place
 from .models.devices import choose_device
 from .models.tokenizer import load_tokenizer
+from .progress import Progress, unheard
 from .registry import nearest
 from .results import ConversionResult
 
-Progress = Callable[[int, int, str], None]
 WINDOW = 512
 """Tokens of a training sequence, where the model's context is as long."""
 FORWARDS, FITS = 4, 2
@@ -194,7 +194,7 @@ def convert(
                 converting.convert(model, made, config, overwrite=True, force=force, gguf=False, **options)
             options["progress"] = training_progress or progress
             finetune(made, trained, training_of(made, model, config, minutes), overwrite=True, **options)
-        result = told(trained, output, config, progress or (lambda done, count, note: None))
+        result = told(trained, output, config, progress or unheard)
         take_place(trained, output)
         remove(work)
     return result

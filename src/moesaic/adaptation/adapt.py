@@ -37,6 +37,7 @@ from ..machine import machine, peak_rss_bytes, versions
 from ..models.processor import Processor
 from ..moe.adaptive import attach
 from ..moe.modeling import MODEL_TYPE
+from ..progress import unheard
 from ..report.passage import write_heat_map, write_passage_page
 from ..report.plots import write_adaptation
 from ..results import AdaptResult, AdaptStep, ConversionResult
@@ -109,7 +110,7 @@ class Found(NamedTuple):
 
 def run_adaptation(run: Adaptation, clock: Callable[[], float], progress: Callable[..., None] | None) -> AdaptResult:
     """Train or calibrate what was prepared, and write it."""
-    report = progress or (lambda done, count, note="": None)
+    report = progress or unheard
     begun = clock()
     policy = make_policy(run.load(), run.selection)
     for samples in (run.train, run.held):

@@ -99,7 +99,7 @@ def calibrate(
     Where it cannot be met, as by one number for all tokens, the nearest is taken and said.
     """
     best = Calibrated(selection, list(parameters), float("inf"))
-    now, wanted = best, mean
+    now = best
     for _ in range(ROUNDS):
         recorder = Recorder(rankers, now.selection, now.parameters)
         told = tell_modality(model) if now.selection.by_modality else nullcontext()
@@ -110,7 +110,7 @@ def calibrate(
             best = found
         if abs(found.experts_per_token / mean - 1) <= TOLERANCE:
             break
-        fitted, values = found.selection.fit(recorder.samples(), wanted)
+        fitted, values = found.selection.fit(recorder.samples(), mean)
         if fitted == now.selection and _same(values, now.parameters):
             break
         now = Calibrated(fitted, values, float("inf"))

@@ -23,6 +23,7 @@ from ..formats.converted import is_ours, without_weights
 from ..machine import versions
 from ..models.devices import check_dtype, choose_device, choose_dtype
 from ..models.families import embedding_rows
+from ..models.modality import check_modality
 from ..models.processor import Processor
 from ..models.tokenizer import load_tokenizer
 from ..moe.adaptive import moe_blocks_of
@@ -167,6 +168,8 @@ def check_model(checkpoint: Checkpoint, selection: Counting, config: AdaptConfig
         )
     model = without_weights(checkpoint)
     blocks = moe_blocks_of(model)
+    if selection.by_modality:
+        check_modality(model)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", config.window)
     if config.window > longest:
         raise InputError(f"--window {config.window} is more than the model's longest, {longest} tokens")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError, first_line
 from .documents import BLANK, Document, Message
+from .prompts import sources_for
 
 FIXED_DATE = "{%- macro strftime_now(format) -%}01 January 2025{%- endmacro -%}"
 """Before a template that writes today's date: the same text gives the same tokens on every day."""
@@ -70,6 +71,11 @@ def takes_chats(tokenizer: Any, rows: int) -> bool:
     return max(tokenizer(text, add_special_tokens=False)["input_ids"], default=0) < rows
 
 
+def default_sources(tokenizer: Any, rows: int, use: str | None = None) -> tuple[str, ...]:
+    """Name the text that a model is calibrated on where none is named, by what it is for (None: all of its kind)."""
+    return sources_for(use, takes_chats(tokenizer, rows))
+
+
 def templated(document: Document, tokenizer: Any, opening: str) -> list[Piece]:
     """Write a chat by the model's template, and find the assistant's turns in it.
 
@@ -110,11 +116,10 @@ def turn(messages: Sequence[Message], tokenizer: Any, opening: str, whole: str) 
 def rendered(messages: Sequence[Message], tokenizer: Any, opening: str, opened: bool = False) -> str:
     """Write a chat by the model's template, `opened` for an answer or not, on one day for all days."""
     turns = [turn_of(message) for message in messages]
-    own = tokenizer.chat_template
-    dated = isinstance(own, str) and "strftime_now" in own
-    text: str = tokenizer.apply_chat_template(
-        turns, chat_template=FIXED_DATE + own if dated else None, tokenize=False, add_generation_prompt=opened
-    )
+    own, options = tokenizer.chat_template, {}
+    if isinstance(own, str) and "strftime_now" in own:
+        options["chat_template"] = FIXED_DATE + own
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened, **options)
     return text.removeprefix(opening)
 
 

@@ -17,7 +17,7 @@ from ..models.pictured import Pictured, joined, plain
 from ..models.processor import Processor
 from .documents import Document
 from .pictured import Encoded, spread, together
-from .text import bundled, by_domain, read_documents, read_file
+from .text import bundled, by_domain, read_file
 from .windows import labelled_windows
 
 LEAST_WINDOW = 128
@@ -27,11 +27,6 @@ LEAST_WINDOW = 128
 def bundled_pictures(name: str) -> list[Document]:
     """Read the bundled questions about pictures: `calibration`, `photos` or `heldout`; no picture is in two."""
     return read_file(Path(str(files("moesaic"))) / "data" / "pictures" / f"{name}.jsonl")
-
-
-def pictured_documents(names: Sequence[str]) -> list[Document]:
-    """Read the documents of files, or the bundled ones where none are named."""
-    return read_documents(names) if names else bundled_both()
 
 
 def bundled_both() -> list[Document]:

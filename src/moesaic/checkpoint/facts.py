@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..files import read_json, read_yaml
 from ..results import ConversionResult, Json
 from .builtin import BUILTINS
+from .reader import is_adapter
 from .writer import CONFIG_FILE
 
 METRICS_FILE = "metrics.json"
@@ -32,6 +33,11 @@ def saved_settings(folder: Path) -> Json:
         InputError: there is none, or it is damaged.
     """
     path = folder / CONFIG_FILE
+    if is_adapter(folder):
+        raise InputError(
+            f"'{folder}' is an adapter, which says how many experts of a model run; name the model, and the adapter as "
+            "--adapter"
+        )
     if not path.is_file():
         raise InputError(f"'{folder}' holds no {CONFIG_FILE}; expected a folder made by 'moesaic convert'")
     values = read_yaml(path, ORIGIN)

@@ -133,6 +133,7 @@ def benchmark(
     given.check(prompt=prompt, new=new, rounds=rounds)
     store = options.store_options(expert_memory, cache, prefetch, cache_bias)
     adapted = store is not None or adapter is not None or select is not None
+    column = "without" if adapted and against is None else "dense"
     against = against or (model if adapted else dense_origin(model))
     processor, shown = pictures.read_pictures(model, image)
     loaded, tokenizer = options.load_model(
@@ -150,4 +151,4 @@ def benchmark(
         from ..report.plots import write_roofline  # matplotlib is slow to import
 
         write_roofline(result.to_dict(), plot)
-    print_result(result, as_json, lambda: tables.show_benchmark(stderr, result))
+    print_result(result, as_json, lambda: tables.show_benchmark(stderr, result, column))

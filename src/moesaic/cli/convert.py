@@ -57,6 +57,7 @@ def convert(
     format: options.Format = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... [default: auto]")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16, float32, float64 [default: auto]")] = None,
+    threads: options.Threads = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random [default: 0]")] = None,
     resume: Annotated[bool, typer.Option(help="go on with an unfinished conversion")] = True,
     overwrite: options.Overwrite = False,
@@ -77,6 +78,7 @@ def convert(
         "first_tokens": first_tokens, "dense_layers": dense_layers, "fine": fine, "selection": selection,
         "for_use": for_use, "image_weight": image_weight, "text_only": text_only, "engine": engine, "outtype": outtype,
     }  # fmt: skip
+    options.set_threads(threads)
     config = ConvertConfig.read(recipe, {name: value for name, value in given.items() if value is not None})
     config = for_output(at_effort(config, effort), out)
     if dry_run:

@@ -40,6 +40,7 @@ def finetune(
         Path | None, typer.Option(help="keep the teacher's logits there, for other runs", callback=options.expand)
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... [default: auto]")] = None,
+    threads: options.Threads = None,
     shard: Annotated[bool | None, typer.Option(help="cut parameters over the processes (FSDP)")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random [default: 0]")] = None,
     resume: Annotated[bool, typer.Option(help="go on with an unfinished training")] = True,
@@ -56,6 +57,7 @@ def finetune(
         "learning_rate": learning_rate, "alpha": alpha, "balance": balance, "device": device, "shard": shard,
         "seed": seed, "rounds": rounds, "locality": locality,
     }  # fmt: skip
+    options.set_threads(threads)
     config = FinetuneConfig.read(recipe, {name: value for name, value in given.items() if value is not None})
     with progress(stderr, "training", "per cent", "") as tick:
         result = run(model, out, config, resume=resume, overwrite=overwrite, teacher_cache=teacher_cache, progress=tick)

@@ -37,6 +37,7 @@ def frontier(
     calibration: options.Calibration = None,
     tokens: Annotated[int, typer.Option(help="calibration tokens")] = 16_384,
     speed: Annotated[bool, typer.Option(help="measure decode speed")] = True,
+    threads: options.Threads = None,
     html: Annotated[bool, typer.Option("--html", help="write frontier.html too: all methods, interactive")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -44,6 +45,7 @@ def frontier(
     from ..comparison.frontier import frontier as run
     from ..comparison.rows import Measurement
 
+    options.set_threads(threads)
     measurement = Measurement(
         text=str(text) if text else None, max_tokens=max_tokens, tasks=str(tasks) if tasks else None,
         items=items, calibration=tuple(calibration or ()), tokens=tokens, speed=speed,

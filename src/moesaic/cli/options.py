@@ -108,7 +108,7 @@ Objective = Annotated[
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        help="text, rows (.jsonl, .csv, ...; also chats) or datasets name; repeat for more [default: bundled]",
+        help="text, rows (.jsonl, .csv, ...; also chats) or datasets name; repeatable [default: bundled text]",
         callback=expand,
     ),
 ]

@@ -36,6 +36,7 @@ def prune(
     window: Annotated[int | None, typer.Option(help="tokens of one calibration sequence [default: 256]")] = None,
     recipe: options.Recipe = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... [default: auto]")] = None,
+    threads: options.Threads = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random [default: 0]")] = None,
     resume: Annotated[bool, typer.Option(help="go on with an unfinished pruning")] = True,
     overwrite: options.Overwrite = False,
@@ -51,6 +52,7 @@ def prune(
         "window": window,
         "calibration": tuple(calibration) if calibration else None, "device": device, "seed": seed,
     }  # fmt: skip
+    options.set_threads(threads)
     config = PruneConfig.read(recipe, {name: value for name, value in given.items() if value is not None})
     with progress(stderr, "pruning", "layer") as tick:
         result = run(model, out, config, resume=resume, overwrite=overwrite, force=force, progress=tick)

@@ -32,6 +32,7 @@ def serve(
     model: options.ModelArgument,
     host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 is every one")] = ServeConfig.host,
     port: Annotated[int, typer.Option(help="0 takes any that is free")] = ServeConfig.port,
+    name: Annotated[str | None, typer.Option(help="what clients call the model [default: MODEL's own name]")] = None,
     api_key: Key = None,
     max_queue: Annotated[int, typer.Option(help="requests that run or wait; more get 429")] = ServeConfig.max_queue,
     scheduler: Annotated[str, typer.Option(help=f"one of: {', '.join(SCHEDULERS)}")] = ServeConfig.scheduler,
@@ -60,7 +61,7 @@ def serve(
     api_key = os.environ.get(KEY) if api_key is None else api_key  # an empty one, which typer takes for none
     store = options.store_options(expert_memory, cache, prefetch, cache_bias)
     config = ServeConfig(
-        host=host, port=port, api_key=api_key, name=Path(model).name, max_queue=max_queue, scheduler=scheduler,
+        host=host, port=port, api_key=api_key, name=name or Path(model).name, max_queue=max_queue, scheduler=scheduler,
         max_request_bytes=max_request_bytes, timeout=timeout, grace=grace, max_batch_tokens=max_batch_tokens,
         cache_tokens=cache_tokens,
     )  # fmt: skip

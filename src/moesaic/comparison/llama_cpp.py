@@ -16,6 +16,7 @@ import torch
 
 from ..checkpoint.sources import resolve
 from ..errors import InputError, WorkError
+from ..progress import unheard
 from ..results import Json, LlamaCppSpeed, Rate
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
@@ -123,7 +124,7 @@ def llama_cpp_speed(
     from ..formats.export import export
     from ..formats.gguf.dense import write_dense_gguf
 
-    report, threads = progress or (lambda done, count, note: None), torch.get_num_threads()
+    report, threads = progress or unheard, torch.get_num_threads()
     with tempfile.TemporaryDirectory(dir=converted, prefix="gguf-") as scratch:
         files = [Path(scratch) / name for name in ("dense.gguf", "converted.gguf")]
         report(0, 3, "writing GGUF")

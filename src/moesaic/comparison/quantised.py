@@ -27,12 +27,12 @@ from ..formats.gguf_support import block_size
 from ..given import check, optional_path
 from ..machine import free_memory, give_back_memory, machine, versions
 from ..models.tokenizer import load_tokenizer
+from ..progress import Progress, unheard
 from ..results import QuantisedResult, QuantisedRow
 from ..serving.loading import load
 from .llama_cpp import Turns, check_gguf, take_turns
 
 TYPES = ("f16", "q8_0", "q4_0")
-Progress = Callable[[int, int, str], None]
 
 
 class Entry(NamedTuple):
@@ -106,7 +106,7 @@ def compare_quantised(
     quality = Quality(optional_path(text), window, max_tokens)
     check_asked(quality, outtypes)
     entries = entries_of(list(map(str, converted)), against, siblings)
-    report, threads = progress or (lambda done, count, note: None), torch.get_num_threads()
+    report, threads = progress or unheard, torch.get_num_threads()
     steps = len(entries) * len(outtypes)
     tokens = prompt_tokens(load_tokenizer(entries[0].folder), prompt)[0].tolist()
     with tempfile.TemporaryDirectory(prefix="moesaic-quantised-") as own:

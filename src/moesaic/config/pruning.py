@@ -23,7 +23,7 @@ class PruneConfig(Settings):
     recovery: Literal["closed-form", "none"] = "closed-form"
     """Whether down-projections of what stays are fitted to what the source said."""
     calibration: tuple[str, ...] = ()
-    """Text files, .jsonl files or `datasets` names; none means the bundled text."""
+    """Text files, .jsonl files or `datasets` names; none: the bundled text, and `answers` for a model that chats."""
     tokens: int = 16_384
     """Calibration tokens."""
     window: int = 256

@@ -21,7 +21,8 @@ class FinetuneConfig(Settings):
     teacher: str | None = None
     """The dense model; None is the one that the model was converted from."""
     data: tuple[str, ...] = ()
-    """Text files, .jsonl files (`text`, or `prompt` and `response`) or `datasets` names; none: the bundled text."""
+    """Text files, .jsonl files (`text`, or `prompt` and `response`) or `datasets` names; none: what the conversion was
+    calibrated on if that was bundled (`bundled`, `answers`), else the bundled text."""
     samples: int = 2_000
     """Sequences that training may use; fewer if the data has fewer."""
     window: int = 512

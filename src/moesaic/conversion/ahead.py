@@ -25,11 +25,12 @@ from ..moe.ahead import NAME
 from ..moe.block import MoE
 from ..partition import Partition
 from ..partition.base import WholeModel
+from ..progress import Progress
 from ..results import RouterLesson
 from ..routing._distil import Lesson
 from ..routing._network import PregateNetwork
 from ..routing.pregate import Pregate, PregateGate, group_of, network_from
-from .prepare import Conversion, Progress
+from .prepare import Conversion
 
 KEPT = "hidden-ahead.safetensors"
 """The file that holds it until the output is whole."""

@@ -22,9 +22,10 @@ from ..config import ConvertConfig
 from ..errors import InputError
 from ..models.integrity import check_numbers
 from ..models.pictured import joined, plain
+from ..progress import Progress
 from ..results import Trial
 from .layer import convert_layer
-from .prepare import Conversion, Progress, prepare
+from .prepare import Conversion, prepare
 from .states import embed, run_dense
 from .tokens import Text
 

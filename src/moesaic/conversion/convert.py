@@ -33,6 +33,7 @@ from ..models.devices import begun_dtype
 from ..models.integrity import check_numbers
 from ..models.processor import copy_processor
 from ..moe.modeling import MODEL_TYPE
+from ..progress import Progress, unheard
 from ..report.plots import write_plots
 from ..results import ConversionResult, Json, LayerRecord, PerplexityProtocol, Trial
 from .ahead import LookedAhead, look_ahead
@@ -43,7 +44,7 @@ from .engines import GGUF, for_output
 from .gguf import write_checked_gguf
 from .layer import convert_layer
 from .plans import sizes
-from .prepare import Conversion, Progress, fingerprint
+from .prepare import Conversion, fingerprint
 from .states import HiddenStates, embed, know
 from .temperature import Temperature, fit
 
@@ -80,7 +81,7 @@ def convert(
     """
     start = time.monotonic()
     output = path(output)
-    config, report = for_output(config or ConvertConfig(), output), progress or (lambda done, count, note: None)
+    config, report = for_output(config or ConvertConfig(), output), progress or unheard
     one_file = output.suffix == GGUF
     with (claim_file if one_file else claim_output)(output, overwrite):
         write_text(str(model), config, report)
@@ -180,7 +181,7 @@ def finish(
         own: Format = registry.build("format", MODEL_TYPE)
         write_metrics(partial.folder, result.to_dict() | {"format_reason": str(error)}, own, None)
         inner = ResumableOutput(partial.output, conversion.fingerprint, resume=False, inner=True)
-        rewrite(Converted(partial.folder), own, inner, result.output, lambda done, count, note: None)
+        rewrite(Converted(partial.folder), own, inner, result.output, unheard)
     file = partial.output / METRICS_FILE
     return ConversionResult.from_dict(read_json(file), str(file))
 

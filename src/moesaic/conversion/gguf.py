@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,10 +19,8 @@ from ..formats.converted import Converted
 from ..formats.engines import LLAMA_CPP
 from ..formats.gguf_support import K_QUANTS, check_k_quant
 from ..models.layerwise import LayerwiseModel
+from ..progress import Progress
 from ..results import EngineChoice, WrittenGGUF
-
-Progress = Callable[[int, int, str], None]
-"""Called with (finished layers, all layers, what is being done)."""
 
 
 def check_gguf(

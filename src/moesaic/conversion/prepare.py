@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .. import registry
-from ..calibration.chat import takes_chats
+from ..calibration.chat import default_sources
 from ..calibration.prompts import sources_for
 from ..calibration.windows import check_tokens
 from ..checkpoint.sources import resolve
@@ -40,9 +39,6 @@ from .gguf import check_gguf
 from .pictures import tokenise_pictures
 from .plans import choose_plan
 from .tokens import ConversionTokens, check_domains, tokenise
-
-Progress = Callable[[int, int, str], None]
-"""Called with (finished layers, all layers, what is being done)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +184,10 @@ def prepare(
             f"--for-use {config.for_use} chooses the calibration text where none is named, and --calibration "
             f"{config.calibration[0]} names it; drop one"
         )
-    chats = not layerwise.takes_pictures and takes_chats(tokenizer, layerwise.config.vocab_size)
-    sources = config.calibration or sources_for(config.for_use, chats)
+    default = sources_for(config.for_use, chats=False)
+    if not layerwise.takes_pictures:
+        default = default_sources(tokenizer, layerwise.config.vocab_size, config.for_use)
+    sources = config.calibration or default
     config = config.model_copy(update={"calibration": sources, "for_use": None})  # as it can be read again
     if partitioner.labelled:
         check_domains(config, plan, source)

@@ -28,7 +28,8 @@ from ..errors import InputError
 from ..models.pictured import Pictured
 from ..models.tokenizer import load_tokenizer
 from ..plan import Plan
-from ..serving.own_text import Bundle, Progress, bundled_text, documents_of
+from ..progress import Progress
+from ..serving.own_text import Bundle, bundled_text, documents_of
 
 VALIDATION = 16
 

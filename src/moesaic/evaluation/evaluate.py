@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..given import check, optional_path
 from ..machine import versions
 from ..models.processor import Processor
+from ..progress import unheard
 from ..results import EvaluationResult, TaskScore
 from ..serving.questions import Words, load_processor, tokenizer_of
 from .generation import Files, Generating, check_model, evaluate_generation, read_request, reference_continuations
@@ -67,7 +68,7 @@ def evaluate(
     request = read_request(generate, items, **generating)
     check_model(request, model, tokenizer)
     run_harness = _harness() if harness else None
-    report = progress or (lambda done, count, note="": None)
+    report = progress or unheard
     theirs = reference_continuations(request, model, tokenizer, report)  # first, as there may be no such model
     if request.sets and text is None and max_tokens is None:
         max_tokens = 2 * window

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..errors import InputError
 from ..files import write_whole
 from ..given import check, path, place
+from ..progress import Progress, unheard
 from ..results import GenerationScore
 from ..serving.generate import check_length
 from ..serving.loading import Loaded, load
@@ -30,7 +31,6 @@ OPENING = 128
 Files = str | Path | Sequence[str | Path]
 Continuations = Mapping[str, list[list[int]]]
 """By the name of a set: the tokens that a reference wrote for each exercise."""
-Progress = Callable[[int, int, str], None]
 
 
 class Generating(TypedDict, total=False):
@@ -146,7 +146,7 @@ def evaluate_generation(
         theirs: what `reference_continuations` gave.
         progress: called with (finished, all, what is done).
     """
-    tick = progress or (lambda done, count, note: None)
+    tick = progress or unheard
     scores, rows = {}, []
     for found in request.sets:
         start = monotonic()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -20,6 +19,7 @@ from ..given import path
 from ..models.families import HEAD
 from ..models.tokenizer import load_tokenizer
 from ..moe.modeling import MODEL_TYPE
+from ..progress import Progress, unheard
 from ..report.card import CardFacts, write_card
 from ..results import Check, ConversionResult, ExportResult, Json
 from .base import Format
@@ -29,9 +29,6 @@ from .converted import Converted
 from .fields import stock_config
 from .gguf_support import gguf_format
 from .verify import check
-
-Progress = Callable[[int, int, str], None]
-"""Called with (finished layers, all layers, what is being done)."""
 
 
 def export(
@@ -84,7 +81,7 @@ def export(
     with claim_output(output, overwrite):
         partial = ResumableOutput(output, {"model": source.checkpoint.fingerprint(), "format": chosen.name}, resume)
         try:
-            found = rewrite(source, chosen, partial, str(output), progress or (lambda done, count, note: None))
+            found = rewrite(source, chosen, partial, str(output), progress or unheard)
         except StorageError:
             raise  # the finished layers wait for room
         except (InputError, WorkError):  # what is wrong with the model stays so

@@ -18,14 +18,23 @@ IS_IMAGE: ContextVar[Tensor | None] = ContextVar("is_image", default=None)
 """Of the tokens that a model runs, bool [T]; None where nothing tells."""
 
 
+def check_modality(model: PreTrainedModel) -> None:
+    """Check that a model takes pictures.
+
+    Raises:
+        InputError: it takes text only.
+    """
+    if model.config.get_text_config() is model.config:
+        raise InputError(f"'{model.config.model_type}' takes text only, so no rule can go by pictures; use another")
+
+
 def tell_modality(model: PreTrainedModel) -> ExitStack:
     """Let a model tell, while it runs, which of its tokens are parts of pictures; closing what is returned ends that.
 
     Raises:
         InputError: the model takes text only.
     """
-    if model.config.get_text_config() is model.config:
-        raise InputError(f"'{model.config.model_type}' takes text only, so no rule can go by pictures; use another")
+    check_modality(model)
     image = image_token_id(model.config)
 
     def before(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -26,16 +26,13 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-from ..models.products import product, widens
+from ..models.products import product
 
 NAME, TRITON = "moesaic", "moesaic_triton"
 GROUPED_MM_ALIGNMENT_BYTES = 16
 FEW_PAIRS = 64
-HALF_BYTES = 2
-FEW_TOKENS = 4
-"""Of an expert, for which reading its columns anew is less than laying them out again."""
-CALL_BYTES, CALL_PRODUCTS = 2e6, 5e7
-"""What one expert's own products cost beside their bytes, in bytes read and in multiplications (100 µs each)."""
+FEW_TOKENS = 8
+"""Of an expert, for which a sum of columns each takes less time than a product with turned weights."""
 SPLIT = "_is_expert_parallel"
 FLAGS = ("is_transposed", "has_bias", "has_post_expert_norm", SPLIT)
 """What transformers says of experts that are not just two products; not every version has all."""
@@ -51,8 +48,6 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         return _by_transformers(self, hidden_states, top_k_index, top_k_weights)
     if len(hidden_states) == 1:
         return _one_token(self, hidden_states, top_k_index, top_k_weights)
-    if not torch.is_grad_enabled() and is_turned(self.down_proj) and _masking_is_faster(self, top_k_index):
-        return _masked(self, hidden_states, top_k_index, top_k_weights)
     return _by_expert(self, hidden_states, top_k_index, top_k_weights)
 
 
@@ -93,10 +88,6 @@ def is_plain(self: Any) -> bool:
     """Tell whether the experts are laid out as ours are: `[gate; up]` rows, no biases, not split over devices."""
     ours = self.has_gate and self.is_concatenated
     return ours and not any(getattr(self, flag, False) for flag in FLAGS)
-
-
-def _expert(self: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    return down_product(self._apply_gate(product(x, gate_up)), down)
 
 
 def _one_token(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -151,40 +142,15 @@ def rows_product(hidden_KI: Tensor, down_EDI: Tensor, expert_K: Tensor) -> Tenso
 
 
 def down_product(hidden_CI: Tensor, down_DI: Tensor) -> Tensor:
-    """Compute `h Wd^T` of one expert for C tokens, [C, D], however it is laid out.
-
-    CPUs without units for half precision take several times as long for a product with turned weights.
-    """
-    if hidden_CI.requires_grad or not is_turned(down_DI):
-        return linear(hidden_CI, down_DI)
-    half = hidden_CI.dtype.itemsize <= HALF_BYTES
-    if len(hidden_CI) <= (FEW_TOKENS if half else 1):
+    """Compute `h Wd^T` of one expert for C tokens, [C, D], however it is laid out."""
+    if takes_columns(hidden_CI, len(hidden_CI), down_DI):
         return rows_product(hidden_CI, down_DI, torch.zeros(len(hidden_CI), dtype=torch.int64))
-    return product(hidden_CI, down_DI.contiguous() if half and not widens(hidden_CI) else down_DI)
+    return product(hidden_CI, down_DI)
 
 
-def _masking_is_faster(self: Any, top_k_index: Tensor) -> bool:
-    """Tell whether all neurons of all experts in two products take less time than a few small ones for each expert."""
-    tokens, experts = len(top_k_index), self.num_experts
-    used = torch.bincount(top_k_index.flatten(), minlength=experts)[:experts]
-    touched, pairs = int(used.count_nonzero()), int(used.sum())
-    if not touched:
-        return False
-    weights = self.gate_up_proj[0].numel() + self.down_proj[0].numel()
-    more_bytes = (experts - touched) * weights * self.gate_up_proj.element_size()
-    more_products = (tokens * experts - pairs) * weights
-    return more_bytes / CALL_BYTES + more_products / CALL_PRODUCTS < touched
-
-
-def _masked(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Run all experts as one FFN whose neurons count as their expert's weight, 0 where it does not run: few tokens."""
-    experts, rows, hidden_size = self.gate_up_proj.shape
-    gain_TE = hidden_states.new_zeros(len(hidden_states), experts + 1)  # the last column is no expert
-    gain_TE.scatter_add_(1, top_k_index.clamp(max=experts), top_k_weights.to(hidden_states.dtype))
-    gate_up_TF = product(hidden_states, self.gate_up_proj.view(experts * rows, hidden_size))
-    hidden_TEI = self._apply_gate(gate_up_TF.view(len(hidden_states), experts, rows)) * gain_TE[:, :-1, None]
-    columns_FD = self.down_proj.mT.reshape(-1, hidden_size)
-    return product(hidden_TEI.flatten(1), columns_FD.mT)
+def takes_columns(hidden: Tensor, tokens: int, down: Tensor) -> bool:
+    """Tell whether an expert's outputs for so many tokens are sums of its columns, and not one product."""
+    return tokens <= FEW_TOKENS and is_turned(down) and not hidden.requires_grad
 
 
 class Pairs(NamedTuple):
@@ -192,6 +158,7 @@ class Pairs(NamedTuple):
 
     experts: dict[int, slice]
     """Where the pairs of each expert that has any are, ascending."""
+    expert_P: Tensor
     token_P: Tensor
     order_P: Tensor
     """Where each pair is in the flattened index [T K]."""
@@ -200,14 +167,10 @@ class Pairs(NamedTuple):
         """Give the tokens that an expert runs for."""
         return self.token_P[self.experts[expert]]
 
-    def add_up(self, hidden_TD: Tensor, weights_TK: Tensor, done: Mapping[int, Tensor]) -> Tensor:
+    def add_up(self, hidden_TD: Tensor, weights_TK: Tensor, out_PD: Tensor) -> Tensor:
         """Add the experts' outputs, each times its weight, to their tokens', [T, D]."""
-        output_TD = torch.zeros_like(hidden_TD)
-        if done:
-            all_PD = torch.cat([done[expert] for expert in self.experts])
-            weighted_PD = all_PD * weights_TK.flatten()[self.order_P, None]
-            output_TD.index_add_(0, self.token_P, weighted_PD.to(hidden_TD.dtype))
-        return output_TD
+        weighted_PD = out_PD * weights_TK.flatten()[self.order_P, None]
+        return torch.zeros_like(hidden_TD).index_add_(0, self.token_P, weighted_PD.to(hidden_TD.dtype))
 
 
 def sort_pairs(index_TK: Tensor, num_experts: int) -> Pairs:
@@ -215,19 +178,39 @@ def sort_pairs(index_TK: Tensor, num_experts: int) -> Pairs:
     expert_P, order_P = index_TK.flatten().sort(stable=True)
     counts = torch.bincount(expert_P, minlength=num_experts)[:num_experts].tolist()
     ends = list(itertools.accumulate(counts))
-    order_P = order_P[: ends[-1]]
+    expert_P, order_P = expert_P[: ends[-1]], order_P[: ends[-1]]
     places = {e: slice(end - count, end) for e, (end, count) in enumerate(zip(ends, counts, strict=True)) if count}
-    return Pairs(places, order_P // index_TK.shape[1], order_P)
+    return Pairs(places, expert_P, order_P // index_TK.shape[1], order_P)
 
 
 def _by_expert(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run one product per expert that has any pair, and add each to its tokens' output."""
     pairs = sort_pairs(top_k_index, self.num_experts)
+    if not pairs.experts:
+        return torch.zeros_like(hidden_states)
     x_PD = hidden_states[pairs.token_P]
-    # unbound, not indexed: the gradient of an index is as large as all experts
-    gate_ups, downs = self.gate_up_proj.unbind(), self.down_proj.unbind()
-    done = {e: _expert(self, x_PD[place], gate_ups[e], downs[e]) for e, place in pairs.experts.items()}
-    return pairs.add_up(hidden_states, top_k_weights, done)
+    gate_ups = self.gate_up_proj.unbind()  # not indexed: the gradient of an index is as large as all experts
+    gate_up_PI = torch.cat([product(x_PD[place], gate_ups[e]) for e, place in pairs.experts.items()])
+    return pairs.add_up(hidden_states, top_k_weights, _down(self._apply_gate(gate_up_PI), self.down_proj, pairs))
+
+
+def _down(hidden_PI: Tensor, down_EDI: Tensor, pairs: Pairs) -> Tensor:
+    """Compute the outputs of all pairs, [P, D], as `down_product` computes each expert's."""
+    few = {
+        expert for expert, place in pairs.experts.items()
+        if takes_columns(hidden_PI, place.stop - place.start, down_EDI)
+    }  # fmt: skip
+    if len(few) == len(pairs.experts):
+        return rows_product(hidden_PI, down_EDI, pairs.expert_P)
+    downs = down_EDI.unbind()
+    outputs = [product(hidden_PI[place], downs[e]) for e, place in pairs.experts.items() if e not in few]
+    if not few:
+        return torch.cat(outputs)
+    few_P = torch.cat([torch.full((place.stop - place.start,), e in few) for e, place in pairs.experts.items()])
+    out_PD = hidden_PI.new_empty(len(hidden_PI), down_EDI.shape[1])
+    out_PD[few_P] = rows_product(hidden_PI[few_P], down_EDI, pairs.expert_P[few_P])
+    out_PD[~few_P] = torch.cat(outputs)
+    return out_PD
 
 
 def few_by_triton(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

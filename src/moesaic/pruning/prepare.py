@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import registry
+from ..calibration.chat import default_sources
 from ..calibration.mixture import bundled_both, mixed
 from ..calibration.text import bundled, text_hash
 from ..calibration.windows import check_tokens, labelled_windows, token_windows
@@ -120,7 +121,8 @@ def prepare(model: str, config: PruneConfig, compute: torch.dtype | None = None)
         processor = Processor(folder, layerwise.model.config)
         calibration_NL, pictured, _ = mixed(documents, processor, config.tokens, window, longest)
     else:
-        documents = documents_of(config.calibration, folder, config.tokens, config.seed, config.device)
+        sources = config.calibration or default_sources(tokenizer, layerwise.config.vocab_size)
+        documents = documents_of(sources, folder, config.tokens, config.seed, config.device)
         calibration_NL, _ = labelled_windows(documents, tokenizer, config.tokens, window)
     held_out_NL = held_out(config, source, tokenizer, window)
     check_tokens(torch.cat([calibration_NL.flatten(), held_out_NL.flatten()]), layerwise.config.vocab_size, tokenizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from .. import registry
@@ -18,6 +17,7 @@ from ..given import path
 from ..machine import give_back_memory, machine, peak_rss_bytes, versions
 from ..models.devices import begun_dtype
 from ..models.processor import copy_processor
+from ..progress import Progress, unheard
 from ..results import DepthResult, Json, PerplexityProtocol, PrunedLayer, PruningResult
 from .depth.prune import prune_depth
 from .finish import RESULT_FILE, finish_converted, finish_stock, parameters, stock_error
@@ -25,8 +25,6 @@ from .layer import PruningStates, prune_layer
 from .methods import LayerPruner
 from .prepare import Pruning, check_room, prepare
 from .sources import ConvertedSource
-
-Progress = Callable[[int, int, str], None]
 
 
 def prune(
@@ -59,7 +57,7 @@ def prune(
     """
     start = time.monotonic()
     output, config = path(output), config or PruneConfig(ratio=0.25)
-    report = progress or (lambda done, count, note: None)
+    report = progress or unheard
     with claim_output(output, overwrite):
         if isinstance(registry.build("pruning", config.method), LayerPruner):
             return prune_depth(str(model), output, config, resume=resume, force=force, progress=report)

@@ -170,11 +170,11 @@ def _short(number: float) -> str:
     return f"{number:.0f}" if number >= 100 else f"{number:.1f}"
 
 
-def show_benchmark(console: Console, r: BenchmarkResult) -> None:
-    """Speeds as ratios to dense and to the limit."""
+def show_benchmark(console: Console, r: BenchmarkResult, against: str = "dense") -> None:
+    """Speeds as ratios to those of the model that is compared with, and to the limit."""
     grid = _grid(
         f"Speed on {r.machine}, {r.threads} threads, {r.dtype}",
-        "", "MoE tok/s (range)", "dense", "speed-up", "limit", "reached",
+        "", "MoE tok/s (range)", against, "speed-up", "limit", "reached",
     )  # fmt: skip
     kinds = (("decode, batch {}", r.decode), ("prefill, {}", r.prefill), ("FFN block, {} tok", r.block))
     for label, rows in kinds:

@@ -46,6 +46,8 @@ class Gate(nn.Module):
 
     trainable_names: ClassVar[tuple[str, ...]] = ("weight",)
     """How the names of the parameters begin that training may change."""
+    learns_by_objective: ClassVar[bool] = True
+    """Whether a gradient of the model's own loss reaches it; if not, a method with a loss of each layer trains it."""
     first_layer_names: ClassVar[tuple[str, ...]] = ()
     """How the names of the parameters begin that the first layer has for all."""
 

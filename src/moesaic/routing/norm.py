@@ -23,6 +23,7 @@ from .selection.base import GateConfig
 class NormGate(Gate):
     """`|relu(x W1.T) W2.T|`; all chosen experts have weight 1. It is trained by the layer's own loss only."""
 
+    learns_by_objective: ClassVar[bool] = False
     trainable_names: ClassVar[tuple[str, ...]] = ("hidden_proj", "weight")
 
     def __init__(self, config: GateConfig) -> None:

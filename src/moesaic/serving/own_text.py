@@ -30,6 +30,7 @@ from ..checkpoint.builtin import cache_folder
 from ..checkpoint.reader import Checkpoint
 from ..errors import InputError, first_line
 from ..machine import give_back_memory
+from ..progress import Progress, unheard
 from .generate import check_length, new_tokens
 from .loading import load
 
@@ -41,7 +42,6 @@ TRAINING_TOKENS = 65_536
 """That a model writes to be trained on; more would take longer than the training."""
 SPARE = 1.1
 """Windows are cut from packed text, of which an end is left over."""
-Progress = Callable[[int, int, str], None]
 Bundle = Callable[[], list[Document]]
 
 
@@ -121,7 +121,7 @@ def write(
     with FileLock(file.with_suffix(".lock")):
         kept = Kept(file, by_domain(prompts))
         if kept.least() * len(kept.kinds) < tokens:
-            _write(kept, model, tokens, seed, device, progress or (lambda done, count, note: None))
+            _write(kept, model, tokens, seed, device, progress or unheard)
         return kept.documents(tokens)
 
 

@@ -31,13 +31,15 @@ def stored_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         if len(hidden_states) == 1:
             return _one_token(self, block, hidden_states, top_k_index, top_k_weights)
         pairs = sort_pairs(top_k_index, self.num_experts)
+        if not pairs.experts:
+            return torch.zeros_like(hidden_states)
         done = {
             expert.number: run_expert(
                 self, expert.number, hidden_states[pairs.tokens_of(expert.number)], expert.weights
             )
             for expert in block.visit(list(pairs.experts), hidden_states)
         }
-        return pairs.add_up(hidden_states, top_k_weights, done)
+        return pairs.add_up(hidden_states, top_k_weights, torch.cat([done[expert] for expert in pairs.experts]))
 
 
 def _one_token(self: Any, block: StoredBlock, hidden_1D: Tensor, index_1K: Tensor, weights_1K: Tensor) -> Tensor:

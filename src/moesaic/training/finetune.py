@@ -30,6 +30,7 @@ from ..formats.companions import copy_companions
 from ..given import optional_path, path, place
 from ..machine import machine, peak_rss_bytes, versions
 from ..moe.modeling import moe_blocks
+from ..progress import unheard
 from ..report.plots import write_training
 from ..results import ConversionResult, ExpertLoad, FinetuneResult, LoadChange, PerplexityProtocol
 from . import parameters as parts
@@ -119,7 +120,7 @@ def train(
         WorkError: the device's memory did not suffice.
     """
     run.accelerator.init_trackers(PROJECT)
-    report = progress or (lambda done, count, note="": None)
+    report = progress or unheard
     try:
         state = trainer.fit(state, clock, lambda row, done, held_out: tell(run, report, row, done, held_out))
     except torch.OutOfMemoryError as error:

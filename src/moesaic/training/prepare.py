@@ -19,9 +19,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .. import registry
 from ..calibration.mixture import bundled_both
-from ..calibration.prompts import own_text
+from ..calibration.prompts import BUNDLED, bundled_answers, own_text
 from ..calibration.windows import check_tokens
-from ..checkpoint.facts import check_conversion_files
+from ..checkpoint.facts import check_conversion_files, saved_settings
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_output
 from ..config import FinetuneConfig
@@ -33,6 +33,7 @@ from ..machine import versions
 from ..models.devices import choose_device, compute_dtype
 from ..models.processor import Processor
 from ..models.tokenizer import load_tokenizer
+from ..moe.modeling import moe_blocks
 from ..serving.own_text import TRAINING_TOKENS, documents_of
 from .data import Samples, make_samples
 from .load import MICRO_TOKENS
@@ -87,6 +88,7 @@ def prepare(
         config = config.model_copy(update={"objective": "lm"})  # so that no teacher runs for nothing
     config = config.model_copy(update={"balance": config.balance or method.balance})
     source = Converted(resolve(str(model)))
+    config = config.model_copy(update={"data": config.data or text_of_conversion(source)})
     folder = training_folder(output)
     accelerator = make_accelerator(choose_device(config.device), folder)
     check_request(source, method, config, accelerator.num_processes)
@@ -127,6 +129,18 @@ def prepare(
         source, output, overwrite, config, method, tokenizer, train, held, teacher, accelerator, folder, dtype,
         processor,
     )  # fmt: skip
+
+
+def text_of_conversion(source: Converted) -> tuple[str, ...]:
+    """Name the bundled text that a conversion was calibrated on; nothing if it was a user's own."""
+    names: list[str] = saved_settings(source.checkpoint.folder)["config"]["calibration"]
+    packaged = [name for name in names if name == BUNDLED or bundled_answers(name) is not None]
+    return tuple(names) if packaged == names else ()
+
+
+def learn_by_objective(model: PreTrainedModel) -> bool:
+    """Tell whether the routers of a converted model get a gradient of its own loss."""
+    return all(block.gate is None or block.gate.learns_by_objective for block in moe_blocks(model))
 
 
 def training_samples(
@@ -197,6 +211,31 @@ def training_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
     return compute_dtype(own, device) if own == torch.bfloat16 else torch.float32
 
 
+def check_learning(whole: PreTrainedConfig, method: Method, config: FinetuneConfig) -> int:
+    """Check that a method has something to train in a model, and count those parameters.
+
+    Raises:
+        InputError: it has not, or trains no router though the configuration or the router asks for it.
+    """
+    name, c = registry.text("method", config.method), block_config(whole)
+    on_meta = empty(copy.deepcopy(whole))  # methods change the configuration
+    named = trainable(method.prepare(on_meta))
+    routers = "router" in counts(named.items())
+    if routers and not method.has_layer_loss and not learn_by_objective(on_meta):
+        raise InputError(
+            f"router '{c.router}' learns by a loss of each layer, which --method {name} has not; use --method d2dmoe, "
+            "or convert with another --router"
+        )
+    if config.locality and not routers:
+        raise InputError(
+            f"--locality {config.locality:g} is for routers, and --method {name} trains none here; drop it"
+        )
+    if not named:
+        raise InputError(f"--method {name} has nothing to train in this model, whose router is "
+                         f"{c.router} with {c.num_experts} routed experts")  # fmt: skip
+    return sum(p.numel() for p in named.values())
+
+
 def check_memory(
     whole: PreTrainedConfig,
     weights: float,
@@ -212,20 +251,9 @@ def check_memory(
     `W + B A`.
 
     Raises:
-        InputError: it does not fit, or nothing in the model would learn.
+        InputError: it does not fit, or what `check_learning` refuses.
     """
-    name = registry.text("method", config.method)
-    on_meta = empty(copy.deepcopy(whole))  # methods change the configuration
-    named = trainable(method.prepare(on_meta))
-    learning = sum(p.numel() for p in named.values())
-    if config.locality and "router" not in counts(named.items()):
-        raise InputError(
-            f"--locality {config.locality:g} is for routers, and --method {name} trains none here; drop it"
-        )
-    c = block_config(whole)
-    if not learning:
-        raise InputError(f"--method {name} has nothing to train in this model, whose router is "
-                         f"{c.router} with {c.num_experts} routed experts")  # fmt: skip
+    c, learning = block_config(whole), check_learning(whole, method, config)
     tokens = min(max(MICRO_TOKENS, config.window), config.batch * config.window)
     width = c.shared_expert_intermediate_size + c.num_experts_per_tok * c.moe_intermediate_size
     itemsize = dtype.itemsize

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import subprocess
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -23,6 +22,7 @@ from ...checkpoint.writer import check_space, partial_folder
 from ...errors import InputError, StorageError, WorkError
 from ...models.families import EMBEDDINGS, HEAD
 from ...models.tokenizer import load_tokenizer
+from ...progress import Progress
 from ...results import ExportResult
 from ..architectures._decoder import head_dim
 from ..base import Format, MoesaicModelConfig
@@ -35,7 +35,6 @@ from .vocabulary import write_vocabulary
 OUTTYPES = {name: Kind[name.upper()] for name in WRITTEN}
 HALF_MOST = torch.finfo(torch.float16).max
 Tensors = dict[str, Tensor]
-Progress = Callable[[int, int, str], None]
 
 
 def write_gguf(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ... import registry
+from ...calibration.chat import default_sources
 from ...calibration.sinks import opening_tokens
 from ...calibration.text import bundled, text_hash
 from ...calibration.windows import check_tokens, labelled_windows, token_windows
@@ -25,12 +25,11 @@ from ...models.families import check_convertible
 from ...models.integrity import check_numbers
 from ...models.layerwise import LayerwiseModel
 from ...models.tokenizer import load_tokenizer
+from ...progress import Progress
 from ...serving.own_text import documents_of
 from ..methods import LayerPruner
 from ..prepare import fingerprint
 from .source import DeepSource
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,8 @@ def prepare(model: str, config: PruneConfig, compute: torch.dtype | None = None)
     if drop and config.recovery != "none":
         check_healable(source, config)
     tokenizer = load_tokenizer(folder)
-    documents = documents_of(config.calibration, folder, config.tokens, config.seed, config.device)
+    sources = config.calibration or default_sources(tokenizer, layerwise.config.vocab_size)
+    documents = documents_of(sources, folder, config.tokens, config.seed, config.device)
     window = min(config.window, layerwise.config.max_position_embeddings)
     tokens_NL, _ = labelled_windows(documents, tokenizer, config.tokens, window)
     spare = torch.arange(len(tokens_NL)) % VALIDATION == VALIDATION - 1

@@ -27,11 +27,12 @@ from ...models.devices import begun_dtype
 from ...models.families import embedding_rows
 from ...models.integrity import check_numbers
 from ...models.layerwise import LayerwiseModel
+from ...progress import Progress
 from ...results import DepthResult, HealedLayer, Json, PerplexityProtocol
 from ..finish import DEPTH_CARD, RESULT_FILE, finish_stock, parameters, stock_error
 from ..prepare import check_room
 from .heal import Streams, heal, stream_weights
-from .prepare import DepthPruning, Progress, distances, prepare
+from .prepare import DepthPruning, distances, prepare
 
 DISTANCE = "distance {:05d}"
 """Under which a pass's finding is kept in the unfinished output."""

@@ -11,8 +11,9 @@ Shapes: N rows, one a request; V tokens of the vocabulary; L tokens so far.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Self
 
 import torch
@@ -65,21 +66,20 @@ class Sampling:
         penalties = self.frequency_penalty or self.presence_penalty or self.logit_bias
         return self.temperature < COLDEST and not penalties and self.top_logprobs is None
 
-    def choose(self, row_V: Tensor, tokens_L: Sequence[int], processors: LogitsProcessorList) -> Tensor:
+    def choose(self, row_V: Tensor, tokens: Callable[[], list[int]], processors: LogitsProcessorList) -> Tensor:
         """Change logits so that the most likely token is the chosen one.
 
         Args:
             row_V: of the next token.
-            tokens_L: of the prompt and the answer so far.
+            tokens: lists those of the prompt and the answer so far, which takes long where they are many.
             processors: the model's own, of its `generation_config.json`.
         """
-        logits_V = row_V
-        ids = torch.tensor([list(tokens_L)], device=row_V.device)
-        row_V = row_V.clone()
+        logits_V, row_V, device = row_V, row_V.clone(), row_V.device
         if processors:
-            row_V = processors(ids, row_V[None])[0]  # pyrefly: ignore[bad-argument-type]
-        answer = ids[0, self.prompt_tokens :]
-        if len(answer) and (self.frequency_penalty or self.presence_penalty):
+            ids_1L = torch.tensor([tokens()], device=device)
+            row_V = processors(ids_1L, row_V[None])[0]  # pyrefly: ignore[bad-argument-type]
+        if self.frequency_penalty or self.presence_penalty:
+            answer = torch.tensor(tokens()[self.prompt_tokens :], dtype=torch.int64, device=device)
             counts_V = torch.bincount(answer, minlength=len(row_V))
             row_V = row_V - self.frequency_penalty * counts_V - self.presence_penalty * (counts_V > 0)
         if self.logit_bias:
@@ -87,9 +87,10 @@ class Sampling:
         if self.temperature >= COLDEST:
             row_V = row_V / self.temperature
             if self.top_p < 1:
-                row_V = TopPLogitsWarper(self.top_p)(ids, row_V[None])[0]  # pyrefly: ignore[bad-argument-type]
+                none = torch.empty(1, 0, dtype=torch.int64)  # it goes by scores alone
+                row_V = TopPLogitsWarper(self.top_p)(none, row_V[None])[0]  # pyrefly: ignore[bad-argument-type]
             noise_V = torch.empty(len(row_V)).exponential_(generator=self._generator)
-            row_V = row_V - noise_V.log().to(row_V.device)
+            row_V = row_V - noise_V.log().to(device)
         if self.top_logprobs is not None:
             self.choices.append(note(logits_V, int(row_V.argmax()), self.top_logprobs))
         return row_V
@@ -101,6 +102,11 @@ def note(logits_V: Tensor, token: int, count: int) -> TokenChoice:
     top = logprobs_V.topk(min(count, len(logprobs_V)))
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return TokenChoice(token, float(logprobs_V[token]), list(pairs))
+
+
+def all_tokens(state: RequestState) -> list[int]:
+    """List the tokens of a request's prompt and of its answer so far."""
+    return [*state.initial_tokens, *state.generated_tokens]
 
 
 class OwnRows(ContinuousBatchingLogitsProcessor):
@@ -125,6 +131,5 @@ class OwnRows(ContinuousBatchingLogitsProcessor):
         for row, state in enumerate(self._states):
             sampling = state.logit_processor_kwargs.get("sampling")
             if isinstance(sampling, Sampling) and (self._processors or not sampling.is_plain):
-                tokens = [*state.initial_tokens, *state.generated_tokens]
-                scores_NV[row] = sampling.choose(scores_NV[row], tokens, self._processors)
+                scores_NV[row] = sampling.choose(scores_NV[row], partial(all_tokens, state), self._processors)
         return scores_NV

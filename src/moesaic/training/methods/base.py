@@ -58,6 +58,11 @@ class Method(ABC):
     alternates: ClassVar[bool] = False
     """Whether a router ahead of the model and all else learn in turn (`router_step`), in one process."""
 
+    @property
+    def has_layer_loss(self) -> bool:
+        """Whether it has a loss of each layer's own."""
+        return type(self).layer_loss is not Method.layer_loss
+
     @abstractmethod
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         """Set `requires_grad`, replace gates, add adapters; returns what is trained, with the model in it."""
