@@ -42,6 +42,8 @@ def check_tokens(ids: Tensor, rows: int, tokenizer: Any) -> None:
     """
     if ids.numel() and (last := int(ids.max())) >= rows:
         token = tokenizer.convert_ids_to_tokens(last)
+        if token is None:
+            raise InputError(f"{last} is no token of this model; they are 0 to {rows - 1:,}")
         raise InputError(
             f"the text has the token {token!r} ({last}), but the model's embeddings have {rows:,} rows: tokens were "
             "added to the tokenizer and not to the model. Resize the model (resize_token_embeddings) and train them, "

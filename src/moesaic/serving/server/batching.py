@@ -22,7 +22,7 @@ from ...errors import InputError, WorkError, first_line
 from ..schedulers.expert_aware import ExpertAwareScheduler
 from ..schedulers.signatures import Signatures, signatures_of
 from ..schedulers.telling import Telling
-from .errors import ApiError, dead
+from .errors import ApiError, bad, dead
 from .metrics import Metrics
 from .sampling import OwnRows, Sampling
 from .text import TextStream
@@ -188,10 +188,14 @@ class Batcher(CBGenerateManager):
         """Check that so many requests more have a place.
 
         Raises:
-            ApiError: 429, they have not; 503, the worker has ended.
+            ApiError: 429, they have not; 400, they never will; 503, the worker has ended.
         """
         if not self.is_alive():
             raise dead(self._reason())
+        if count > self.max_queue:
+            raise bad(
+                f"{count} prompts are more than the {self.max_queue} that run or wait at once; send fewer", "prompt"
+            )
         if len(self.running) + count > self.max_queue:
             retry = min(LONGEST_RETRY, max(1, round(self._seconds)))
             raise ApiError(
