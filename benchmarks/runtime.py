@@ -13,6 +13,7 @@ implementations; medians. `limit` is the dense block's weights over those that t
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -35,11 +36,14 @@ from moesaic.evaluation.cost import active_block_weights
 from moesaic.evaluation.inspect import prompt_tokens
 from moesaic.machine import machine, versions
 from moesaic.moe.block import Experts, MoE
-from moesaic.moe.kernels import experts_forward
+from moesaic.moe.kernels import experts_forward, turn_down
 
 SHAPES = {"demo": (896, 4_864), "demo-1.5b": (1_536, 8_960), "llama-2-7b": (4_096, 11_008)}
 """(hidden size, FFN neurons)."""
-PLANS = {"S1A1E8": (1, 1, 8), "S1A1E4": (1, 1, 4), "S3A3E8": (3, 3, 8), "S2A2E16": (2, 2, 16)}
+PLANS = {
+    "S1A1E8": (1, 1, 8), "S1A1E4": (1, 1, 4), "S2A2E8": (2, 2, 8), "S3A3E8": (3, 3, 8), "S2A2E16": (2, 2, 16),
+    "S16A16E64": (16, 16, 64),
+}  # fmt: skip
 TOKENS = (1, 8, 32, 512)
 CACHES_BYTES = 400e6
 """Weights that are run before any is run again."""
@@ -132,6 +136,9 @@ def measure_blocks(shape: str, plan: str, device: str, rounds: int) -> list[dict
     hidden, width = SHAPES[shape]
     dense = many(lambda: Dense(hidden, width), device)
     converted: list[Any] = many(lambda: block(hidden, width, PLANS[plan]), device)
+    loaded = copy.deepcopy(converted)
+    for module in loaded if device == "cpu" else ():
+        turn_down(module)  # as `moesaic.load` does
     rows = []
     for tokens in TOKENS:
         x_TD = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
@@ -142,9 +149,10 @@ def measure_blocks(shape: str, plan: str, device: str, rounds: int) -> list[dict
         for number in range(rounds + 1):
             found = {"dense": seconds(dense, x_TD, 1)}
             for name, forward in ways.items():
-                for module in converted:
+                blocks = loaded if name == "moesaic" else converted
+                for module in blocks:
                     module.experts.forward = forward.__get__(module.experts)
-                found[name] = seconds(converted, x_TD, 1)
+                found[name] = seconds(blocks, x_TD, 1)
             gates: Any = [lambda x, m=m: m.gate(x, m.experts) for m in converted]
             found["router"] = seconds(gates, x_TD, 1)
             if number:  # the first warms up

@@ -8,7 +8,8 @@ import torch
 
 from conftest import FAMILIES, small_model
 from moesaic import InputError
-from moesaic.comparison.bounds import TopNeurons, top_neurons
+from moesaic.comparison.baselines.neurons import Neurons, NeuronsFFN
+from moesaic.comparison.baselines.sparse import sparse, unlearnt
 from moesaic.comparison.frontier import frontier
 from moesaic.comparison.recipes import BASELINES, METHODS
 from moesaic.comparison.rows import Measurement, Point, shape_of, summarise
@@ -16,6 +17,8 @@ from moesaic.comparison.speed import shaped
 from moesaic.conversion.auto import candidates
 from moesaic.evaluation.cost import active_weights, ffn_of
 from moesaic.models.families import decoder_layers, ffn_name, gated_ffn
+from moesaic.moe.kernels import is_turned
+from moesaic.moe.modeling import moe_blocks
 from moesaic.plan import Plan
 from moesaic.results import FrontierRow
 
@@ -27,9 +30,9 @@ def test_all_neurons_are_the_dense_model_and_it_comes_back():
     model = small_model("qwen2")
     tokens = torch.arange(40)[None]
     dense = model(tokens).logits
-    with top_neurons(model, 1.0):
+    with sparse(model, Neurons(), 1.0, unlearnt()):
         torch.testing.assert_close(model(tokens).logits, dense)
-    with top_neurons(model, 0.1):
+    with sparse(model, Neurons(), 0.1, unlearnt()):
         assert (model(tokens).logits - dense).abs().max() > 1e-3
     assert torch.equal(model(tokens).logits, dense)
 
@@ -44,7 +47,8 @@ def test_top_neurons_equal_the_naive_loop():
         h = ffn.hidden(token)
         keep = (h.abs() * ffn.down_DF.norm(dim=0)).argsort(descending=True)[:7]
         expected.append(ffn.down_DF[:, keep] @ h[keep])
-    torch.testing.assert_close(TopNeurons(ffn, 7)(x), torch.stack(expected))
+    found = NeuronsFFN(ffn, {}, 7 / ffn.intermediate_size)(x)
+    torch.testing.assert_close(found, torch.stack(expected))
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,8 @@ def test_a_shape_reads_the_bytes_of_a_conversion_and_is_dense_outside_its_ffns(f
     assert active_weights(model) == outside + dense.config.num_hidden_layers * layer
     assert model.model.embed_tokens.weight.data_ptr() == dense.model.embed_tokens.weight.data_ptr()
     assert model(torch.arange(9)[None]).logits.isfinite().all()
+    downs = [block.experts.down_proj for block in moe_blocks(model) if block.experts is not None]
+    assert all(map(is_turned, downs))  # as a conversion that is loaded
 
 
 def test_bad_requests_are_refused_before_any_work(tmp_path):

@@ -18,6 +18,7 @@ from ..moe.modeling import DEFAULT_EXPERTS, moe_blocks, moesaic_config
 from ..plan import Plan
 from ..pruning.depth.source import BY_LAYER
 from ..results import Json, ShapeSpeed, SiblingSpeed, Speed
+from ..serving.loading import lay_out
 from .rows import Shape
 
 SPEED = {"prompt": 64, "new": 16, "rounds": 3}
@@ -42,7 +43,9 @@ def shaped(dense: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         block.to_empty(device=dense.device)
         for parameter in block.parameters():
             nn.init.normal_(parameter, std=dense.config.get_text_config().initializer_range)
-    return model.to(dense.device).eval()  # pyrefly: ignore[bad-argument-type]
+    made: PreTrainedModel = model.to(dense.device).eval()  # pyrefly: ignore[bad-argument-type]
+    lay_out(made)
+    return made
 
 
 def is_depth(shape: Shape) -> bool:

@@ -128,10 +128,15 @@ def _load_whole(
     check_finite(loaded.named_parameters(), folder)
     choose_experts(loaded, experts)
     ready: PreTrainedModel = loaded.to(device).eval()  # pyrefly: ignore[bad-argument-type]
-    if device.type == "cpu" and experts_implementation(ready.config.get_text_config()) == DEFAULT_EXPERTS:
-        turn_down(ready)
-    quicken(ready)
+    lay_out(ready)
     return ready
+
+
+def lay_out(model: PreTrainedModel) -> None:
+    """Lay the weights of a model out as its device reads them the fastest, where `moesaic` runs its experts."""
+    if model.device.type == "cpu" and experts_implementation(model.config.get_text_config()) == DEFAULT_EXPERTS:
+        turn_down(model)
+    quicken(model)
 
 
 def read_rule(adapter: str | Path | None, select: object) -> Adapter | Counting | None:

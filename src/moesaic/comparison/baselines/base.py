@@ -11,8 +11,7 @@ from typing import Literal, Protocol
 
 from transformers import PreTrainedModel
 
-from ...calibration.chat import takes_chats
-from ...calibration.prompts import sources_for
+from ...calibration.chat import default_sources
 from ...checkpoint.sources import resolve
 from ...errors import InputError
 from ...models.integrity import read_config
@@ -30,7 +29,7 @@ def calibration(model: str, measurement: Measurement) -> tuple[str, ...]:
         return measurement.calibration
     folder = resolve(model)
     rows = read_config(folder).get_text_config().vocab_size
-    return sources_for(None, takes_chats(load_tokenizer(folder), rows))
+    return default_sources(load_tokenizer(folder), rows)
 
 
 class UndefinedBudget(InputError):

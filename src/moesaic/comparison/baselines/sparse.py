@@ -121,7 +121,7 @@ class Sparsity(Baseline):
 
     def measure(self, request: Request, evaluate: Evaluate) -> Measured:
         start, density = time.monotonic(), self.density(request.point.active)
-        learnt = walk(request, self, density) if self.calibrated else Learnt([], {}, None)
+        learnt = walk(request, self, density) if self.calibrated else unlearnt()
         seconds = time.monotonic() - start
         costs: list[Cost] = []
 
@@ -156,6 +156,11 @@ class Learnt:
     """Parameters outside of layers that changed, by their names: the temperature's."""
     output: ResumableOutput | None
     """Where it lies."""
+
+
+def unlearnt() -> Learnt:
+    """What a method has that learns nothing."""
+    return Learnt([], {}, None)
 
 
 @contextmanager
