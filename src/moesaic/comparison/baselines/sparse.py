@@ -159,7 +159,7 @@ class Learnt:
 
 
 def unlearnt() -> Learnt:
-    """What a method has that learns nothing."""
+    """Give what a method has that learns nothing."""
     return Learnt([], {}, None)
 
 
