@@ -3,7 +3,7 @@
     make test-engines    # sets the engines up in .venv-engines
     python benchmarks/engines.py demo out50 out25 --outtypes f16 q8_0 --out benchmarks/results/engines-demo.json
 
-`limit` is what the weights read (decode) or multiplied with (prefill) allow; see docs/evaluation.md.
+`limit` is what the weights read (decode) or multiplied with (prefill) allow; see docs/benchmark.md.
 """
 
 from __future__ import annotations

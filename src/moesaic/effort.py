@@ -24,9 +24,9 @@ from .conversion import convert as converting
 from .conversion.auto import EVERY, candidates, unwritten
 from .conversion.engines import GGUF, for_output
 from .conversion.gguf import write_checked_gguf
-from .conversion.plans import sizes
 from .conversion.prepare import Conversion
 from .errors import InputError
+from .evaluation.cost import sizes
 from .files import read_json, write_json
 from .formats.converted import Converted
 from .formats.engines import LLAMA_CPP, choose_for

@@ -85,6 +85,11 @@ def copy_terms(source: Path, made: Path) -> None:
             shutil.copyfile(path, made / path.name)
 
 
+def called(model: str | Path, source: Path) -> str:
+    """Name a model; a folder by its name only, with a stroke to tell it from a built-in model."""
+    return f"{source.name}/" if Path(model).is_dir() else str(model)
+
+
 def origin(model: str, source: Path) -> Json:
     """Say what a model card says of the dense model: `base_model` and, where its own card has it, the licence."""
     if model in BUILTINS:

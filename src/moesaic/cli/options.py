@@ -131,7 +131,7 @@ LlamaCpp = Annotated[
     Path | None,
     typer.Option(
         metavar="PYTHON",
-        help="a Python that has xllamacpp, to measure llama.cpp too [default: this one]",
+        help="a Python that has xllamacpp, which runs llama.cpp [default: this one]",
         callback=expand,
     ),
 ]

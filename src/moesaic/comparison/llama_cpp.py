@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
+from ..checkpoint.writer import check_space
 from ..errors import InputError, WorkError
 from ..progress import unheard
 from ..results import Json, LlamaCppSpeed, Rate
@@ -125,10 +127,12 @@ def llama_cpp_speed(
     from ..formats.gguf.dense import write_dense_gguf
 
     report, threads = progress or unheard, torch.get_num_threads()
-    with tempfile.TemporaryDirectory(dir=converted, prefix="gguf-") as scratch:
+    folder = resolve(dense)
+    with tempfile.TemporaryDirectory(prefix="moesaic-gguf-") as scratch:
+        check_space(Path(scratch) / "files", Checkpoint(folder).size() + Checkpoint(Path(converted)).size())
         files = [Path(scratch) / name for name in ("dense.gguf", "converted.gguf")]
         report(0, 3, "writing GGUF")
-        write_dense_gguf(resolve(dense), files[0], outtype)
+        write_dense_gguf(folder, files[0], outtype)
         report(1, 3, "writing GGUF")
         export(converted, files[1], "gguf", outtype=outtype)
         report(2, 3, "speed in llama.cpp")

@@ -20,18 +20,23 @@ from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_space
 from ..errors import InputError
+from ..evaluation.cost import mean_share
 from ..evaluation.inspect import prompt_tokens
 from ..evaluation.perplexity import MeasuredPerplexity, check_protocol, perplexity
 from ..formats.converted import Converted, dense_origin
 from ..formats.gguf_support import block_size
 from ..given import check, optional_path
 from ..machine import free_memory, give_back_memory, machine, versions
+from ..models.integrity import read_config
 from ..models.tokenizer import load_tokenizer
+from ..plan import Plan
 from ..progress import Progress, unheard
 from ..results import QuantisedResult, QuantisedRow
 from ..serving.loading import load
 from .llama_cpp import Turns, check_gguf, take_turns
 
+WINDOW = 2_048
+"""Tokens of a window of scored text, where all contexts are as long."""
 TYPES = ("f16", "q8_0", "q4_0")
 
 
@@ -71,7 +76,7 @@ def compare_quantised(
     siblings: Sequence[str] = (),
     outtypes: Sequence[str] = TYPES,
     text: str | Path | None = None,
-    window: int = 2_048,
+    window: int | None = None,
     max_tokens: int | None = None,
     prompt: int = 128,
     new: int = 32,
@@ -89,7 +94,7 @@ def compare_quantised(
         siblings: smaller dense models of the same tokenizer.
         outtypes: GGUF's types.
         text: what perplexity is measured on, by the `gptq` protocol; None: the bundled held-out text.
-        window: tokens in a window.
+        window: tokens in a window; None: 2,048, or the shortest context of the models.
         max_tokens: tokens after which the perplexity stops.
         prompt: tokens before decoding.
         new: tokens decoded.
@@ -102,23 +107,23 @@ def compare_quantised(
         InputError: a model that llama.cpp does not run, or that has another tokenizer; before anything is measured.
         WorkError: llama.cpp failed.
     """
-    check(window=window, max_tokens=max_tokens, prompt=prompt, new=new, rounds=rounds)
-    quality = Quality(optional_path(text), window, max_tokens)
-    check_asked(quality, outtypes)
+    check(max_tokens=max_tokens, prompt=prompt, new=new, rounds=rounds)
     entries = entries_of(list(map(str, converted)), against, siblings)
+    quality = Quality(optional_path(text), window_within(entries, window), max_tokens)
+    check_asked(quality, outtypes)
     report, threads = progress or unheard, torch.get_num_threads()
     steps = len(entries) * len(outtypes)
     tokens = prompt_tokens(load_tokenizer(entries[0].folder), prompt)[0].tolist()
     with tempfile.TemporaryDirectory(prefix="moesaic-quantised-") as own:
         place = scratch or Path(own)
-        check_space(place / "files", sum(4 * folder_bytes(entry.folder) for entry in entries))
+        check_space(place / "files", sum(4 * Checkpoint(entry.folder).size() for entry in entries))
         found = write_all(entries, outtypes, place, quality, lambda done, what: report(done, steps, what))
         report(len(found), steps, "speed in llama.cpp")
         timed = time_all(found, tokens, python, new=new, rounds=rounds, threads=threads, clock=clock)
     report(steps, steps, "done")
     first = found[0].quality
     return QuantisedResult(
-        rows=on_front(timed.rows), protocol=first.protocol, window=window, tokens=first.tokens,
+        rows=on_front(timed.rows), protocol=first.protocol, window=quality.window, tokens=first.tokens,
         text=first.text, data_sha256=first.data_sha256, prompt=prompt, new=new, rounds=rounds, threads=threads,
         clock=clock, engine=timed.version, machine=machine(), versions=versions(),
     )  # fmt: skip
@@ -137,6 +142,22 @@ def write_all(
                 write_as(entry, file, outtype)
             found.append(Written(entry, outtype, file, file_quality(file, quality)))
     return found
+
+
+def window_within(entries: Sequence[Entry], window: int | None) -> int:
+    """Choose the tokens of a window that all models can see at once.
+
+    Raises:
+        InputError: more are asked for than one of them can.
+    """
+    contexts = {e.name: int(read_config(e.folder).get_text_config().max_position_embeddings) for e in entries}
+    name, shortest = min(contexts.items(), key=lambda item: item[1])
+    if window is None:
+        return min(WINDOW, shortest)
+    check(window=window)
+    if window > shortest:
+        raise InputError(f"--window {window} is more than the longest of '{name}', {shortest} tokens")
+    return window
 
 
 def check_asked(quality: Quality, outtypes: Sequence[str]) -> None:
@@ -177,11 +198,6 @@ def time_all(
     return Timed(rows, version)
 
 
-def folder_bytes(folder: Path) -> int:
-    """Count the bytes of a model's weights."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
 def entries_of(converted: Sequence[str], against: str | None, siblings: Sequence[str]) -> list[Entry]:
     """List the models, dense ones first, having seen that all have one tokenizer.
 
@@ -194,9 +210,10 @@ def entries_of(converted: Sequence[str], against: str | None, siblings: Sequence
     found += [Entry("sibling", name, resolve(name), None, 1.0) for name in siblings]
     for name, source in zip(converted, ours, strict=True):
         c = source.config
-        neurons = c.shared_expert_intermediate_size + c.num_experts_per_tok * c.moe_intermediate_size
-        plan = f"S{c.n_shared_experts}A{c.num_experts_per_tok}E{c.n_shared_experts + c.num_experts}"
-        found.append(Entry("converted", name, source.checkpoint.folder, plan, neurons / c.intermediate_size))
+        groups = c.n_shared_experts + c.num_experts
+        plan = Plan(c.n_shared_experts, c.num_experts_per_tok, groups, c.moe_intermediate_size)
+        share = mean_share(c, plan.ffn_active(c.intermediate_size))
+        found.append(Entry("converted", name, source.checkpoint.folder, str(plan), share))
     vocabularies = [load_tokenizer(entry.folder).get_vocab() for entry in found]
     for entry, vocabulary in zip(found, vocabularies, strict=True):
         if vocabulary != vocabularies[0]:

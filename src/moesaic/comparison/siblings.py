@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
-from ..conversion.plans import empty
 from ..errors import InputError
 from ..evaluation.cost import active_weights, ffn_of
 from ..evaluation.evaluate import task_processor
@@ -18,7 +17,7 @@ from ..evaluation.perplexity import scored_text
 from ..formats.converted import is_ours, without_weights
 from ..given import optional_path, place
 from ..machine import machine
-from ..models.families import decoder_layers
+from ..models.families import decoder_layers, empty
 from ..models.integrity import check_contents, model_on_meta, read_config
 from ..models.moe_block import find_block
 from ..models.tokenizer import load_tokenizer

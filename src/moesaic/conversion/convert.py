@@ -18,7 +18,7 @@ from ..checkpoint.single_file import MADE, ResumableFile, claim_file
 from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, claim_output
 from ..config import ConvertConfig
 from ..errors import WorkError
-from ..evaluation.cost import at_experts_per_token
+from ..evaluation.cost import at_experts_per_token, sizes
 from ..evaluation.layerwise import layerwise_perplexity
 from ..files import read_json
 from ..formats.base import Format
@@ -43,7 +43,6 @@ from .dense_layers import keep_layer
 from .engines import GGUF, for_output
 from .gguf import write_checked_gguf
 from .layer import convert_layer
-from .plans import sizes
 from .prepare import Conversion, fingerprint
 from .states import HiddenStates, embed, know
 from .temperature import Temperature, fit

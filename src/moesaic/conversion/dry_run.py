@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from .. import registry
 from ..config import ConvertConfig
+from ..evaluation.cost import mean_share
 from ..results import Result
 from .auto import unwritten
-from .plans import mean_share
 from .prepare import Conversion
 
 

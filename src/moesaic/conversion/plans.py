@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import registry
@@ -14,13 +12,13 @@ from ..checkpoint.builtin import NAMES
 from ..checkpoint.sources import HUB_ID, resolve
 from ..config import ConvertConfig
 from ..errors import InputError
-from ..evaluation.cost import active_weights, body_weights
-from ..formats.base import Format, MoesaicModelConfig, block_config
+from ..evaluation.cost import active_weights, body_weights, sizes
+from ..formats.base import MoesaicModelConfig, block_config
 from ..formats.choose import engines_of
 from ..formats.engines import LLAMA_CPP, format_for, good_for, loaders
 from ..formats.gguf_support import K_BLOCK, gguf_format
 from ..given import check, place
-from ..models.families import auto_class, check_convertible, decoder_layers
+from ..models.families import check_convertible, decoder_layers, empty
 from ..models.integrity import model_on_meta, read_config
 from ..moe.modeling import moesaic_config
 from ..partition import Partitioner
@@ -161,46 +159,6 @@ def gguf_types(config: MoesaicModelConfig, plan: Plan, routed_bias: bool) -> lis
     if config.hidden_size % K_BLOCK:  # of attention and experts' inputs llama-quantize makes other types
         types = [kind + " in part" if kind in K_TYPES else kind for kind in types]
     return types
-
-
-class Sizes(NamedTuple):
-    """Parameters of a converted model in the format that is written."""
-
-    memory_factor: float
-    """Neurons that are kept, relative to the dense FFN's, on average over layers."""
-    ffn_active: float
-    """Those that one token runs."""
-    total_parameters: int
-    active_parameters: int
-
-
-def sizes(whole: PreTrainedConfig, plan: Plan, format: Format) -> Sizes:
-    """Count the parameters of a converted model, those of a vision tower too."""
-    named = dict(empty(whole).named_parameters())
-    config = block_config(whole)
-    total = sum(p.numel() for p in named.values())
-    routed = sum(p.numel() for name, p in named.items() if ".experts." in name)
-    idle = routed * (1 - plan.num_experts_per_tok / plan.num_experts) if plan.num_experts else 0
-    copied = format.copied_parameters(config)
-    dense_ffns = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
-    return Sizes(
-        mean_share(config, plan.memory_factor(config.intermediate_size)) + copied.total / dense_ffns,
-        mean_share(config, plan.ffn_active(config.intermediate_size)),
-        total + copied.total,
-        round(total - idle) + copied.active,
-    )
-
-
-def mean_share(config: MoesaicModelConfig, share: float) -> float:
-    """Average what converted layers have or run of an FFN over all layers, of which those that stay dense have 1."""
-    dense = len(config.mlp_only_layers or ()) / config.num_hidden_layers
-    return share * (1 - dense) + dense
-
-
-def empty(config: PreTrainedConfig) -> PreTrainedModel:
-    """Make a model of a configuration without weights."""
-    with torch.device("meta"):
-        return auto_class(config).from_config(config)
 
 
 def choose_plan(config: ConvertConfig, partitioner: Partitioner, intermediate_size: int) -> Plan:

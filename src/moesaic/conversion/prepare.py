@@ -13,6 +13,7 @@ from .. import registry
 from ..calibration.chat import default_sources
 from ..calibration.prompts import sources_for
 from ..calibration.windows import check_tokens
+from ..checkpoint.facts import called
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_space, partial_folder
 from ..compat import set_experts_implementation
@@ -199,11 +200,6 @@ def prepare(
         recovery=recovery, layerwise=layerwise, dtype=dtype, whole_config=whole, format=format,
         format_reason=format_reason, engine=engine, tokenizer=tokenizer, tokens=tokens,
     )  # fmt: skip
-
-
-def called(model: str | Path, source: Path) -> str:
-    """Name a model; a folder by its name only, with a stroke to tell it from a built-in model."""
-    return f"{source.name}/" if Path(model).is_dir() else str(model)
 
 
 def layers_left_dense(config: ConvertConfig, partitioner: Partitioner, router: Router, layers: int) -> list[int] | None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..formats.base import MoesaicModelConfig
-from ..models.families import decoder_layers, ffn_name
+from ..formats.base import Format, MoesaicModelConfig, block_config
+from ..models.families import decoder_layers, empty, ffn_name
 from ..models.moe_block import MoEBlock, find_block
 from ..moe.ahead import network_of
+from ..plan import Plan
 from ..results import ConversionResult
 
 
@@ -79,11 +81,44 @@ def at_experts_per_token(known: ConversionResult, config: MoesaicModelConfig, ex
     `(shared neurons + experts * neurons of one) / neurons of the dense FFN`, and the parameters that come with it.
     """
     neurons = config.shared_expert_intermediate_size + experts * config.moe_intermediate_size
-    dense = len(config.mlp_only_layers or ()) / config.num_hidden_layers
-    return at_share(known, config, neurons / config.intermediate_size * (1 - dense) + dense)
+    return at_share(known, config, mean_share(config, neurons / config.intermediate_size))
 
 
 def at_share(known: ConversionResult, config: MoesaicModelConfig, share: float) -> ConversionResult:
     """Correct the active share of a model's FFNs, and the parameters that come with it."""
     more = 3 * config.num_hidden_layers * config.hidden_size * config.intermediate_size * (share - known.ffn_active)
     return replace(known, ffn_active=share, active_parameters=known.active_parameters + round(more))
+
+
+class Sizes(NamedTuple):
+    """Parameters of a converted model in the format that is written."""
+
+    memory_factor: float
+    """Neurons that are kept, relative to the dense FFN's, on average over layers."""
+    ffn_active: float
+    """Those that one token runs."""
+    total_parameters: int
+    active_parameters: int
+
+
+def sizes(whole: PreTrainedConfig, plan: Plan, format: Format) -> Sizes:
+    """Count the parameters of a converted model, those of a vision tower too."""
+    named = dict(empty(whole).named_parameters())
+    config = block_config(whole)
+    total = sum(p.numel() for p in named.values())
+    routed = sum(p.numel() for name, p in named.items() if ".experts." in name)
+    idle = routed * (1 - plan.num_experts_per_tok / plan.num_experts) if plan.num_experts else 0
+    copied = format.copied_parameters(config)
+    dense_ffns = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+    return Sizes(
+        mean_share(config, plan.memory_factor(config.intermediate_size)) + copied.total / dense_ffns,
+        mean_share(config, plan.ffn_active(config.intermediate_size)),
+        total + copied.total,
+        round(total - idle) + copied.active,
+    )
+
+
+def mean_share(config: MoesaicModelConfig, share: float) -> float:
+    """Average what converted layers have or run of an FFN over all layers, of which those that stay dense have 1."""
+    dense = len(config.mlp_only_layers or ()) / config.num_hidden_layers
+    return share * (1 - dense) + dense

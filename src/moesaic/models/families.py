@@ -55,6 +55,12 @@ FFN_LAYOUTS = [
 """What is recognised as a gated FFN, the first that fits."""
 
 
+def empty(config: PreTrainedConfig) -> PreTrainedModel:
+    """Make a model of a configuration without weights."""
+    with torch.device("meta"):
+        return auto_class(config).from_config(config)
+
+
 @dataclass(frozen=True)
 class GatedFFN:
     """The weights of one dense FFN: `y = (act(x gate.T) * (x up.T)) down.T`."""

@@ -17,9 +17,8 @@ from ..checkpoint.facts import saved_result, saved_settings
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import CONFIG_FILE
 from ..compat import tied_weights
-from ..conversion.plans import sizes
 from ..errors import WorkError
-from ..evaluation.cost import at_share
+from ..evaluation.cost import at_share, sizes
 from ..formats.base import block_config
 from ..formats.converted import Converted
 from ..formats.export import write_metrics

@@ -25,12 +25,12 @@ from ..checkpoint.facts import check_conversion_files, saved_settings
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_output
 from ..config import FinetuneConfig
-from ..conversion.plans import empty
 from ..errors import InputError
 from ..formats.base import block_config
 from ..formats.converted import Converted, dense_origin
 from ..machine import versions
 from ..models.devices import choose_device, compute_dtype
+from ..models.families import empty
 from ..models.processor import Processor
 from ..models.tokenizer import load_tokenizer
 from ..moe.modeling import moe_blocks
@@ -94,13 +94,6 @@ def prepare(
     check_request(source, method, config, accelerator.num_processes)
     tokenizer = load_tokenizer(source.checkpoint.folder)
     processor = Processor(source.checkpoint.folder, source.whole) if source.takes_pictures else None
-    train, held = training_samples(source, config, tokenizer, processor)
-    for samples in (train, held):
-        check_tokens(samples.tokens_NL, source.config.vocab_size, tokenizer)
-    even = len(held) // accelerator.num_processes * accelerator.num_processes
-    if not even:
-        raise InputError(f"{len(held)} held-out sequences cannot be shared by {accelerator.num_processes} processes")
-    held = held.take(torch.arange(even))
     taught = config.objective != "lm" or config.match > 0 or method.needs_dense
     name = (config.teacher or dense_origin(str(source.checkpoint.folder), "--teacher")) if taught else None
     begun = begun_dtype(output) if resume else None  # goes on in its own
@@ -112,6 +105,14 @@ def prepare(
     checkpoints = [source.checkpoint, *([teacher.checkpoint] if teacher else [])]
     weights = sum(one.size() * dtype.itemsize / one.dtype().itemsize for one in checkpoints)
     check_memory(source.whole, weights, method, config, accelerator.device, dtype)
+    # text that is to be written comes after all that can be refused
+    train, held = training_samples(source, config, tokenizer, processor)
+    for samples in (train, held):
+        check_tokens(samples.tokens_NL, source.config.vocab_size, tokenizer)
+    even = len(held) // accelerator.num_processes * accelerator.num_processes
+    if not even:
+        raise InputError(f"{len(held)} held-out sequences cannot be shared by {accelerator.num_processes} processes")
+    held = held.take(torch.arange(even))
     fingerprint = {
         "model": source.checkpoint.fingerprint(),
         "teacher": teacher.checkpoint.fingerprint() if teacher else "none",
