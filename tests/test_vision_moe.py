@@ -18,6 +18,7 @@ from moesaic import (
     adapt,
     convert,
     finetune,
+    inspect,
     load,
     prune,
 )
@@ -139,11 +140,25 @@ def test_adapt_meets_the_budget_and_the_share_of_pictures(converted, tmp_path):
     load(converted, adapter=tmp_path / "adapter")
 
 
+def test_a_rule_inside_a_model_keeps_its_processor_and_measures_its_answers(converted, tmp_path):
+    before = inspect(converted).metrics
+    config = AdaptConfig(
+        method="threshold", inside=True, target_active=0.6, tokens=1_024, window=64, samples=60, held_out=12
+    )
+    adapt(converted, tmp_path / "out", config)
+    assert (tmp_path / "out" / "processor_config.json").is_file()
+    after = inspect(tmp_path / "out").metrics
+    assert after.pictures.perplexity != before.pictures.perplexity
+    assert after.pictures.perplexity_dense == before.pictures.perplexity_dense
+    assert after.active_parameters < before.active_parameters
+
+
 def test_rules_by_modality_are_for_models_that_take_pictures(tmp_path):
     with pytest.raises(InputError, match="takes text only"):
         load("tiny-moe", select="modality-threshold")
     with pytest.raises(InputError, match="takes text only"):
         adapt("tiny-moe", tmp_path / "out", AdaptConfig(method="modality-threshold", target_active=0.7, tokens=512))
+    assert not list(tmp_path.iterdir())  # seen before any work
 
 
 def test_what_learns_learns_from_text(converted, tmp_path):

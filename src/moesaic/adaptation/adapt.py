@@ -276,11 +276,8 @@ def remeasured(run: Adaptation, policy: Policy, found: Found, known: ConversionR
     perplexity = math.exp(min(700.0, measure(policy.model, samples, selection, parameters).loss))
     pictures, folder = known.pictures, run.checkpoint.folder
     if pictures is not None:
-        processor, held_out = (
-            Processor(folder, policy.model.config),
-            saved_settings(folder)["config"]["held_out_tokens"],
-        )
+        held_out = saved_settings(folder)["config"]["held_out_tokens"]
         with attach(policy.model, selection, parameters):
-            pictures = answers_of(policy.model, processor, pictures, held_out)
+            pictures = answers_of(policy.model, Processor(folder, policy.model.config), pictures, held_out)
     collapsed = not perplexity / known.perplexity_dense <= ConvertConfig().collapse_ratio
     return replace(known, perplexity=perplexity, pictures=pictures, collapsed=collapsed)
