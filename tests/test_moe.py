@@ -177,7 +177,7 @@ def test_our_experts_equal_the_naive_loop_for_any_choice(poisoned, tokens, choic
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 3, 5, 40])
-def test_a_product_with_turned_weights_is_the_product(dtype, tokens):
+def test_a_product_with_turned_weights_is_the_product(dtype, tokens, monkeypatch):
     """Of few tokens it is a sum of columns, of more a product: `h Wd^T` either way."""
     g = torch.Generator().manual_seed(0)
     down_EDI, hidden_CI = torch.randn(3, 32, 12, generator=g).to(dtype), torch.randn(tokens, 12, generator=g).to(dtype)
@@ -191,6 +191,9 @@ def test_a_product_with_turned_weights_is_the_product(dtype, tokens):
     expert_C = torch.arange(tokens) % 3
     each = torch.stack([h.double() @ down_EDI[e].double().T for h, e in zip(hidden_CI, expert_C, strict=True)])
     torch.testing.assert_close(rows_product(hidden_CI, laid, expert_C).double(), each, rtol=exact, atol=exact)
+    for piece in (6, 5, 3, 1):  # in two pieces, in two, in four, in four: the same but for rounding
+        monkeypatch.setattr(kernels, "PIECE", piece)
+        torch.testing.assert_close(rows_product(hidden_CI, laid, expert_C).double(), each, rtol=exact, atol=exact)
 
 
 def test_a_loaded_model_is_turned_and_saves_what_it_was(tmp_path):

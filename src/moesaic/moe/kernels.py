@@ -33,6 +33,8 @@ GROUPED_MM_ALIGNMENT_BYTES = 16
 FEW_PAIRS = 64
 FEW_TOKENS = 8
 """Of an expert, for which a sum of columns each takes less time than a product with turned weights."""
+PIECE = 256
+"""Columns of a piece of a sum, at least."""
 SPLIT = "_is_expert_parallel"
 FLAGS = ("is_transposed", "has_bias", "has_post_expert_norm", SPLIT)
 """What transformers says of experts that are not just two products; not every version has all."""
@@ -134,11 +136,18 @@ def is_turned(down: Tensor) -> bool:
 
 
 def rows_product(hidden_KI: Tensor, down_EDI: Tensor, expert_K: Tensor) -> Tensor:
-    """Compute `h_k Wd_{expert_k}^T`, [K, D], of down-projections that are turned: weighted sums of their columns."""
-    width = hidden_KI.shape[1]
-    columns_FD = down_EDI.mT.reshape(-1, down_EDI.shape[-2])
+    """Compute `h_k Wd_{expert_k}^T`, [K, D], of down-projections that are turned: weighted sums of their columns.
+
+    torch sums each row in one thread, so rows are summed in pieces, which depend on an expert's width alone: a store,
+    which brings one expert after the other, is to round as all experts at once do.
+    """
+    (rows, width), hidden_size = hidden_KI.shape, down_EDI.shape[-2]
+    pieces = next((n for n in (16, 8, 4, 2) if width % n == 0 and width // n >= PIECE), 1)
     index_KI = expert_K[:, None] * width + torch.arange(width)
-    return embedding_bag(index_KI, columns_FD, mode="sum", per_sample_weights=hidden_KI)
+    columns_FD = down_EDI.mT.reshape(-1, hidden_size)
+    shape = (rows * pieces, width // pieces)
+    sums = embedding_bag(index_KI.view(shape), columns_FD, mode="sum", per_sample_weights=hidden_KI.reshape(shape))
+    return sums if pieces == 1 else sums.view(rows, pieces, hidden_size).sum(1)
 
 
 def down_product(hidden_CI: Tensor, down_DI: Tensor) -> Tensor:
