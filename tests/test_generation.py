@@ -32,6 +32,7 @@ HEAD = 'def double(x):\n    """Twice x."""\n'
 TEST = "def check(candidate):\n    assert candidate(3) == 6\n"
 SOLVED = {"task_id": "t/0", "prompt": f"{HEAD}    return 2 * x\n    # ", "test": TEST, "entry_point": "double"}
 WRONG = SOLVED | {"task_id": "t/1", "prompt": f"{HEAD}    return 3 * x\n    # "}
+HEADED = {"prompt": "def f(x):"}
 MBPP = {"task_id": 7, "text": "Double it.", "code": "", "test_list": ["assert double(3) == 6"], "test_setup_code": ""}
 SUM = {"question": "What are 2 and 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}
 TEXTS = [{"text": "The first of May was a day of"}, {"prompt": "import os\n\ndef"}, {"text": "One, two, three, " * 60}]
@@ -360,6 +361,10 @@ def test_the_command_line_measures_generation(run, tmp_path):
         ([SUM], ["--chat"], "has no chat template"),
         ([SUM], ["--batch", "0"], "--batch is 0"),
         ([SUM], ["--max-new-tokens", "100000"], "more than the model's context"),
+        ([SUM], ["--answers", "."], "is a folder"),
+        ([MBPP | {"test_list": []}], ["--allow-code-execution"], "'test_list' is empty"),
+        ([HEADED | {"test": ["assert f(1)"], "entry_point": "f"}], ["--allow-code-execution"], "a text that tests it"),
+        ([HEADED | {"test": "pass", "entry_point": "no name"}], ["--allow-code-execution"], "the name of a function"),
         ([SUM], ["--answers", "nowhere/x.jsonl"], "in no folder that exists"),
         ([SUM | {"answer": "five"}], [], "has no number in its answer 'five'"),
         ([{"text": "a"}], [], "name it: --reference DENSE"),
@@ -373,6 +378,18 @@ def test_bad_input_is_refused_before_any_work(run, tmp_path, rows, options, says
     code, out, err = run("evaluate", "tiny", "--generate", write(tmp_path / "x.jsonl", *rows), *options)
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert says in err
+
+
+def test_answers_take_the_place_of_earlier_ones_and_of_nothing_else(run, tmp_path):
+    exercises, answers = write(tmp_path / "x.jsonl", SUM), tmp_path / "answers.jsonl"
+    before = exercises.read_bytes()
+    common = ("evaluate", "tiny", "--window", "64", "--max-new-tokens", "2", "--generate", exercises, "--answers")
+    code, _, err = run(*common, exercises)
+    assert (code, "holds no answers that were kept before" in err) == (2, True)
+    assert exercises.read_bytes() == before
+    for _ in range(2):
+        assert run(*common, answers)[0] == 0
+        assert json.loads(answers.read_text())["set"] == "x"
 
 
 def test_settings_without_files_and_missing_files_are_refused(run, tmp_path, texts):

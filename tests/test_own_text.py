@@ -37,6 +37,18 @@ def short(monkeypatch):
 CODE = OwnText("code", None)
 
 
+def test_a_prompt_that_asks_nothing_is_refused_with_the_users_own_fields(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"foo": 1}\n')
+    with pytest.raises(InputError, match=r"bad.jsonl:1 is a JSON object with 'foo'; expected one of 'prompt'"):
+        read_prompts(OwnText(None, tmp_path / "bad.jsonl"))
+
+
+def test_few_wide_windows_are_written_for_each_kind(cache):
+    """Each kind may leave a part of a window over, which is written too."""
+    config = ConvertConfig(calibration=("self",), tokens=1_024, window=256, partition="coactivation")
+    assert prepare("tiny", config).tokens.all().numel() >= 1_024
+
+
 def test_bundled_prompts_are_of_every_kind_and_none_is_what_the_demo_asks():
     prompts = read_prompts(OwnText(None, None))
     assert {one.domain for one in prompts} == set(KINDS)
@@ -219,7 +231,7 @@ def test_bundled_answers_are_to_the_bundled_prompts():
     [
         (None, False, ()),
         (None, True, ("bundled", "answers")),
-        ("text", True, ()),
+        ("text", True, ("bundled",)),
         ("code", True, ("bundled", "answers:code")),
         ("chat", False, ("bundled", "answers:chat")),
     ],
@@ -234,10 +246,14 @@ def test_what_a_model_is_for_chooses_its_text(use, chats, sources, tmp_path):
     config = ConvertConfig(partition="coactivation", tokens=2_048, for_use=use)
     conversion = prepare(str(tmp_path / "model"), config)
     assert conversion.config.calibration == sources
-    domains = 6 if not sources else 6 + (3 if use is None else 1)
+    domains = 6 if sources in ((), ("bundled",)) else 6 + (3 if use is None else 1)
     assert len(conversion.tokens.domain_N.unique()) >= domains - 2  # few windows
-    named = prepare(str(tmp_path / "model"), config.model_copy(update={"calibration": ("bundled",)}))
-    assert named.config.calibration == ("bundled",)
+    assert conversion.config.for_use is None
+    again = prepare(str(tmp_path / "model"), conversion.config)  # as OUT's own recipe
+    assert torch.equal(again.tokens.calibration_NL, conversion.tokens.calibration_NL)
+    if use:
+        with pytest.raises(InputError, match=f"--for-use {use} chooses the calibration text where none is named"):
+            prepare(str(tmp_path / "model"), config.model_copy(update={"calibration": ("bundled",)}))
 
 
 def test_an_unknown_use_is_refused():

@@ -181,7 +181,7 @@ def convert(
     output, model = path(output), place(str(model))
     from .training.finetune import finetune  # which says what to install, before the conversion
 
-    config, one_file = for_output(config, output), output.suffix == GGUF
+    config, one_file = for_output(config, output), output.suffix.lower() == GGUF
     with (claim_file if one_file else claim_output)(output, overwrite), work_folder(output) as work:
         check_unfinished(output, resume)
         made, trained = work / "converted", work / f"trained-{minutes:g}"  # each length has a training of its own
@@ -258,7 +258,7 @@ def told(trained: Path, output: Path, config: ConvertConfig, report: Progress) -
     if config.engine == LLAMA_CPP:
         engine, protocol = choose_for(LLAMA_CPP, config.outtype), known.perplexity_protocol
         tokens_NL = token_windows(bundled("heldout"), load_tokenizer(trained), protocol.tokens, protocol.window)
-        called = output if output.suffix == GGUF else output / MADE
+        called = output if output.suffix.lower() == GGUF else output / MADE
         device = choose_device(config.device)
         written = write_checked_gguf(trained, engine.outtype or "", called, tokens_NL, device, report)
         known = replace(known, engine=engine, gguf=written)
@@ -283,7 +283,7 @@ def check_unfinished(output: Path, resume: bool) -> None:
 
 def take_place(trained: Path, output: Path) -> None:
     """Give a finished folder, or the GGUF in it, the name OUT, as a conversion does."""
-    if output.suffix == GGUF:
+    if output.suffix.lower() == GGUF:
         partial: ResumableOutput = ResumableFile(output, LAST, resume=False)
         (trained / MADE).replace(partial.folder / MADE)
         partial.take_place()

@@ -120,10 +120,14 @@ def adaptation_samples(
     """
     whole = without_weights(checkpoint).config
     if whole.get_text_config() is whole:
-        documents = documents_of(config.data, checkpoint.folder, TRAINING_TOKENS, config.seed, config.device)
+        documents = documents_of(
+            config.data, checkpoint.folder, TRAINING_TOKENS, config.seed, config.device, window=config.window
+        )
         return make_samples(documents, tokenizer, config.samples, config.window, config.held_out, config.seed)
     bundle = bundled_both if learner is None else bundled_text
-    documents = documents_of(config.data, checkpoint.folder, TRAINING_TOKENS, config.seed, config.device, bundle)
+    documents = documents_of(
+        config.data, checkpoint.folder, TRAINING_TOKENS, config.seed, config.device, bundle, window=config.window
+    )
     if learner is not None and any(one.pictures for one in documents):
         raise InputError(
             f"--method {registry.text('selection', config.method)} learns from text alone; leave rows with pictures "

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..models.pictured import Pictured, joined, plain
 from ..models.processor import Processor
 from .documents import Document
@@ -68,7 +69,15 @@ def mixed(
         return in_turn(Mixed(tokens_NL, pictured, torch.tensor([number for number, _ in parts])))
     length = max(length, min(window, LEAST_WINDOW))
     wanted = max(length, share)
-    text_NL, domain_N = labelled_windows(text, processor.tokenizer, wanted if enough else None, length)
+    try:
+        text_NL, domain_N = labelled_windows(text, processor.tokenizer, wanted if enough else None, length)
+    except InputError as error:
+        if not shown:
+            raise
+        raise InputError(
+            f"{len(text)} of {len(documents)} rows have no picture, and are to give half of the tokens: {error}; or "
+            "leave those rows out"
+        ) from error
     if not enough and len(text_NL) > wanted // length:
         even_N = torch.arange(wanted // length) * len(text_NL) // (wanted // length)
         text_NL, domain_N = text_NL[even_N], domain_N[even_N]

@@ -19,6 +19,8 @@ BUNDLED, ANSWERS, OWN = "bundled", "answers", "self"
 """In place of a file's name: the bundled text, bundled answers to the prompts, and what the model writes itself."""
 KINDS = ("code", "chat", "text")
 """Of the bundled prompts."""
+ASKING = ("prompt", "instruction", "question", "text", "content", "messages", "conversations", "conversation")
+"""Fields of a row that hold what a model is asked."""
 UNANSWERED = {"response": "", "output": "", "answer": ""}
 
 
@@ -109,6 +111,9 @@ def prompt(row: object, domain: str, where: str) -> Document:
     Raises:
         InputError: nothing stands before an answer, or a picture does.
     """
+    if isinstance(row, Mapping) and not any(row.get(key) for key in ASKING):
+        keys = ", ".join(map(repr, row))[:100] or "nothing"
+        raise InputError(f"{where} is a JSON object with {keys}; expected one of {', '.join(map(repr, ASKING))}")
     found = document({**UNANSWERED, **row} if isinstance(row, Mapping) else row, domain, where)
     if found.pictures:
         raise InputError(f"{where} has a picture; a model writes text of prompts of text: leave such rows out")

@@ -56,7 +56,7 @@ def resolve(model: str, console: Console | None = None) -> Path:
         return from_gguf(gguf, console)
     if path.is_dir():
         return path
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise InputError(f"no file '{model}'")
         return from_gguf(path, console)

@@ -90,6 +90,19 @@ def in_llama_cpp(engine: str, models: Models, asked: Asked, as_json: bool) -> No
     print_result(result, as_json, lambda: show_quantised(stderr, result))
 
 
+def compared(model: str, against: str | None, adapted: bool) -> tuple[str, str]:
+    """Say what a model is measured against, and what that is called; with an adapter or a store itself without.
+
+    Raises:
+        InputError: it was converted from a folder, which must be named.
+    """
+    if adapted and against is None:
+        return "without", model
+    from ..formats.converted import dense_origin
+
+    return "dense", against or dense_origin(model)
+
+
 def benchmark(
     context: typer.Context,
     model: options.ModelArgument,
@@ -125,7 +138,6 @@ def benchmark(
         return in_llama_cpp(engine, models, Asked(prompt, new, rounds, threads, text, max_tokens, plot), as_json)
     from ..evaluation.benchmark import benchmark as run
     from ..evaluation.inspect import prompt_tokens
-    from ..formats.converted import dense_origin
     from ..serving.generate import check_length
 
     options.check_plot(plot)
@@ -133,8 +145,7 @@ def benchmark(
     given.check(prompt=prompt, new=new, rounds=rounds)
     store = options.store_options(expert_memory, cache, prefetch, cache_bias)
     adapted = store is not None or adapter is not None or select is not None
-    column = "without" if adapted and against is None else "dense"
-    against = against or (model if adapted else dense_origin(model))
+    column, against = compared(model, against, adapted)
     processor, shown = pictures.read_pictures(model, image)
     loaded, tokenizer = options.load_model(
         model, device, dtype, threads, experts, adapter=adapter, select=select, store=store

@@ -14,6 +14,7 @@ from .options import print_result, stderr
 
 if TYPE_CHECKING:
     from ..config import ConvertConfig
+    from ..results import ConversionResult
 
 ImageWeight = Annotated[
     float | None, typer.Option(help="worth of a picture's token relative to one of text [default: 0.25]")
@@ -65,11 +66,10 @@ def convert(
     dry_run: Annotated[bool, typer.Option(help="check everything, print the plan, stop")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Convert a dense model into a Mixture-of-Experts, layer by layer, without training."""
+    """Convert a dense model into a Mixture-of-Experts, layer by layer; training is only with --effort."""
     from ..config import ConvertConfig
     from ..conversion.engines import for_output
-    from ..effort import at_effort, estimate
-    from ..effort import convert as run
+    from ..effort import at_effort
 
     given = {
         "active": active, "plan": plan, "expert_width": expert_width, "partition": partition, "router": router,
@@ -83,14 +83,23 @@ def convert(
     config = for_output(at_effort(config, effort), out)
     if dry_run:
         return dry(model, out, config, effort, overwrite, as_json)
+    metrics = run(model, out, config, effort, resume, overwrite, force)
+    print_result(metrics, as_json, lambda: tables.show_made(stderr, metrics))
+
+
+def run(
+    model: str, out: Path, config: ConvertConfig, effort: str, resume: bool, overwrite: bool, force: bool
+) -> ConversionResult:
+    """Convert, and show how far it is; of more than little effort first how long it will take."""
+    from ..effort import convert, estimate
+
     if effort != "fast":
         stderr.print(f"{effort}: {estimate(model, config, effort)}, on this machine")
     with progress(stderr, "converting", "layer") as tick:
-        metrics = run(
+        return convert(
             model, out, config, effort=effort, resume=resume, overwrite=overwrite, force=force, progress=tick,
             training_progress=tick.phase("training", "%", ""),
         )  # fmt: skip
-    print_result(metrics, as_json, lambda: tables.show_made(stderr, metrics))
 
 
 def dry(model: str, out: Path, config: ConvertConfig, effort: str, overwrite: bool, as_json: bool) -> None:
@@ -103,7 +112,7 @@ def dry(model: str, out: Path, config: ConvertConfig, effort: str, overwrite: bo
     from ..effort import estimate
 
     with options.status("checking"):
-        (check_file if out.suffix == GGUF else check_output)(out, overwrite)
+        (check_file if out.suffix.lower() == GGUF else check_output)(out, overwrite)
         conversions = candidates(model, unwritten(config))
         conversions[0].check_space(out)
         found = describe(conversions, config)

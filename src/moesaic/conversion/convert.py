@@ -81,7 +81,7 @@ def convert(
     start = time.monotonic()
     output = path(output)
     config, report = for_output(config or ConvertConfig(), output), progress or unheard
-    one_file = output.suffix == GGUF
+    one_file = output.suffix.lower() == GGUF
     with (claim_file if one_file else claim_output)(output, overwrite):
         write_text(str(model), config, report)
         conversions = candidates(str(model), config, begun_dtype(output) if resume else None)

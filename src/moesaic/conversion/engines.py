@@ -20,7 +20,7 @@ def for_output(config: ConvertConfig, output: Path) -> ConvertConfig:
     Raises:
         InputError: it is another engine.
     """
-    if output.suffix != GGUF:
+    if output.suffix.lower() != GGUF:
         return config
     if config.engine not in (None, LLAMA_CPP):
         raise InputError(f"'{output}' is a file of llama.cpp's, and --for {config.engine} loads folders; drop {GGUF}")

@@ -23,6 +23,7 @@ from ..formats.base import Format, MoesaicModelConfig, block_config
 from ..formats.engines import LLAMA_CPP, format_for
 from ..machine import versions
 from ..models.devices import COMPUTE_DTYPE, choose_device, choose_dtype, compute_dtype
+from ..models.integrity import read_config
 from ..models.layerwise import LayerwiseModel
 from ..models.tokenizer import load_tokenizer
 from ..moe.modeling import DEFAULT_EXPERTS, moesaic_config
@@ -226,6 +227,11 @@ def check_pictures(config: ConvertConfig, router: Router, layerwise: LayerwiseMo
     Raises:
         InputError: the two do not go together.
     """
+    whole = read_config(layerwise.checkpoint.folder)
+    if config.text_only and whole.get_text_config() is whole:
+        raise InputError(
+            f"--text-only is for models that take pictures, and '{whole.model_type}' takes text; leave it out"
+        )
     if layerwise.takes_pictures and router.scope == "model":
         raise InputError(
             f"router '{registry.text('router', config.router)}' decides by token ids alone, which say nothing of a "

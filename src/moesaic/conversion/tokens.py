@@ -109,6 +109,7 @@ class Text(NamedTuple):
     stamps: tuple[int, ...]
     """When each file was changed last, ns."""
     tokens: int
+    window: int
     seed: int
     """Of text that the model writes."""
     device: str
@@ -121,11 +122,11 @@ class Text(NamedTuple):
         own = [own_text(name) for name in sources]
         paths = [found.file if found else local(name) for name, found in zip(sources, own, strict=True)]
         stamps = tuple(path.stat().st_mtime_ns if path and isfile(path) else 0 for path in paths)
-        return cls(sources, stamps, config.tokens, config.seed if any(own) else 0, config.device)
+        return cls(sources, stamps, config.tokens, config.window, config.seed if any(own) else 0, config.device)
 
     def read(self, source: Path, bundle: Bundle = bundled_text, progress: Progress | None = None) -> list[Document]:
         """Read the documents, those that the model writes after it has written them."""
-        return documents_of(self.sources, source, self.tokens, self.seed, self.device, bundle, progress)
+        return documents_of(self.sources, source, self.tokens, self.seed, self.device, bundle, progress, self.window)
 
 
 @lru_cache(maxsize=4)

@@ -207,10 +207,17 @@ def exercise(row: object, where: str, number: int) -> Exercise:
     name = str(row.get("task_id", row.get("id", number)))
     prompt = _text(row, "prompt", "text", "content")
     question, answer = _text(row, "question", "context"), _text(row, "answer")
-    test, entry_point = _text(row, "test"), _text(row, "entry_point")
-    if prompt and test and entry_point:
+    if prompt and row.get("entry_point") is not None:
+        test, entry_point = _text(row, "test"), _text(row, "entry_point")
+        if not test or not entry_point.isidentifier():
+            raise InputError(
+                f"{where} has 'entry_point' {row['entry_point']!r:.60} and 'test' {row.get('test')!r:.60}; expected "
+                "the name of a function, and a text that tests it"
+            )
         return Function(id=name, head=prompt, test=test, entry_point=entry_point)
-    if prompt and row.get("test_list"):
+    if prompt and row.get("test_list") is not None:
+        if not row["test_list"]:
+            raise InputError(f"{where}: 'test_list' is empty, so any answer would pass; give tests, or leave it out")
         setup = "\n".join((*_lines(row, "test_imports", where), _text(row, "test_setup_code")))
         return Script(id=name, text=prompt, tests=_lines(row, "test_list", where), setup=setup)
     if question and answer:

@@ -33,6 +33,10 @@ Continuations = Mapping[str, list[list[int]]]
 """By the name of a set: the tokens that a reference wrote for each exercise."""
 
 
+ANSWER_BEGINS = '{"set": '
+"""How each line of kept answers begins."""
+
+
 class Generating(TypedDict, total=False):
     """How generation is measured: settings of `evaluate` beside `generate`."""
 
@@ -111,11 +115,27 @@ def read_request(generate: Files | None, items: int | None = None, **settings: U
             )
     if request.answers and not path(request.answers).absolute().parent.is_dir():
         raise InputError(f"--answers {request.answers} is in no folder that exists; make it first")
-    if request.answers and path(request.answers).is_dir():
-        raise InputError(f"--answers {request.answers} is a folder; name a file, such as answers.jsonl")
+    if request.answers:
+        check_answers(path(request.answers))
     if any(issubclass(found.kind, Code) for found in sets):
         check_runner()
     return request
+
+
+def check_answers(file: Path) -> None:
+    """Check that nothing of a user's is where answers go: earlier answers are replaced, other files never.
+
+    Raises:
+        InputError: something is.
+    """
+    if file.is_dir():
+        raise InputError(f"--answers {file} is a folder; name a file, such as answers.jsonl")
+    if not file.exists():
+        return
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        first = lines.readline()
+    if first and not first.startswith(ANSWER_BEGINS):
+        raise InputError(f"--answers {file} exists, and holds no answers that were kept before; choose another name")
 
 
 def check_model(request: Request, model: PreTrainedModel, words: Words) -> None:

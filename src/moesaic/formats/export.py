@@ -63,7 +63,7 @@ def export(
     """
     output, folder = path(output), resolve(str(model))
     source = Converted(folder)
-    if format == "gguf" or (format == "auto" and output.suffix == ".gguf"):
+    if format == "gguf" or (format == "auto" and output.suffix.lower() == ".gguf"):
         from .gguf.writer import write_gguf  # needs moesaic[export]
 
         return write_gguf(source, output, outtype or "f16", overwrite=overwrite, progress=progress)

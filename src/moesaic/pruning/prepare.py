@@ -117,12 +117,14 @@ def prepare(model: str, config: PruneConfig, compute: torch.dtype | None = None)
     longest = layerwise.config.max_position_embeddings
     window = min(config.window, longest)
     if layerwise.takes_pictures:
-        documents = documents_of(config.calibration, folder, config.tokens, config.seed, config.device, bundled_both)
+        documents = documents_of(
+            config.calibration, folder, config.tokens, config.seed, config.device, bundled_both, window=config.window
+        )
         processor = Processor(folder, layerwise.model.config)
         calibration_NL, pictured, _ = mixed(documents, processor, config.tokens, window, longest)
     else:
         sources = config.calibration or default_sources(tokenizer, layerwise.config.vocab_size)
-        documents = documents_of(sources, folder, config.tokens, config.seed, config.device)
+        documents = documents_of(sources, folder, config.tokens, config.seed, config.device, window=config.window)
         calibration_NL, _ = labelled_windows(documents, tokenizer, config.tokens, window)
     held_out_NL = held_out(config, source, tokenizer, window)
     check_tokens(torch.cat([calibration_NL.flatten(), held_out_NL.flatten()]), layerwise.config.vocab_size, tokenizer)

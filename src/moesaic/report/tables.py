@@ -51,7 +51,9 @@ def show_conversion(console: Console, m: ConversionResult) -> None:
     say_errors(console, m)
     if m.trials:
         losses = ", ".join(f"{t.partition} {t.plan} {t.held_out_loss:.3f}" for t in m.trials)
-        _say(console, f"{m.partition} was chosen by the loss on held-out calibration tokens: {losses}")
+        least = min(m.trials, key=lambda trial: trial.held_out_loss)
+        tie = "" if (least.partition, least.plan) == (m.partition, m.plan) else "; so near, the order is chance"
+        _say(console, f"{m.partition} was chosen by the loss on held-out calibration tokens: {losses}{tie}")
     if m.router:
         _say(
             console,
@@ -68,7 +70,9 @@ def show_conversion(console: Console, m: ConversionResult) -> None:
     )
     _say(console, f"written as {m.format}: {m.format_reason or loaders}")
     if m.engine:
-        _say(console, f"for {m.engine.engine}: groups of {m.expert_width} neurons; {m.engine.reason}")
+        narrow = m.engine.least_width is not None and m.expert_width < m.engine.least_width
+        own = f"; in this FFN they are of {m.expert_width}" if narrow else ""
+        _say(console, f"for {m.engine.engine}: {m.engine.reason}{own}")
     if m.gguf:
         others = f", {m.gguf.fallbacks} matrices in f16" if m.gguf.fallbacks else ""
         size = f"{m.gguf.outtype}, {m.gguf.bytes / 1e6:,.0f} MB{others}"
@@ -78,7 +82,8 @@ def show_conversion(console: Console, m: ConversionResult) -> None:
         _say(console, f"no calibration token reached these experts (layer: experts): {unreached}", "yellow")
     if m.collapsed:
         _say(console, "this model collapsed; it was kept because of --force", "bold red")
-    _say(console, f"{m.seconds:.0f} s, peak memory {m.peak_rss_bytes / 1e9:.2f} GB. Next:")
+    seconds = m.seconds + (m.finetune.seconds if m.finetune else 0)
+    _say(console, f"{seconds:.0f} s, peak memory {m.peak_rss_bytes / 1e9:.2f} GB. Next:")
     first = ("What is it?", "--image", "picture.jpg") if m.pictures else ("def quicksort(arr):",)
     for verb, *prompt in (("generate", *first), ("evaluate",), ("benchmark",)):
         offer(console, command("moesaic", verb, here(m.output), *prompt), "  ")

@@ -58,6 +58,7 @@ def documents_of(
     device: str = "auto",
     bundle: Bundle = bundled_text,
     progress: Progress | None = None,
+    window: int = 0,
 ) -> list[Document]:
     """Read documents of files, data sets, the bundled text (`bundled`) and text that the model writes (`self`).
 
@@ -72,6 +73,7 @@ def documents_of(
         device: where the model runs.
         bundle: reads what `bundled` stands for.
         progress: called with (tokens written, tokens wanted, what goes on).
+        window: tokens of the windows that will be cut, of which each domain may leave one over.
 
     Raises:
         InputError: a file that cannot be read, or a kind of prompts that there is not.
@@ -84,7 +86,8 @@ def documents_of(
     read = read_documents(files) if files else []
     parts = [shared(found, source) for source, found in ready.items() if found]
     for source, one in own.items():
-        written = write(one, model, round(SPARE * tokens / len(ready)), seed, device, progress)
+        left_over = window * len({prompt.domain for prompt in read_prompts(one)})
+        written = write(one, model, round(SPARE * tokens / len(ready)) + left_over, seed, device, progress)
         parts.append(shared(written, source))
     return [*read, *(document for part in parts for document in part)]
 

@@ -34,7 +34,7 @@ from ..models.families import empty
 from ..models.processor import Processor
 from ..models.tokenizer import load_tokenizer
 from ..moe.modeling import moe_blocks
-from ..serving.own_text import TRAINING_TOKENS, documents_of
+from ..serving.own_text import TRAINING_TOKENS, bundled_text, documents_of
 from .data import Samples, make_samples
 from .load import MICRO_TOKENS
 from .methods import Method
@@ -155,13 +155,12 @@ def training_samples(
     writer = source.checkpoint.folder
     if any(own_text(name) for name in config.data):
         writer = resolve(config.teacher or dense_origin(str(writer), "--teacher"))
-    text = (config.data, writer, TRAINING_TOKENS, config.seed, config.device)
+    bundle = bundled_text if processor is None else bundled_both
+    text = (config.data, writer, TRAINING_TOKENS, config.seed, config.device, bundle)
+    documents, how = documents_of(*text, window=config.window), (config.samples, config.window, config.held_out)
     if processor is None:
-        return make_samples(documents_of(*text), tokenizer, config.samples, config.window, config.held_out, config.seed)
-    return make_pictured_samples(
-        documents_of(*text, bundled_both), processor, config.samples, config.window, config.held_out, config.seed,
-        source.config.max_position_embeddings,
-    )  # fmt: skip
+        return make_samples(documents, tokenizer, *how, config.seed)
+    return make_pictured_samples(documents, processor, *how, config.seed, source.config.max_position_embeddings)
 
 
 def check_request(source: Converted, method: Method, config: FinetuneConfig, processes: int) -> None:

@@ -84,7 +84,7 @@ def prepare(model: str, config: PruneConfig, compute: torch.dtype | None = None)
         check_healable(source, config)
     tokenizer = load_tokenizer(folder)
     sources = config.calibration or default_sources(tokenizer, layerwise.config.vocab_size)
-    documents = documents_of(sources, folder, config.tokens, config.seed, config.device)
+    documents = documents_of(sources, folder, config.tokens, config.seed, config.device, window=config.window)
     window = min(config.window, layerwise.config.max_position_embeddings)
     tokens_NL, _ = labelled_windows(documents, tokenizer, config.tokens, window)
     spare = torch.arange(len(tokens_NL)) % VALIDATION == VALIDATION - 1
