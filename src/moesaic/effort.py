@@ -26,7 +26,6 @@ from .conversion.engines import GGUF, for_output
 from .conversion.gguf import write_checked_gguf
 from .conversion.prepare import Conversion
 from .errors import InputError
-from .evaluation.cost import sizes
 from .files import read_json, write_json
 from .formats.converted import Converted
 from .formats.engines import LLAMA_CPP, choose_for
@@ -42,7 +41,6 @@ WINDOW = 512
 """Tokens of a training sequence, where the model's context is as long."""
 FORWARDS, FITS = 4, 2
 """Runs of a layer, and of products of its neurons with each other, in one conversion of it."""
-
 FINGERPRINT, MARK = "fingerprint.json", {"command": "convert --effort"}
 """What OUT.effort is known by."""
 LAST = {"step": "taking OUT's place"}
@@ -105,10 +103,10 @@ def estimate(model: str | Path, config: ConvertConfig | None = None, effort: str
     check = unwritten(config)
     conversions = candidates(place(str(model)), check)
     minutes = effort_of(effort).minutes
-    if minutes:
-        check_training(conversions, minutes)
-    tokens = config.tokens / check.tokens
-    products = sum(_products(conversion, tokens, share) for conversion, share in _passes(conversions))
+    check_training(conversions, minutes)
+    products = sum(
+        _products(conversion, config.tokens / check.tokens, share) for conversion, share in _passes(conversions)
+    )
     return Estimate(products / _speed(conversions[0]) / 60, minutes)
 
 
@@ -159,8 +157,8 @@ def convert(
         model: hub id, folder, .gguf file or built-in name (`tiny`, `demo`, `demo-1.5b`, `gemma-270m`).
         output: the folder to make; it appears only when whole.
         config: what to do; by default half of each FFN is active.
-        effort: `fast`; `good`: four times the calibration tokens (on a GPU eight) and 15 minutes of training; `best`:
-            six times (twelve) and an hour. Tokens that `config` gives stay.
+        effort: `fast`; `good`: four times the tokens (on a GPU eight) and 15 minutes of training; `best`: six (twelve)
+            and an hour. Tokens that `config` gives stay.
         resume: go on with unfinished work on the same model, data and configuration.
         overwrite: replace `output` if it exists.
         force: keep a collapsed result.
@@ -221,20 +219,16 @@ def work_folder(output: Path) -> Iterator[Path]:
 
 
 def check_training(conversions: list[Conversion], minutes: float) -> None:
-    """Check before a conversion that its training, taught by the dense model, will fit in memory.
+    """Check before a conversion that its training will fit in memory, whichever of the candidates it is.
 
     Raises:
         InputError: it will not, or training is not installed.
     """
-    from .training.prepare import check_memory, training_dtype
+    from .training.prepare import check_conversion
 
-    for conversion in conversions:
-        device, longest = conversion.layerwise.device, conversion.layerwise.config.max_position_embeddings
-        config = FinetuneConfig(minutes=minutes, window=min(WINDOW, longest))
-        dtype = training_dtype(conversion.dtype, device)
-        parameters = sizes(conversion.whole_config, conversion.plan, conversion.format).total_parameters
-        weights = (parameters + conversion.layerwise.parameters()) * dtype.itemsize
-        check_memory(conversion.whole_config, weights, registry.build("method", config.method), config, device, dtype)
+    for conversion in conversions if minutes else ():
+        longest = conversion.layerwise.config.max_position_embeddings
+        check_conversion(conversion, FinetuneConfig(minutes=minutes, window=min(WINDOW, longest)))
 
 
 def training_of(made: Path, model: str, config: ConvertConfig, minutes: float) -> FinetuneConfig:
@@ -296,9 +290,8 @@ def take_place(trained: Path, output: Path) -> None:
 
 def _is_trained(trained: Path, made: Path) -> bool:
     """Tell whether a conversion's training was finished before."""
-    if not (trained / METRICS_FILE).is_file() or saved_result(trained).finetune is None:
-        return False
-    return saved_result(trained).fingerprint == saved_result(made).fingerprint
+    found = saved_result(trained) if (trained / METRICS_FILE).is_file() else None
+    return found is not None and found.finetune is not None and found.fingerprint == saved_result(made).fingerprint
 
 
 def _is_made(made: Path, model: str, config: ConvertConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -50,6 +51,18 @@ ONLY_HERE = (
 ONLY_LLAMA_CPP = ("siblings", "outtypes", "text", "max_tokens", "llama_cpp")
 
 
+def no_say(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Check that options are left out of a command line.
+
+    Raises:
+        InputError: one is given; the message is its name and why it is not heard.
+    """
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in names and source and source.name == "COMMANDLINE":
+            raise InputError(f"{option.opts[0]} {why}")
+
+
 def check_heard(context: typer.Context, engine: str | None) -> None:
     """Check that no option of this command line is passed over: some are for llama.cpp, some for transformers.
 
@@ -57,9 +70,9 @@ def check_heard(context: typer.Context, engine: str | None) -> None:
         InputError: one is given that has no say.
     """
     if engine is None:
-        options.no_say(context, ONLY_LLAMA_CPP, "is for --for llama.cpp alone; give both, or drop it")
+        no_say(context, ONLY_LLAMA_CPP, "is for --for llama.cpp alone; give both, or drop it")
     else:
-        options.no_say(context, ONLY_HERE, f"has no say in {engine}; drop it, or --for {engine}")
+        no_say(context, ONLY_HERE, f"has no say in {engine}; drop it, or --for {engine}")
 
 
 def in_llama_cpp(engine: str, models: Models, asked: Asked, as_json: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -173,18 +173,6 @@ CacheBias = Annotated[
 ]
 Items = Annotated[int | None, typer.Option(help="of each task, at most so many items")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cores)")]
-
-
-def no_say(context: typer.Context, names: Iterable[str], why: str) -> None:
-    """Check that options are left out of a command line.
-
-    Raises:
-        InputError: one is given; the message is its name and why it is not heard.
-    """
-    for option in context.command.params:
-        source = context.get_parameter_source(option.name or "")
-        if option.name in names and source and source.name == "COMMANDLINE":
-            raise InputError(f"{option.opts[0]} {why}")
 
 
 def numbers(text: str, option: str, limit: given.Limit) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,6 @@ from typing import NamedTuple, TypedDict, Unpack
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from ..files import write_whole
 from ..given import check, path, place
 from ..progress import Progress, unheard
 from ..results import GenerationScore
@@ -24,6 +22,7 @@ from .agreement import Agreed, agreement, share
 from .code_runner import Outcome, check_runner
 from .continuations import Continued, continued, decoded
 from .exercises import Code, Exercise, ExerciseSet, Text, cut, read_exercises
+from .kept_answers import check_answers, write_answers
 from .questions import end_of_turn
 
 OPENING = 128
@@ -31,10 +30,6 @@ OPENING = 128
 Files = str | Path | Sequence[str | Path]
 Continuations = Mapping[str, list[list[int]]]
 """By the name of a set: the tokens that a reference wrote for each exercise."""
-
-
-ANSWER_BEGINS = '{"set": '
-"""How each line of kept answers begins."""
 
 
 class Generating(TypedDict, total=False):
@@ -113,29 +108,11 @@ def read_request(generate: Files | None, items: int | None = None, **settings: U
             raise InputError(
                 f"'{found.name}' has texts, which are judged by what the dense model writes; name it: --reference DENSE"
             )
-    if request.answers and not path(request.answers).absolute().parent.is_dir():
-        raise InputError(f"--answers {request.answers} is in no folder that exists; make it first")
     if request.answers:
         check_answers(path(request.answers))
     if any(issubclass(found.kind, Code) for found in sets):
         check_runner()
     return request
-
-
-def check_answers(file: Path) -> None:
-    """Check that nothing of a user's is where answers go: earlier answers are replaced, other files never.
-
-    Raises:
-        InputError: something is.
-    """
-    if file.is_dir():
-        raise InputError(f"--answers {file} is a folder; name a file, such as answers.jsonl")
-    if not file.exists():
-        return
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        first = lines.readline()
-    if first and not first.startswith(ANSWER_BEGINS):
-        raise InputError(f"--answers {file} exists, and holds no answers that were kept before; choose another name")
 
 
 def check_model(request: Request, model: PreTrainedModel, words: Words) -> None:
@@ -176,8 +153,7 @@ def evaluate_generation(
         scores[found.name] = _score(request, found, words, written, same, monotonic() - start)
         rows += _rows(found, request, words, written, wrote, same)
     if request.answers:
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        write_whole(path(request.answers), lambda file: file.write_text(lines, encoding="utf-8"))
+        write_answers(path(request.answers), rows)
     return scores
 
 

@@ -25,7 +25,9 @@ from ..checkpoint.facts import check_conversion_files, saved_settings
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_output
 from ..config import FinetuneConfig
+from ..conversion.prepare import Conversion
 from ..errors import InputError
+from ..evaluation.cost import sizes
 from ..formats.base import block_config
 from ..formats.converted import Converted, dense_origin
 from ..machine import versions
@@ -234,6 +236,19 @@ def check_learning(whole: PreTrainedConfig, method: Method, config: FinetuneConf
         raise InputError(f"--method {name} has nothing to train in this model, whose router is "
                          f"{c.router} with {c.num_experts} routed experts")  # fmt: skip
     return sum(p.numel() for p in named.values())
+
+
+def check_conversion(conversion: Conversion, config: FinetuneConfig) -> None:
+    """Check before a conversion is made that it can be trained, taught by the dense model.
+
+    Raises:
+        InputError: what `check_memory` refuses.
+    """
+    device = conversion.layerwise.device
+    dtype = training_dtype(conversion.dtype, device)
+    parameters = sizes(conversion.whole_config, conversion.plan, conversion.format).total_parameters
+    weights = (parameters + conversion.layerwise.parameters()) * dtype.itemsize
+    check_memory(conversion.whole_config, weights, registry.build("method", config.method), config, device, dtype)
 
 
 def check_memory(
