@@ -241,11 +241,7 @@ def training_of(made: Path, model: str, config: ConvertConfig, minutes: float) -
 
 
 def told(trained: Path, output: Path, config: ConvertConfig, report: Progress) -> ConversionResult:
-    """Write metrics and card of a trained model as those of OUT, and before them the GGUF, where it is for llama.cpp.
-
-    Returns:
-        What `metrics.json` holds.
-    """
+    """Write metrics and card of a trained model as those of OUT, and before them the GGUF if it is for llama.cpp."""
     known = saved_result(trained)
     assert known.finetune is not None
     known = replace(known, output=str(output), finetune=replace(known.finetune, output=str(output)))
