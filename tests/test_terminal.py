@@ -158,6 +158,9 @@ def pasted(text):
 def test_printed_commands_can_be_pasted(converted, name):
     _, result = converted
     text = shown(tables.show_conversion, replace(result, output=name))
+    assert "--against" not in text
+    local = pasted(shown(tables.show_conversion, result, name))[-1]
+    assert local == ["moesaic", "benchmark", here(result.output), "--against", here(name)]
     assert pasted(text)[0] == ["moesaic", "generate", here(name), "def quicksort(arr):"]
     assert pasted(shown(show_plans, replace(moesaic.plans("tiny"), model=name)))[0][2] == here(name)
     found = {engine: shlex.split(line) for engine, line in commands(name).items()}

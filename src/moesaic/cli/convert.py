@@ -84,7 +84,8 @@ def convert(
     if dry_run:
         return dry(model, out, config, effort, overwrite, as_json)
     metrics = run(model, out, config, effort, resume, overwrite, force)
-    print_result(metrics, as_json, lambda: tables.show_made(stderr, metrics))
+    dense = model if Path(model).exists() else None  # OUT knows hub ids and built-in names, not places
+    print_result(metrics, as_json, lambda: tables.show_made(stderr, metrics, dense))
 
 
 def run(

@@ -10,8 +10,6 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .. import registry
-from ..calibration.chat import default_sources
-from ..calibration.prompts import sources_for
 from ..calibration.windows import check_tokens
 from ..checkpoint.facts import called
 from ..checkpoint.sources import resolve
@@ -40,7 +38,7 @@ from .engines import check_engine_wishes
 from .gguf import check_gguf
 from .pictures import tokenise_pictures
 from .plans import choose_plan
-from .tokens import ConversionTokens, check_domains, tokenise
+from .tokens import ConversionTokens, check_domains, tokenise, with_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,16 +179,7 @@ def prepare(
     check_pictures(config, router, layerwise)
     window = min(config.window, layerwise.config.max_position_embeddings)
     tokenizer = load_tokenizer(source)
-    if config.calibration and config.for_use:
-        raise InputError(
-            f"--for-use {config.for_use} chooses the calibration text where none is named, and --calibration "
-            f"{config.calibration[0]} names it; drop one"
-        )
-    default = sources_for(config.for_use, chats=False)
-    if not layerwise.takes_pictures:
-        default = default_sources(tokenizer, layerwise.config.vocab_size, config.for_use)
-    sources = config.calibration or default
-    config = config.model_copy(update={"calibration": sources, "for_use": None})  # as it can be read again
+    config = with_text(config, layerwise, tokenizer)
     if partitioner.labelled:
         check_domains(config, plan, source)
     tokens = tokenise_pictures(source, config, window) if layerwise.takes_pictures else tokenise(source, config, window)

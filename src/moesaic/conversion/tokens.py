@@ -15,16 +15,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from .. import registry
+from ..calibration.chat import default_sources
 from ..calibration.documents import Document
 from ..calibration.files import local
-from ..calibration.prompts import own_text
+from ..calibration.prompts import own_text, sources_for
 from ..calibration.sinks import opening_tokens
 from ..calibration.text import bundled, text_hash
 from ..calibration.windows import labelled_windows, token_windows
 from ..config import ConvertConfig
 from ..errors import InputError
+from ..models.layerwise import LayerwiseModel
 from ..models.pictured import Pictured
 from ..models.tokenizer import load_tokenizer
 from ..plan import Plan
@@ -75,6 +78,24 @@ class ConversionTokens:
         """Count the tokens whose hidden states are kept, on both paths where there are two."""
         once = self.calibration_NL.numel() + self.validation_NL.numel()
         return once + 2 * self.held_out_NL.numel() + 2 * self.opening_M1.numel()
+
+
+def with_text(config: ConvertConfig, layerwise: LayerwiseModel, tokenizer: PreTrainedTokenizerBase) -> ConvertConfig:
+    """Name the calibration text where a configuration says only what the model is for, or nothing.
+
+    Raises:
+        InputError: it says both.
+    """
+    if config.calibration and config.for_use:
+        raise InputError(
+            f"--for-use {config.for_use} chooses the calibration text where none is named, and --calibration "
+            f"{config.calibration[0]} names it; drop one"
+        )
+    default = sources_for(config.for_use, chats=False)
+    if not layerwise.takes_pictures:
+        default = default_sources(tokenizer, layerwise.config.vocab_size, config.for_use)
+    sources = config.calibration or default
+    return config.model_copy(update={"calibration": sources, "for_use": None})  # as it can be read again
 
 
 def check_domains(config: ConvertConfig, plan: Plan, source: Path) -> None:

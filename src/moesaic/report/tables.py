@@ -37,8 +37,8 @@ def show_facts(console: Console, title: str, facts: Mapping[str, object]) -> Non
     console.print(grid)
 
 
-def show_conversion(console: Console, m: ConversionResult) -> None:
-    """Dense against converted, and what to do next."""
+def show_conversion(console: Console, m: ConversionResult, dense: str | None = None) -> None:
+    """Dense against converted, and what to do next; `dense` is the model that was converted, if it must be named."""
     more = f", {m.memory_factor:g} x in memory" if m.ffn_active > 1 else ""
     grid = _grid(f"{m.output}: plan {m.plan}, {share(m.ffn_active)} of each FFN active{more}", "", "dense", "converted")
     grid.add_row("parameters", f"{m.dense_parameters:,}", f"{m.total_parameters:,}")
@@ -85,15 +85,16 @@ def show_conversion(console: Console, m: ConversionResult) -> None:
     seconds = m.seconds + (m.finetune.seconds if m.finetune else 0)
     _say(console, f"{seconds:.0f} s, peak memory {m.peak_rss_bytes / 1e9:.2f} GB. Next:")
     first = ("What is it?", "--image", "picture.jpg") if m.pictures else ("def quicksort(arr):",)
-    for verb, *prompt in (("generate", *first), ("evaluate",), ("benchmark",)):
-        offer(console, command("moesaic", verb, here(m.output), *prompt), "  ")
+    against = ("--against", here(dense)) if dense else ()
+    for verb, *more in (("generate", *first), ("evaluate",), ("benchmark", *against)):
+        offer(console, command("moesaic", verb, here(m.output), *more), "  ")
     if m.gguf:
         offer(console, command("llama-server", "-m", here(m.gguf.output)), "  ")
 
 
-def show_made(console: Console, m: ConversionResult) -> None:
+def show_made(console: Console, m: ConversionResult, dense: str | None = None) -> None:
     """Show a conversion and, if it was trained after it, what that changed."""
-    show_conversion(console, m)
+    show_conversion(console, m, dense)
     if m.finetune:
         show_training(console, m.finetune)
 
