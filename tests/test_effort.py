@@ -77,6 +77,16 @@ def test_good_ends_in_a_gguf_of_the_trained_model(short, name, tmp_path):
         assert "llama-server -m" in (tmp_path / "out" / "README.md").read_text()
 
 
+class Stop(BaseException):
+    """As Ctrl-C."""
+
+
+def stop(done, count, note):
+    """Stop in the first step of the training."""
+    if "step" in note:
+        raise Stop
+
+
 def full(*args, **options):
     raise OSError("disk full")
 
@@ -166,13 +176,6 @@ def test_fast_is_the_conversion_alone(tmp_path):
 
 
 def test_it_goes_on_where_it_stopped(short, tmp_path, monkeypatch):
-    class Stop(BaseException):
-        pass
-
-    def stop(done, count, note):
-        if "step" in note:
-            raise Stop
-
     with pytest.raises(Stop):
         moesaic.convert("tiny", tmp_path / "out", CONFIG, effort="good", progress=stop)
     assert (tmp_path / "out.effort" / "converted" / "metrics.json").is_file()
@@ -194,13 +197,6 @@ def test_it_goes_on_where_it_stopped(short, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "seed"), [("best", 0), ("good", 1)])
 def test_another_effort_or_model_than_the_one_that_stopped_begins_anew(short, tmp_path, monkeypatch, name, seed):
     monkeypatch.setitem(EFFORTS, "best", Effort(2_048, 2_048, 2 / 60))
-
-    class Stop(BaseException):
-        pass
-
-    def stop(done, count, note):
-        if "step" in note:
-            raise Stop
 
     with pytest.raises(Stop):
         moesaic.convert("tiny", tmp_path / "out", CONFIG, effort="good", progress=stop)
