@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..errors import InputError
 from ..registry import nearest
-from .documents import Document, document
+from .documents import CHAT_KEYS, PAIR_KEYS, TEXT_KEYS, TURN_KEYS, Document, document
 from .files import local, plain_name
 from .rows import read_rows
 
@@ -19,7 +19,7 @@ BUNDLED, ANSWERS, OWN = "bundled", "answers", "self"
 """In place of a file's name: the bundled text, bundled answers to the prompts, and what the model writes itself."""
 KINDS = ("code", "chat", "text")
 """Of the bundled prompts."""
-ASKING = ("prompt", "instruction", "question", "text", "content", "messages", "conversations", "conversation")
+ASKING = tuple(dict.fromkeys((*(keys[0] for keys in PAIR_KEYS + TURN_KEYS), *TEXT_KEYS, *CHAT_KEYS)))
 """Fields of a row that hold what a model is asked."""
 UNANSWERED = {"response": "", "output": "", "answer": ""}
 
