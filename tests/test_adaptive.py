@@ -557,6 +557,12 @@ def test_a_dense_model_has_no_experts_to_choose_from(tmp_path):
         moesaic.load("tiny", select="top-p:p=0.5")
 
 
+@pytest.mark.parametrize("rule", ["top-k:k=99", "top-p:p=0.5,at_least=99"])
+def test_a_rule_wants_no_more_experts_than_there_are(folder, rule):
+    with pytest.raises(InputError, match=r"=99 is more than the 6 routed experts of a layer; give 6 or less"):
+        moesaic.load(folder, select=rule)
+
+
 def test_an_adapter_knows_its_model(folder, tmp_path, run):
     moesaic.adapt(folder, tmp_path / "out", AdaptConfig(method="top-p", **QUICK))
     with pytest.raises(InputError, match="another one"):

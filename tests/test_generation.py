@@ -360,7 +360,7 @@ def test_the_command_line_measures_generation(run, tmp_path):
     [
         ([SUM], ["--chat"], "has no chat template"),
         ([SUM], ["--batch", "0"], "--batch is 0"),
-        ([SUM], ["--max-new-tokens", "100000"], "more than the model's context"),
+        ([SUM], ["--max-new-tokens", "100000"], "the exercise 0 of 'x' has"),
         ([SUM], ["--answers", "."], "is a folder"),
         ([MBPP | {"test_list": []}], ["--allow-code-execution"], "'test_list' is empty"),
         ([HEADED | {"test": ["assert f(1)"], "entry_point": "f"}], ["--allow-code-execution"], "a text that tests it"),

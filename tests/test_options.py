@@ -168,7 +168,7 @@ def test_beyond_the_context_is_refused_with_both_numbers(run, converted):
     code, out, err = run("generate", "tiny", "word " * 6_000, "--max-new-tokens", "2")
     assert (code, out) == (2, "")
     assert "--max-new-tokens 2 adds" in err
-    assert "context of 2,048; give a shorter prompt" in err
+    assert "context of 2,048; give a shorter one" in err
     code, _, err = run("generate", "tiny", "word", "--max-new-tokens", "2048")
     assert code == 2
     assert "at most" in err

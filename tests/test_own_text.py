@@ -280,6 +280,24 @@ def test_nothing_is_written_for_what_cannot_work(cache, monkeypatch, tmp_path):
     assert not cache.exists()
 
 
+def test_a_prompt_that_does_not_fit_is_named(cache, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "again " * 4_000}) + "\n")
+    with pytest.raises(InputError, match=r"the prompt 'again again .*' has [\d,]+ tokens .* give a shorter one"):
+        documents_of([f"self:{tmp_path / 'long.jsonl'}"], tiny_folder(), 64)
+
+
+def test_domains_are_counted_without_writing_any(cache, short, monkeypatch, tmp_path):
+    texts = tmp_path / "mine.txt"
+    texts.write_text("A text of its own.\n" * 40)
+    sources = ("self", str(texts), "self:code", "answers")
+    written = {one.domain for one in documents_of(sources, tiny_folder(), 256)}
+    monkeypatch.setattr(writing, "write", lambda *_: pytest.fail("the model wrote"))
+    assert writing.count_domains(sources) == len(written) == 8
+    assert writing.count_domains(()) == len({one.domain for one in documents_of((), tiny_folder(), 0)})
+    with pytest.raises(InputError, match=r"needs a domain of text for each expert: 8, found 3"):
+        prepare("tiny", ConvertConfig(plan="S0A1E8", partition="domains", calibration=("self",)))
+
+
 def test_a_change_of_the_prompts_is_seen(tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"prompt": "a"}\n')

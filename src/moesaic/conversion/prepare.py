@@ -181,7 +181,7 @@ def prepare(
     tokenizer = load_tokenizer(source)
     config = with_text(config, layerwise, tokenizer)
     if partitioner.labelled:
-        check_domains(config, plan, source)
+        check_domains(config, plan)
     tokens = tokenise_pictures(source, config, window) if layerwise.takes_pictures else tokenise(source, config, window)
     engine = check_gguf(check_engine_wishes(config.engine, config.outtype), model_config, tokenizer)
     check_tokens(tokens.all(), layerwise.config.vocab_size, tokenizer)

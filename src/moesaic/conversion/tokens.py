@@ -32,7 +32,7 @@ from ..models.pictured import Pictured
 from ..models.tokenizer import load_tokenizer
 from ..plan import Plan
 from ..progress import Progress
-from ..serving.own_text import Bundle, bundled_text, documents_of
+from ..serving.own_text import Bundle, bundled_text, count_domains, documents_of
 
 VALIDATION = 16
 
@@ -98,13 +98,13 @@ def with_text(config: ConvertConfig, layerwise: LayerwiseModel, tokenizer: PreTr
     return config.model_copy(update={"calibration": sources, "for_use": None})  # as it can be read again
 
 
-def check_domains(config: ConvertConfig, plan: Plan, source: Path) -> None:
+def check_domains(config: ConvertConfig, plan: Plan) -> None:
     """Check that the calibration text has a domain for each expert.
 
     Raises:
         InputError: the partition needs more domains.
     """
-    domains = len({document.domain for document in Text.of(config).read(source)})
+    domains = count_domains(config.calibration)
     if domains < plan.num_experts:
         raise InputError(
             f"partition '{registry.text('partition', config.partition)}' needs a domain of text for each expert: "

@@ -126,9 +126,9 @@ def check_model(request: Request, model: PreTrainedModel, words: Words) -> None:
     for found in request.sets:
         new = {"--max-new-tokens": request.max_new_tokens * (found.kind.score is not None)}
         new |= {"--reference-tokens": request.reference_tokens * (request.reference is not None)}
-        for prompt in encode(found, words, request.chat):
+        for one, prompt in zip(found.exercises, encode(found, words, request.chat), strict=True):
             for option, most in new.items():
-                check_length(model, len(prompt), most, option)
+                check_length(model, len(prompt), most, option, f"the exercise {one.id} of '{found.name}'")
 
 
 def evaluate_generation(

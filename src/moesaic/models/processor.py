@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 FILES = ("*processor_config.json", "chat_template*")
 """What a processor consists of, beside the tokenizer."""
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv")
+ADDRESS = re.compile(r"(?P<scheme>https?|ftp|s3|hf):/+(?P<rest>.+)")
 
 
 class Processor:
@@ -127,11 +129,14 @@ def check_picture(path: Path, where: str = "") -> None:
         where: the file and line that name it, for errors; nothing: a user's own words do.
 
     Raises:
-        InputError: there is no such file, or it is a video.
+        InputError: there is no such file, or it is a video or an address.
     """
     before, after = (
         (f"{where}: ", "names are relative to the file that has them") if where else ("", "give one that is")
     )
+    if address := ADDRESS.match(path.as_posix()):
+        url = f"{address['scheme']}://{address['rest']}"
+        raise InputError(f"{before}'{url}' is an address; pictures are read from files: download it, and give its file")
     if path.suffix.lower() in VIDEOS:
         raise InputError(f"{before}'{path}' is a video; videos are not read: give single pictures")
     if not path.is_file():

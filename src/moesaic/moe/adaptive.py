@@ -226,9 +226,10 @@ def attach(model: PreTrainedModel, selection: Counting, parameters: Sequence[Par
         parameters: what was learnt or calibrated, of each block; None: as the rule starts.
 
     Raises:
-        InputError: the model is dense.
+        InputError: the model is dense, or has fewer experts than the rule says.
     """
     blocks = moe_blocks_of(model)
+    _check_enough(selection, min(block.num_experts for block in blocks))
     made = parameters or [selection.parameters(block) for block in blocks]
     placed: list[Parameters] = [
         {name: value.to(next(block.router.parameters()).device) for name, value in values.items()}
@@ -255,6 +256,14 @@ def attach(model: PreTrainedModel, selection: Counting, parameters: Sequence[Par
 
     attached._stack.enter_context(decided_by([ranker for ranker, _ in stock], decide))
     return attached
+
+
+def _check_enough(selection: Counting, experts: int) -> None:
+    for name in ("k", "at_least"):
+        if (wanted := getattr(selection, name, 0)) > experts:
+            raise InputError(
+                f"{name}={wanted} is more than the {experts} routed experts of a layer; give {experts} or less"
+            )
 
 
 @contextmanager

@@ -97,7 +97,9 @@ def check_request(prompt: str, max_new_tokens: int, temperature: float, seed: in
     given.check(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
 
-def check_length(model: PreTrainedModel, prompt: int, new: int, option: str = "--max-new-tokens") -> None:
+def check_length(
+    model: PreTrainedModel, prompt: int, new: int, option: str = "--max-new-tokens", name: str = "the prompt"
+) -> None:
     """Check that so many tokens of a prompt and so many new ones are within the model's context.
 
     Raises:
@@ -106,8 +108,8 @@ def check_length(model: PreTrainedModel, prompt: int, new: int, option: str = "-
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not longest or prompt + new <= longest:
         return
-    way = f"give {option} {longest - prompt} at most" if prompt < longest else "give a shorter prompt"
+    way = f"give {option} {longest - prompt} at most" if prompt < longest else "give a shorter one"
     raise InputError(
-        f"the prompt has {prompt:,} tokens and {option} {new} adds to it, which is more than the model's context of "
+        f"{name} has {prompt:,} tokens and {option} {new} adds to it, which is more than the model's context of "
         f"{longest:,}; {way}"
     )

@@ -92,6 +92,19 @@ def documents_of(
     return [*read, *(document for part in parts for document in part)]
 
 
+def count_domains(sources: Sequence[str]) -> int:
+    """Count the domains of calibration text; what the model is to write itself is not written for that.
+
+    Raises:
+        InputError: as `documents_of`.
+    """
+    own = {source: found for source in sources if (found := own_text(source))}
+    others = [source for source in sources if source not in own]
+    read = documents_of(others, Path(), 0) if others or not own else []
+    asked = [len({prompt.domain for prompt in read_prompts(one)}) for one in own.values()]
+    return len({document.domain for document in read}) + sum(asked)
+
+
 def shared(documents: list[Document], source: str) -> list[Document]:
     """Give all domains of a source together the share of one file; domains of answers are named with their source."""
     share, prefix = 1 / len({one.domain for one in documents}), "" if source == BUNDLED else f"{source} "
@@ -203,7 +216,9 @@ def _write(kept: Kept, model: Path, tokens: int, seed: int, device: str, progres
     loaded, tokenizer = load(model, device=device)
     for kind in kept.kinds:
         for prompt in kind:
-            check_length(loaded, len(_ids(prompt, tokenizer)), LONGEST, "the answer")
+            said = prompt.messages[0].content if prompt.messages else prompt.text
+            name = f"the prompt {said[:40]!r}"
+            check_length(loaded, len(_ids(prompt, tokenizer)), LONGEST, "the answer", name)
     while kept.least() < share:
         done = sum(min(share, count) for count in kept.tokens.values())
         progress(done, tokens, "the model writes its own text")
