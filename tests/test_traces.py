@@ -1,8 +1,10 @@
 """Route traces: written by inspect, read back, BigMoeOnEdge's form, traffic, the clock, prefill in closed form."""
 
 import gzip
+import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from moesaic.evaluation.routes import trace_request
 from moesaic.moe.adaptive import moe_blocks_of
 from moesaic.registry import build
 from moesaic.store import pipeline
+from moesaic.store.hits import cache_hits
 from moesaic.store.policies.base import CacheSize
 from moesaic.store.replay import KnownSteps, LayerStep, replay, run_step
 from moesaic.store.routes import Pass, Route, RouteTrace, layer_steps
@@ -188,6 +191,7 @@ def test_inspect_trace_on_the_command_line(run, tmp_path, monkeypatch):
     assert code == 0, err
     found = json.loads(out)
     assert (found["requests"], found["tokens"], found["experts_per_token"], found["model"]) == (2, 22, 4.0, "tiny-moe")
+    assert [cache["share"] for cache in found["caches"]] == [0.1, 0.2, 0.3, 0.5, 0.7]
     trace = read_trace(tmp_path / "t.csv.gz")
     assert (trace.model, trace.expert_bytes) == ("tiny-moe", found["expert_bytes"])
     assert len(trace.routes) == 22 * trace.num_layers
@@ -388,6 +392,25 @@ def test_committed_trace_has_its_cliff():
     assert replay(steps, build("cache", "look-ahead"), below).hit_ratio > 0.3
     lru, ahead, best = (replay(steps, build("cache", name), above).hits for name in ("lru", "look-ahead", "belady"))
     assert lru < ahead < best
+
+
+def test_hits_are_those_of_a_replay_and_grow_with_the_memory():
+    trace = read_trace(ROOT / "tests" / "data" / "tiny-moe-routes.csv.gz")
+    told = []
+    found = cache_hits(trace, lambda done, count: told.append((done, count)))
+    assert [(one.share, one.capacity) for one in found] == [(0.1, 10), (0.2, 19), (0.3, 29), (0.5, 48), (0.7, 67)]
+    assert told == [(n, 15) for n in range(1, 16)]
+    size = CacheSize(29, 6, 16)
+    for name, ratio in found[2].hit_ratio.items():
+        assert ratio == replay(trace.steps("decode"), build("cache", name), size, in_flight=2).hit_ratio
+    for less, more in itertools.pairwise(found):
+        assert all(less.hit_ratio[name] <= more.hit_ratio[name] for name in less.hit_ratio)
+    assert all(max(one.hit_ratio.values()) == one.hit_ratio["belady"] for one in found)
+    assert trace.expert_bytes
+    misses = 24 * (1 - found[2].hit_ratio["look-ahead"])
+    assert found[2].bytes_read_per_token == round(misses * trace.expert_bytes)
+    prompts = [route for route in trace.routes if route.phase == "prefill"]
+    assert cache_hits(replace(trace, routes=prompts)) == []
 
 
 def test_python_writes_a_trace(tmp_path, mixture):

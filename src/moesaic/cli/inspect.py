@@ -139,7 +139,7 @@ def write_trace(
     """Write a trace, and print what it holds."""
     from ..evaluation.routes import inspect_routes
 
-    with progress(stderr, "tracing", "request") as tick:
+    with progress(stderr, "tracing", "step") as tick:
         found = inspect_routes(*loaded, file, text=text, **sizes, name=said.model, progress=tick)
     found = replace(found, model=said.model, rule=said.rule)
     print_result(found, as_json, lambda: experts.show_routes(stderr, found))

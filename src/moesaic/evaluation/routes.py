@@ -5,8 +5,9 @@ Shapes: T tokens of a forward pass, K slots for experts in a token, N requests, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,9 @@ from ..errors import InputError, WorkError
 from ..given import check, path
 from ..models.moe_block import MoEBlock, Routing
 from ..moe.adaptive import moe_blocks_of
+from ..progress import Progress, unheard
 from ..results import RoutesInspection
+from ..store.hits import cache_hits
 from ..store.routes import DECODE, PREFILL, Route, RouteTrace
 from ..store.traces import is_trace, write_trace
 from .experts import longest, make_windows, read_text
@@ -33,7 +36,7 @@ def inspect_routes(
     prompt: int = 64,
     new: int = 64,
     name: str = "",
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
 ) -> RoutesInspection:
     """Trace the experts of each token while a model reads prompts and continues them, and write them to a file.
 
@@ -48,7 +51,7 @@ def inspect_routes(
         prompt: tokens of each prompt.
         new: forward passes of one token that follow; 0 is the prompt alone.
         name: what the trace calls the model.
-        progress: called with (finished, all) requests.
+        progress: called with (finished, all) requests, then with (finished, all, "simulating caches").
 
     Raises:
         InputError: the model is dense, no such text, too little of it, or a file that cannot or must not be written.
@@ -63,16 +66,18 @@ def inspect_routes(
         raise InputError(f"--prompt {prompt} and --new {new} are more than the model's longest, {most} tokens")
     cut = make_windows(model, tokenizer, read, prompt)
     routes: list[Route] = []
+    tick = progress or unheard
     for number, tokens_L in enumerate(cut.tokens_NL):
         routes += trace_request(model, blocks, tokens_L, new, number)
-        if progress:
-            progress(number + 1, len(cut.tokens_NL))
+        tick(number + 1, len(cut.tokens_NL), "requests")
     trace = RouteTrace(
         routes=routes, num_layers=len(blocks), num_experts=max(block.num_experts for block in blocks),
         model=name or str(model.config.model_type), expert_bytes=expert_bytes(blocks[0]),
     )  # fmt: skip
     write_trace(place, trace)
-    return summary(trace, place, [block.layer for block in blocks], cut.name, cut.data_sha256, prompt, new)
+    caches = cache_hits(trace, lambda done, count: tick(done, count, "caches, simulated"))
+    found = summary(trace, place, [block.layer for block in blocks], cut.name, cut.data_sha256, prompt, new)
+    return replace(found, caches=caches)
 
 
 def trace_file(file: str | Path) -> Path:
@@ -163,4 +168,5 @@ def summary(
         experts_per_token=sum(map(len, experts.values())) / max(1, len(experts)),
         kept=sum(shares) / max(1, len(shares)),
         used=len(used) / (trace.num_layers * trace.num_experts),
+        caches=[],
     )

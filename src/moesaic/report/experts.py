@@ -92,3 +92,14 @@ def show_routes(console: Console, r: RoutesInspection) -> None:
         f"{r.num_experts} experts, {r.experts_per_token:.2f} run for a token. {r.kept:.0%} of a token's experts are "
         f"those of the token before it too; {r.used:.0%} of all experts are used at all.",
     )
+    if not r.caches:
+        return
+    policies = list(r.caches[0].hit_ratio)
+    names = [{"belady": "best possible"}.get(name, name) for name in policies]
+    table = grid("Found in memory when decoding, by --expert-memory and --cache", "", "experts", *names, "read a token")
+    for each in r.caches:
+        read = "" if each.bytes_read_per_token is None else f"{each.bytes_read_per_token / 1e6:.3g} MB"
+        hits = [f"{each.hit_ratio[name]:.0%}" for name in policies]
+        table.add_row(f"{each.share:.0%}", f"{each.capacity:,}", *hits, read)
+    console.print(table)
+    say(console, f"one request at a time; what a token reads with {names[0]}, without what is read in vain", "dim")

@@ -16,7 +16,15 @@ from .conversion import (
 )
 from .demo import DemoResult, LlamaCppSpeed, Typed
 from .evaluation import EvaluationResult, GenerationScore, TaskScore
-from .experts import ExpertGroup, ExpertsInspection, OracleInspection, Passage, PassageToken, RoutesInspection
+from .experts import (
+    CacheHits,
+    ExpertGroup,
+    ExpertsInspection,
+    OracleInspection,
+    Passage,
+    PassageToken,
+    RoutesInspection,
+)
 from .export import EngineChoice, ExportResult, WrittenGGUF
 from .frontier import FrontierResult, FrontierRow, FrontierSibling, FrontierSummary, Placed, ShapeSpeed, SiblingSpeed
 from .pruning import DepthResult, HealedLayer, PrunedLayer, PruningResult
@@ -28,6 +36,7 @@ __all__ = [
     "AdaptResult",
     "AdaptStep",
     "BenchmarkResult",
+    "CacheHits",
     "Check",
     "ConversionResult",
     "DemoResult",

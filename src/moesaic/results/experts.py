@@ -122,6 +122,20 @@ class OracleInspection(Result):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheHits(Result):
+    """How many uses of experts find theirs in a fast tier of some size, where requests decode one after the other."""
+
+    share: float
+    """Of all experts that the fast tier holds."""
+    capacity: int
+    """Experts that it holds."""
+    hit_ratio: dict[str, float]
+    """By policy."""
+    bytes_read_per_token: int | None
+    """From the slow tier, by the first policy; None where the bytes of an expert are not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoutesInspection(Result):
     """What a route trace holds."""
 
@@ -147,5 +161,7 @@ class RoutesInspection(Result):
     """Share of a token's experts that the token before it used too, mean over layers."""
     used: float
     """Share of all experts that any token used."""
+    caches: list[CacheHits]
+    """What would be found in memory, simulated on the decoding; nothing without any."""
     model: str | None = None
     rule: str | None = None
