@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +18,8 @@ import yaml
 from .. import registry
 from ..calibration.text import bundled
 from ..calibration.windows import token_windows
-from ..checkpoint.claim import claim
 from ..checkpoint.facts import METRICS_FILE, saved_result, saved_settings
-from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, check_parent, claim_output
+from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, claim_output
 from ..config import AdaptConfig, ConvertConfig
 from ..errors import InputError, WorkError
 from ..evaluation.cost import at_experts_per_token
@@ -44,7 +41,7 @@ from ..results import AdaptResult, AdaptStep, ConversionResult
 from ..routing.selection.top_k import TopK
 from ..training.data import Samples
 from ..training.pictures import remeasured as answers_of
-from ..training.state import LOG, drop, drop_finished, training_folder
+from ..training.state import LOG, claimed_training, drop
 from .budget import Calibrated, calibrate
 from .policy import Policy, make_policy
 from .prepare import Adaptation, check_text, prepare
@@ -84,13 +81,7 @@ def adapt(
         WorkError: the loss is not finite, or memory did not suffice.
     """
     output = path(output)
-    check_parent(output)
-    main = os.environ.get("RANK", "0") == "0"  # of several processes the first one writes
-    with claim(training_folder(output)) if main else nullcontext():
-        if main:
-            drop_finished(output)
-            with claim_output(output, overwrite):
-                pass  # what a kill left of it is put right, and no other process makes it
+    with claimed_training(output, overwrite):
         run = prepare(place(str(model)), output, config or AdaptConfig(), resume=resume, overwrite=overwrite)
         try:
             return run_adaptation(run, clock, progress)

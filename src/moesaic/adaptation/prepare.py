@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from ..config import AdaptConfig
 from ..errors import InputError
 from ..formats.adapter import counting
 from ..formats.converted import is_ours, without_weights
-from ..machine import versions
 from ..models.devices import check_dtype, choose_device, choose_dtype
 from ..models.families import embedding_rows
 from ..models.modality import check_modality
@@ -33,7 +31,7 @@ from ..serving.loading import load
 from ..serving.own_text import TRAINING_TOKENS, bundled_text, documents_of
 from ..training.data import Samples, make_samples
 from ..training.pictures import make_pictured_samples
-from ..training.prepare import make_accelerator, training_dtype
+from ..training.prepare import fingerprint_of, make_accelerator, training_dtype
 from ..training.state import RunFolder, begun_dtype, training_folder
 from .budget import check_budget
 from .learners import Learner
@@ -94,14 +92,7 @@ def prepare(model: str | Path, output: Path, config: AdaptConfig, *, resume: boo
     dtype = choose_dtype(config.dtype, checkpoint.folder)
     if config.dtype == "auto":
         dtype = begun or training_dtype(checkpoint.dtype(), device)
-    fingerprint = {
-        "model": checkpoint.fingerprint(),
-        "text": f"{train.fingerprint()} {held.fingerprint()}",
-        "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
-        "device": accelerator.device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "version": " ".join(f"{name} {version}" for name, version in versions().items()),
-    }
+    fingerprint = fingerprint_of(checkpoint, (train, held), config, accelerator.device, dtype)
     folder = RunFolder(AdaptState, output, fingerprint, resume, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     return Adaptation(

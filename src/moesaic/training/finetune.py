@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +17,8 @@ from transformers import PreTrainedModel
 from .. import registry
 from ..calibration.text import bundled
 from ..calibration.windows import token_windows
-from ..checkpoint.claim import claim
 from ..checkpoint.facts import METRICS_FILE, saved_result, saved_settings
-from ..checkpoint.writer import CONFIG_FILE, check_parent, claim_output
+from ..checkpoint.writer import CONFIG_FILE
 from ..config import ConvertConfig, FinetuneConfig
 from ..errors import WorkError
 from ..evaluation.cost import at_experts_per_token
@@ -39,7 +36,7 @@ from .load import held_out_loss, judged, summary
 from .parameters import put_back
 from .pictures import remeasured
 from .prepare import Finetuning, prepare
-from .state import LOG, PROJECT, StepRecord, TrainingState, drop, drop_finished, training_folder
+from .state import LOG, PROJECT, StepRecord, TrainingState, claimed_training, drop
 from .trainer import Trainer
 from .written import export_as, written_format
 
@@ -77,13 +74,7 @@ def finetune(
         WorkError: no gradient reached what should learn.
     """
     output = path(output)
-    check_parent(output)
-    main = os.environ.get("RANK", "0") == "0"  # of several processes the first one writes
-    with claim(training_folder(output)) if main else nullcontext():
-        if main:
-            drop_finished(output)
-            with claim_output(output, overwrite):
-                pass  # what a kill left of it is put right, and no other process makes it
+    with claimed_training(output, overwrite):
         run = prepare(
             place(str(model)), output, config or FinetuneConfig(), resume=resume, overwrite=overwrite,
             cache=optional_path(teacher_cache),

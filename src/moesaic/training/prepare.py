@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from psutil import virtual_memory
+from pydantic import BaseModel
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import registry
@@ -22,6 +24,7 @@ from ..calibration.mixture import bundled_both
 from ..calibration.prompts import BUNDLED, bundled_answers, own_text
 from ..calibration.windows import check_tokens
 from ..checkpoint.facts import check_conversion_files, saved_settings
+from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_output
 from ..config import FinetuneConfig
@@ -115,15 +118,8 @@ def prepare(
     if not even:
         raise InputError(f"{len(held)} held-out sequences cannot be shared by {accelerator.num_processes} processes")
     held = held.take(torch.arange(even))
-    fingerprint = {
-        "model": source.checkpoint.fingerprint(),
-        "teacher": teacher.checkpoint.fingerprint() if teacher else "none",
-        "text": f"{train.fingerprint()} {held.fingerprint()}",
-        "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
-        "device": accelerator.device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "version": " ".join(f"{name} {version}" for name, version in versions().items()),
-    }
+    fingerprint = fingerprint_of(source.checkpoint, (train, held), config, accelerator.device, dtype)
+    fingerprint["teacher"] = teacher.checkpoint.fingerprint() if teacher else "none"
     folder = RunFolder(TrainingState, output, fingerprint, resume, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     if teacher:
@@ -132,6 +128,20 @@ def prepare(
         source, output, overwrite, config, method, tokenizer, train, held, teacher, accelerator, folder, dtype,
         processor,
     )  # fmt: skip
+
+
+def fingerprint_of(
+    checkpoint: Checkpoint, text: Sequence[Samples], config: BaseModel, device: torch.device, dtype: torch.dtype
+) -> dict[str, str]:
+    """Say what a training must be of, to be gone on with."""
+    return {
+        "model": checkpoint.fingerprint(),
+        "text": " ".join(samples.fingerprint() for samples in text),
+        "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "version": " ".join(f"{name} {version}" for name, version in versions().items()),
+    }
 
 
 def text_of_conversion(source: Converted) -> tuple[str, ...]:

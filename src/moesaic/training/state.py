@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
@@ -16,8 +18,8 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..checkpoint.claim import clear, real_path
-from ..checkpoint.writer import beside, sha256
+from ..checkpoint.claim import claim, clear, real_path
+from ..checkpoint.writer import beside, check_parent, claim_output, sha256
 from ..errors import InputError
 from ..files import read_json, to_json, write_json, write_whole
 from ..results import ExpertLoad, Json, Result
@@ -40,6 +42,24 @@ def begun_dtype(output: Path) -> torch.dtype | None:
     except InputError:
         return None
     return found if isinstance(found, torch.dtype) else None
+
+
+@contextmanager
+def claimed_training(output: Path, overwrite: bool) -> Iterator[None]:
+    """Keep other processes from training OUT, and put right what a kill left of it; in the first process only.
+
+    Raises:
+        InputError: another one is at it, or OUT is there and is not to be replaced.
+    """
+    check_parent(output)
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with claim(training_folder(output)):
+        drop_finished(output)
+        with claim_output(output, overwrite):
+            pass
+        yield
 
 
 def drop_finished(output: Path) -> None:
