@@ -22,10 +22,18 @@ from moesaic.registry import build
 from moesaic.routing.selection.base import Ranking
 from moesaic.store.bias import prefer
 from moesaic.store.memory import check_expert_memory, expert_memory_bytes
-from moesaic.store.opening import give_store
+from moesaic.store.opening import give_store, slow_tier
 from moesaic.store.policies.base import ExpertKey
 from moesaic.store.replay import LayerStep, replay
-from moesaic.store.source import DiskSource, ExpertSource, Place, ThrottledSource, tensor_offsets
+from moesaic.store.source import (
+    DiskSource,
+    ExpertSource,
+    ExpertWeights,
+    HostSource,
+    Place,
+    ThrottledSource,
+    tensor_offsets,
+)
 from moesaic.store.store import ExpertStore
 from test_moe_block import STOCK
 from test_pruning import whole
@@ -259,6 +267,30 @@ def test_a_model_that_goes_takes_its_threads_and_files_along(stock_folders):
     for thread in set(threading.enumerate()) - before:
         thread.join(5)
     assert not set(threading.enumerate()) - before
+
+
+def test_host_memory_holds_the_experts_that_are_on_disk(stock_folders):
+    stored, _ = moesaic.load(stock_folders("qwen3-moe"), store=StoreOptions("100%"))
+    disk, like = stored.expert_store.source, stored.expert_store.like
+    host = HostSource(disk, like, pinned=False)
+    assert not host.is_pinned
+    for key in (ExpertKey(0, 0), ExpertKey(1, 3)):
+        theirs, ours = (ExpertWeights(*(torch.empty_like(part, device="cpu") for part in like)) for _ in "ab")
+        assert disk.read(key, theirs) == host.read(key, ours)
+        assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
+
+
+def test_experts_of_a_gpu_stay_on_disk_where_host_memory_does_not_hold_them(stock_folders, monkeypatch, caplog):
+    stored, _ = moesaic.load(stock_folders("qwen3-moe"), store=StoreOptions("100%"))
+    disk, like = stored.expert_store.source, stored.expert_store.like
+    monkeypatch.setattr("moesaic.store.opening.free_memory", lambda _: 1_000_000)
+    assert slow_tier(disk, like, 800_001, torch.device("cuda")) is disk
+    assert "0.0 GB of host memory are free: they are read from disk" in caplog.text
+    assert slow_tier(disk, like, 800_001, torch.device("cpu")) is disk
+    kept = []
+    monkeypatch.setattr("moesaic.store.opening.HostSource", lambda *_, pinned: kept.append(pinned))
+    slow_tier(disk, like, 800_000, torch.device("cuda"))
+    assert kept == [True]
 
 
 def test_a_throttled_source_is_as_slow_as_it_says(stock_folders):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..checkpoint.reader import Checkpoint
 from ..compat import loaded_dtypes
 from ..errors import InputError
 from ..formats.converted import GENERATION, Converted, is_ours, read_generation
-from ..machine import give_back_memory
+from ..machine import free_memory, give_back_memory
 from ..models.integrity import check_finite, model_on_meta, read_config
 from ..models.products import quicken
 from ..moe.kernels import is_plain, turned
@@ -27,11 +28,13 @@ from .layout import BANKS, Layout, blocks_with_experts, expert_shapes
 from .memory import check_expert_memory, slots_within
 from .policies.base import Policy
 from .predict import VIEW, StoredBlock, predictor_of
-from .source import ExpertSource, HostSource
+from .source import ExpertSource, ExpertWeights, HostSource
 from .store import ExpertStore
 
 STORE = "expert_store"
 """The attribute of a model that holds its store."""
+HOST_SHARE = 0.8
+"""Of the host memory that is free, for the experts of a GPU; pinned memory cannot be swapped out."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,7 @@ def load_with_store(
     size = sum(part.numel() * part.dtype.itemsize for part in like)
     count, least = len(blocks) * blocks[0].num_experts, max(block.num_experts_per_tok for block in blocks)
     capacity = slots_within(options.expert_memory, size, count, least, device)
-    source: ExpertSource = rest.source
-    if device.type == "cuda":
-        source = HostSource(source, like, pinned=True)
+    source = slow_tier(rest.source, like, size * count, device)
     give_store(model, ExpertStore(source, like, capacity, policy, device, options.readers), options.prefetch)
     model.set_experts_implementation(NAME)
     if options.cache_bias:
@@ -100,6 +101,27 @@ def load_with_store(
     quicken(model)
     give_back_memory()
     return model.eval()
+
+
+def slow_tier(source: ExpertSource, like: ExpertWeights, all_experts: int, device: torch.device) -> ExpertSource:
+    """Choose where experts wait: on disk; those of a GPU in pinned host memory, where all of them fit.
+
+    Args:
+        source: the disk.
+        like: an expert's shapes and dtype.
+        all_experts: bytes of all experts.
+        device: whose memory is the fast tier.
+    """
+    if device.type != "cuda":
+        return source
+    free = free_memory(torch.device("cpu"))
+    if all_experts <= HOST_SHARE * free:
+        return HostSource(source, like, pinned=True)
+    logging.getLogger("moesaic").warning(
+        f"all experts take {all_experts / 1e9:.1f} GB, and {free / 1e9:.1f} GB of host memory are free: they are read "
+        "from disk when they are used"
+    )
+    return source
 
 
 def give_store(model: PreTrainedModel, store: ExpertStore, prefetch: bool = True) -> None:

@@ -69,12 +69,15 @@ class CudaSlots(Slots):
     def fill(self, slot: int, source: ExpertSource, key: ExpertKey) -> int:
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self.used[slot])  # the expert that was here may still be in use
-            staged = ExpertWeights(
-                *(torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in self.like)
-            )  # transformers' allocator keeps pinned memory, so this is cheap from the second time on
-            size = source.read(key, staged)
-            for part, target in zip(staged, self.at(slot), strict=True):
-                target.copy_(part, non_blocking=True)
+            if source.is_pinned:
+                size = source.read(key, self.at(slot))
+            else:
+                staged = ExpertWeights(
+                    *(torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in self.like)
+                )  # torch's allocator keeps pinned memory, so this is cheap from the second time on
+                size = source.read(key, staged)
+                for part, target in zip(staged, self.at(slot), strict=True):
+                    target.copy_(part, non_blocking=True)
             self.filled[slot].record(self.stream)
         return size
 

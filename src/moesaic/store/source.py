@@ -66,6 +66,8 @@ class ExpertSource(ABC):
 
     num_layers: int
     num_experts: int
+    is_pinned: bool = False
+    """Whether experts are in pinned memory, from where a GPU copies them without help."""
 
     @abstractmethod
     def read(self, key: ExpertKey, out: ExpertWeights) -> int:
@@ -180,7 +182,7 @@ class HostSource(ExpertSource):
     """
 
     def __init__(self, source: ExpertSource, like: ExpertWeights, *, pinned: bool) -> None:
-        self.num_layers, self.num_experts = source.num_layers, source.num_experts
+        self.num_layers, self.num_experts, self.is_pinned = source.num_layers, source.num_experts, pinned
         count = (self.num_layers, self.num_experts)
         with torch.inference_mode(False):
             self.banks = ExpertWeights(
