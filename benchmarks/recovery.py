@@ -8,8 +8,9 @@ is neither calibrated nor trained on; perplexity is measured on it and on WikiTe
 Recipes: `cmoe` (CMoE's own, from its own conversion); ours by objective, `lm`, `distill`, `both`, all from one of ours,
 also with other settings of `FinetuneConfig` (`both+method=full+learning_rate=3e-5`). Plan S8A0E8 is the control:
 all neurons always run, so it is the dense model that is trained alike. `--steps` in place of `--minutes` compares
-settings at equal tokens. Resumable: a finished row is a file in `<out>/rows`, so that processes may share the work by
-recipe; a training that was stopped goes on. Rows at 0 minutes, the conversions, are always there.
+settings at equal tokens. `--siblings` measures smaller dense models of the family, and each row stands beside the line
+through them, at equal active parameters. Resumable: a finished row is a file in `<out>/rows`, so that processes may
+share the work by recipe; a training that was stopped goes on. Rows at 0 minutes, the conversions, are always there.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ import moesaic
 from moesaic import ConvertConfig, FinetuneConfig
 from moesaic.calibration.documents import Document
 from moesaic.calibration.text import read_documents, text_hash
+from moesaic.comparison.line import Dot, line_at
+from moesaic.evaluation.cost import active_weights
 from moesaic.evaluation.perplexity import perplexity
 from moesaic.evaluation.tasks import evaluate_tasks, read_tasks
 from moesaic.machine import machine, versions
@@ -38,6 +41,7 @@ from moesaic.machine import machine, versions
 CMOE = Path(__file__).parent.parent / "recipes" / "cmoe.yaml"
 WINDOW, SAMPLES = 512, 2_000
 CONTROL = "S8A0E8"
+SIBLING = "sibling-"
 TITLES = {"wikitext2": "WikiText-2, test split", "web": "web text kept apart (C4)"}
 
 
@@ -97,11 +101,11 @@ def check_apart(data: Sequence[str], held: Path) -> list[Document]:
 
 
 def measure(folder: str | Path, texts: dict[str, Path], a: argparse.Namespace) -> dict[str, Any]:
-    """Perplexity on each text, and the mean of the tasks."""
+    """Parameters that a token runs, perplexity on each text, and the mean of the tasks."""
     model, tokenizer = moesaic.load(folder)
-    found: dict[str, Any] = {
-        name: perplexity(model, tokenizer, text=path, max_tokens=a.max_tokens)._asdict() for name, path in texts.items()
-    }
+    found: dict[str, Any] = {"active_parameters": round(active_weights(model))}
+    for name, path in texts.items():
+        found[name] = perplexity(model, tokenizer, text=path, max_tokens=a.max_tokens)._asdict()
     if a.tasks:
         scores = evaluate_tasks(model, tokenizer, read_tasks(a.tasks, a.items))
         found["tasks"] = {name: score.to_dict() for name, score in scores.items()}
@@ -126,8 +130,11 @@ def merge(out: Path, setting: dict[str, Any]) -> None:
     """Write all rows so far, with ratios to dense, and draw them."""
     rows = {path.stem: json.loads(path.read_text()) for path in sorted((out / "rows").glob("*.json"))}
     dense = rows["dense"]
+    siblings = [found for name, found in rows.items() if name.startswith(SIBLING)]
     for found in rows.values():
         found["ratio"] = {name: found[name]["perplexity"] / dense[name]["perplexity"] for name in TITLES}
+        if siblings and "plan" in found:
+            found["over_line"] = {name: over_line(found, dense, siblings, name) for name in TITLES}
     (out / "recovery.json").write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
     timed = [r for r in rows.values() if r.get("minutes")]
     if not timed:
@@ -151,6 +158,16 @@ def merge(out: Path, setting: dict[str, Any]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(out / "recovery.png", dpi=130)
+
+
+def over_line(found: dict[str, Any], dense: dict[str, Any], siblings: list[dict[str, Any]], text: str) -> float:
+    """Perplexity over that of the line through the dense model and its siblings, at equal active parameters."""
+    cheaper = lambda row: dense["active_parameters"] / row["active_parameters"]  # noqa: E731
+    dots = [Dot(cheaper(one), one[text]["perplexity"]) for one in siblings]
+    line = line_at(dots, dense[text]["perplexity"], cheaper(found))
+    if line is None:
+        raise SystemExit("no sibling is smaller than the model; leave --siblings out")
+    return found[text]["perplexity"] / line.perplexity
 
 
 def trained(
@@ -181,7 +198,8 @@ def main(a: argparse.Namespace) -> None:
     documents = check_apart(data, held)
     a.texts = {"wikitext2": a.text, "web": held}
     rows = a.out / "rows"
-    row(rows / "dense.json", lambda: measure(a.model, a.texts, a))
+    for name, model in {"dense": a.model, **{f"{SIBLING}{Path(one).name}": one for one in a.siblings}}.items():
+        row(rows / f"{name}.json", lambda m=model: measure(m, a.texts, a))
     for plan in a.plans:
         for recipe in a.recipes:
             maker = converter(recipe)
@@ -207,6 +225,7 @@ if __name__ == "__main__":
     parser.add_argument("--web", type=Path, required=True, help="web text, .jsonl")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="more text to train on")
     parser.add_argument("--text", type=Path, required=True, help="WikiText-2's raw test split")
+    parser.add_argument("--siblings", nargs="*", default=[], help="smaller dense models of the family")
     parser.add_argument("--tasks", type=Path, help="zero-shot items")
     parser.add_argument("--items", type=int, default=200, help="of each task")
     parser.add_argument("--plans", nargs="+", default=["S1A1E8", "S2A2E8"])

@@ -95,3 +95,44 @@ def settings() -> str:
             f"{s['files']['web']}",
         )
     )
+
+
+def beside_siblings(model: str) -> str:
+    """Light training of a model, beside the line through the smaller dense models of its family."""
+    file = f"recovery-{model}/recovery.json"
+    d, rows = read(file), []
+    found, s, millions = d["rows"], d["setting"], lambda row: f"{row['active_parameters'] / 1e6:,.0f} M"
+    cells = lambda row: [number(row[text]["perplexity"]) for text in ("wikitext2", "web")]  # noqa: E731
+    for r in sorted((r for r in found.values() if "plan" in r), key=lambda r: (r["plan"], r["minutes"])):
+        tune = r.get("finetune")
+        over = [number(r["over_line"][text]) for text in ("wikitext2", "web")]
+        trained = f"{r['minutes']:g} min, {tune['tokens']:,} tokens" if tune else "none"
+        rows.append([r["plan"], trained, millions(r), *cells(r), *over])
+    for name, r in found.items():
+        if "plan" not in r:
+            label = model if name == "dense" else name.removeprefix("sibling-")
+            rows.append([f"*`{label}`, dense*", "", millions(r), *cells(r), "", ""])
+    head = [
+        "shape",
+        "training",
+        "active parameters",
+        "WikiText-2",
+        "web",
+        "ours / line, WikiText-2",
+        "ours / line, web",
+    ]
+    plans = " ".join(dict.fromkeys(r["plan"] for r in found.values() if "plan" in r))
+    return (
+        grid(head, rows)
+        + "\n\n"
+        + measured(
+            file,
+            f"python benchmarks/recovery.py {model} --web {s['files']['web']} --data {' '.join(s['files']['data'])} "
+            f"--text {s['files']['text']} --siblings demo --max-tokens {s['max_tokens']} "
+            f"--tokens {s['calibration_tokens']} --plans {plans} --recipes both --minutes 60 --threads {s['threads']}",
+            f"Protocol: perplexity `gptq`, windows of {found['dense']['web']['window']:,}, {s['max_tokens']:,} tokens "
+            f"of each text; minutes are the processor's, of all threads together",
+            f"Training text: sha256 `{s['data_sha256']}`; calibration: {s['calibration_tokens']:,} tokens of "
+            f"{s['files']['web']}; one seed (0)",
+        )
+    )

@@ -12,6 +12,7 @@ if os.environ.get("MOESAIC_TEST_GPU") != "1":  # what tests compare with lies on
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
@@ -67,6 +68,17 @@ def small_model(family):
         if "norm" in name:  # so that a forgotten norm shows
             parameter.data += 0.2 * torch.randn_like(parameter)
     return model
+
+
+def save_smaller(folder, seed=0, tokenizer=None, **fields):
+    """Save a model of `tiny`'s family with half of its layers and narrower FFNs, at random; returns its folder."""
+    config = AutoConfig.from_pretrained(tiny_folder())
+    for name, value in ({"num_hidden_layers": 2, "intermediate_size": 128} | fields).items():
+        setattr(config, name, value)
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    (tokenizer or AutoTokenizer.from_pretrained(tiny_folder())).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import save_smaller
 from moesaic.calibration.text import bundled
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
@@ -67,8 +68,11 @@ def test_light_training_of_the_dense_model_and_with_other_settings(web, tmp_path
     run(
         "recovery.py", "tiny", "--web", web, "--text", tmp_path / "text.txt", "--plans", "S8A0E8", "--recipes", recipe,
         "--steps", 1, "--tokens", 2_048, "--max-tokens", 2_048, "--work", tmp_path / "work", "--out", tmp_path / "out",
+        "--siblings", save_smaller(tmp_path / "small"),
     )  # fmt: skip
     rows = json.loads((tmp_path / "out" / "recovery.json").read_text())["rows"]
     assert rows["S8A0E8-ours-0"]["ratio"]["wikitext2"] == pytest.approx(1, abs=1e-3)  # all neurons run: the dense model
+    assert rows["S8A0E8-ours-0"]["over_line"]["web"] == pytest.approx(1, rel=1e-3)
+    assert rows["sibling-small"]["active_parameters"] < rows["dense"]["active_parameters"]
     found = rows[f"S8A0E8-{recipe}-1-steps"]["finetune"]
     assert (found["method"], found["steps"]) == ("full", 1)

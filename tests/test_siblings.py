@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 import moesaic
+from conftest import save_smaller
 from moesaic import InputError
 from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.comparison.frontier import frontier
@@ -208,16 +209,6 @@ def test_the_verdict_says_what_to_take(one, speedup, ends):
 
 
 # whole runs
-
-
-def save_smaller(folder, seed=0, tokenizer=None, **fields):
-    config = AutoConfig.from_pretrained(tiny_folder())
-    for name, value in ({"num_hidden_layers": 2, "intermediate_size": 128} | fields).items():
-        setattr(config, name, value)
-    torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    (tokenizer or AutoTokenizer.from_pretrained(tiny_folder())).save_pretrained(folder)
-    return str(folder)
 
 
 def letters():
