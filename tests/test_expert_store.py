@@ -3,6 +3,8 @@
 import gc
 import json
 import math
+import re
+import shutil
 import threading
 import time
 import weakref
@@ -21,7 +23,7 @@ from moesaic.models.tokenizer import load_tokenizer
 from moesaic.registry import build
 from moesaic.routing.selection.base import Ranking
 from moesaic.store.bias import prefer
-from moesaic.store.memory import check_expert_memory, expert_memory_bytes
+from moesaic.store.memory import check_expert_memory, expert_memory_bytes, slots_within
 from moesaic.store.opening import give_store, slow_tier
 from moesaic.store.policies.base import ExpertKey
 from moesaic.store.replay import LayerStep, replay
@@ -291,6 +293,33 @@ def test_experts_of_a_gpu_stay_on_disk_where_host_memory_does_not_hold_them(stoc
     monkeypatch.setattr("moesaic.store.opening.HostSource", lambda *_, pinned: kept.append(pinned))
     slow_tier(disk, like, 800_000, torch.device("cuda"))
     assert kept == [True]
+
+
+def test_a_file_that_is_written_to_while_it_is_used_is_no_wrong_answer(tmp_path):
+    folder = shutil.copytree(resolve("tiny-moe"), tmp_path / "moe")
+    stored, _ = moesaic.load(folder, store=StoreOptions("10%"))
+    continued(stored)
+    file = next(folder.glob("*.safetensors"))
+    data = file.read_bytes()
+    with file.open("r+b") as opened:
+        opened.write(data)  # the same, but who could know
+    with pytest.raises(WorkError, match="was written to while its experts were in use"):
+        continued(stored)
+
+
+@pytest.mark.parametrize("readers", [0, -1, "many", 1e9])
+def test_readers_are_a_number_of_threads(readers):
+    with pytest.raises(InputError, match="--readers is"):
+        moesaic.load("tiny-moe", store=StoreOptions("30%", readers=readers))
+
+
+def test_the_memory_that_an_error_names_is_enough():
+    for size in (67_584, 1_234_567, 999):
+        with pytest.raises(InputError) as found:
+            slots_within(1, size, 96, 4, torch.device("cpu"))
+        named = re.search(r"in a layer: (\S+MB), or (\S+%)", str(found.value))
+        assert all(slots_within(given, size, 96, 4, torch.device("cpu")) >= 4 for given in named.groups())
+    assert expert_memory_bytes("9" * 400, 100, torch.device("cpu")) == 100
 
 
 def test_a_throttled_source_is_as_slow_as_it_says(stock_folders):

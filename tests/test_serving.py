@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import moesaic
 from moesaic import InputError, ServeConfig, complete
 from moesaic.checkpoint.builtin import shipped_folder
+from moesaic.models.tokenizer import token_bytes
 from moesaic.serving.schedulers import SCHEDULERS, check_scheduler
 from moesaic.serving.schedulers.order import Candidate, Room, by_expert
 
@@ -27,7 +28,10 @@ parser = pytest.importorskip("prometheus_client.parser")
 
 from moesaic.serving.schedulers.expert_aware import ExpertAwareScheduler  # noqa: E402
 from moesaic.serving.schedulers.signatures import Part, PrefillSignatures, PregateSignatures, often  # noqa: E402
+from moesaic.serving.server.answers import Writer  # noqa: E402
+from moesaic.serving.server.metrics import Metrics  # noqa: E402
 from moesaic.serving.server.sampling import Sampling  # noqa: E402
+from moesaic.serving.server.serve import listen  # noqa: E402
 from moesaic.serving.server.text import TextStream  # noqa: E402
 
 KEY = "a-key"
@@ -92,6 +96,11 @@ def test_a_completion_is_what_generate_gives(client, loaded):
     assert client.completions.create(model="tiny-moe", prompt="The first").usage.completion_tokens == 16
 
 
+def post_chat(client, messages):
+    got = client.chat.completions.create(model="tiny-moe", messages=messages, max_tokens=4)
+    return got.choices[0].message.content, got.usage.prompt_tokens
+
+
 def test_a_chat_goes_through_the_template(client, loaded):
     messages = [{"role": "user", "content": "The first"}]
     got = client.chat.completions.create(model="tiny-moe", messages=messages, max_completion_tokens=12)
@@ -100,6 +109,12 @@ def test_a_chat_goes_through_the_template(client, loaded):
     parts = [{"role": "user", "content": [{"type": "text", "text": "The first"}]}]
     again = client.chat.completions.create(model="tiny-moe", messages=parts, max_tokens=12)
     assert again.choices[0].message.content == text
+    answer = {"role": "assistant", "content": "It was"}
+    history = [*messages, answer, *messages]
+    plain = post_chat(client, history)
+    empty = {"refusal": None, "tool_calls": None, "function_call": None, "annotations": []}
+    assert post_chat(client, [*messages, answer | empty, *messages]) == plain
+    assert post_chat(client, [*messages, answer | {"tool_calls": []}, *messages]) == plain
     stream = client.chat.completions.create(model="tiny-moe", messages=messages, max_tokens=12, stream=True)
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -179,6 +194,26 @@ def test_logprobs_are_the_models(client, loaded):
     )  # fmt: skip
     tokens = [t for c in chat if c.choices[0].logprobs for t in c.choices[0].logprobs.content]
     assert [len(t.top_logprobs) for t in tokens] == [2, 2, 2]
+    wrong = {"messages": [{"role": "user", "content": "Hi"}], "top_logprobs": 2}
+    assert "'logprobs': true" in post_error(client, wrong)
+
+
+def post_error(client, body):
+    with pytest.raises(openai.BadRequestError) as found:
+        client.post("/chat/completions", body=body, cast_to=object)
+    return found.value.message
+
+
+def test_parts_of_characters_have_their_own_bytes(loaded):
+    tokenizer = loaded.tokenizer
+    ids = tokenizer("é漢 a", add_special_tokens=False)["input_ids"]
+    parts = [token_bytes(tokenizer, token, tokenizer.decode([token])) for token in ids]
+    assert b"".join(parts) == "é漢 a".encode()
+    split = [token for token in ids if "\ufffd" in tokenizer.decode([token])]
+    assert split
+    writer = Writer("", "", False, tokenizer)
+    assert [writer._name(token).startswith("bytes:\\x") for token in split] == [True] * len(split)
+    assert len({writer._name(token) for token in split}) == len(set(split))
 
 
 BAD = [
@@ -209,6 +244,9 @@ def test_a_bad_field_is_a_400_in_openais_form(server, fields, param):
     ("messages", "says"),
     [([], "messages"), ([{"content": "x"}], "no role"), ([{"role": "user"}], "no content"), ("hello", "messages"),
      ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "no text"),
+     ([{"role": "assistant", "content": "x", "tool_calls": ["x"]}], "has 'tool_calls', which is not supported"),
+     ([{"role": "user", "content": "x", "name": "me"}], "has 'name', which is not supported"),
+     ([{"role": "tool", "content": "x"}], "is what a tool said"),
      ([{"role": "user", "content": "\udc00"}], "surrogate")],
 )  # fmt: skip
 def test_bad_messages_are_a_400(server, messages, says):
@@ -450,7 +488,7 @@ def test_bad_options_are_refused_before_a_model_is_loaded(run):
     for options, says in (
         (["--scheduler", "expert-awre"], "Did you mean 'expert-aware'"), (["--port", "70000"], "--port is 70000"),
         (["--port", port], "in use"), (["--host", "no.such.host.invalid"], "no address"),
-        (["--host", ""], "--host is ''"),
+        (["--host", ""], "--host is ''"), (["--host", "192.0.2.1"], "no address of this machine; give --host"),
         (["--api-key", "a b"], "--api-key"), (["--timeout", "0"], "--timeout"), (["--max-queue", "0"], "--max-queue"),
     ):  # fmt: skip
         code, out, err = run("serve", "no/such-model", *options)
@@ -463,6 +501,22 @@ def test_bad_options_are_refused_before_a_model_is_loaded(run):
     code, _, err = run("serve", "tiny", "--port", "0", "--cache-tokens", str(2**30), "--dry-run")
     assert code == 2
     assert "--cache-tokens" in err
+
+
+def test_an_address_is_one_servers():
+    with listen(ServeConfig(port=0)) as first, pytest.raises(InputError, match="in use"):
+        listen(ServeConfig(port=first.getsockname()[1]))
+
+
+def test_tokens_of_the_last_seconds_are_all_that_is_kept(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("moesaic.serving.server.metrics.time.perf_counter", lambda: now[0])
+    counts = Metrics()
+    for _ in range(1_000):
+        now[0] += 0.1
+        counts.took(0.0, 1.0, 2, 1)
+    assert counts.tokens_per_second() == pytest.approx(20, rel=0.02)
+    assert len(counts._recent) <= 101
 
 
 def test_a_model_that_cannot_be_batched_is_refused_at_the_start(loaded):
@@ -676,17 +730,20 @@ def test_a_model_routed_ahead_gives_the_same_text(ahead, scheduler, memory):
 
 
 @pytest.mark.parametrize("scheduler", ["fifo", "expert-aware"])
-def test_a_server_that_stops_in_the_middle_leaves_the_model_as_it_was(ahead, scheduler):
+def test_a_server_that_stops_in_the_middle_says_so_and_leaves_the_model_as_it_was(ahead, scheduler, caplog):
     model, tokenizer = moesaic.load(ahead, dtype=torch.float32)
     expected = moesaic.complete(model, tokenizer, "Once", max_new_tokens=4)
     config = ServeConfig(port=0, scheduler=scheduler, max_batch_tokens=8, grace=0)
     with moesaic.serve(model, tokenizer, config) as server, concurrent.futures.ThreadPoolExecutor(12) as pool:
-        for _ in range(12):
-            pool.submit(post, server, json={"prompt": "Once upon a time", "max_tokens": 1_000})
+        body = {"prompt": "Once upon a time", "max_tokens": 1_000}
+        answers = [pool.submit(post, server, json=body) for _ in range(12)]
         while len(server.app.batcher.running) < 12 or not server.app.batcher.in_batch:
             time.sleep(0.005)
         server._background.stop()
         server.close()
+    ends = [answer.result() for answer in answers]
+    assert {(end.status_code, end.json()["error"]["code"]) for end in ends} == {(503, "stopping")}
+    assert not [record for record in caplog.records if record.exc_info]
     assert model.pregate.given_TGK is None
     assert not model.pregate.requests
     assert moesaic.complete(model, tokenizer, "Once", max_new_tokens=4) == expected

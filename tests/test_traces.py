@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,10 +200,17 @@ def test_inspect_trace_on_the_command_line(run, tmp_path, monkeypatch):
     assert run(*words)[0] == 0
     assert (tmp_path / "t.csv.gz").read_bytes() == before
     (tmp_path / "notes.txt").write_text("mine")
-    for place, says in (("notes.txt", "is no route trace"), ("no/t.csv", "there is no folder"), (".", "is no route")):
+    for place, says in (
+        ("notes.txt", "is no route trace"),
+        ("no/t.csv", "there is no folder"),
+        (".", "is a folder or"),
+    ):
         code, out, err = run("inspect", "tiny-moe", "--trace", place)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert says in err
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a folder or a device" in run("inspect", "tiny-moe", "--trace", "pipe")[2]
+    (tmp_path / "pipe").unlink()
     for words, says in (
         ("tiny --trace a.csv", "is dense"), ("tiny-moe --trace a.csv --adaptive", "give one of them"),
         ("tiny-moe --requests 3", "--requests is for --trace"), ("tiny-moe --trace a.csv --tokens 9", "--tokens is"),
@@ -213,6 +221,24 @@ def test_inspect_trace_on_the_command_line(run, tmp_path, monkeypatch):
         assert (code, out) == (2, "")
         assert says in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "t.csv.gz"]
+
+
+def test_a_link_to_a_trace_stays_one(tmp_path, mixture):
+    (tmp_path / "link.csv").symlink_to(tmp_path / "there.csv")
+    moesaic.inspect_routes(*mixture, tmp_path / "link.csv", requests=1, prompt=4, new=1)
+    assert (tmp_path / "link.csv").is_symlink()
+    assert read_trace(tmp_path / "there.csv").num_layers
+
+
+def test_a_damaged_archive_is_refused(tmp_path, run):
+    data = bytearray((ROOT / "tests" / "data" / "tiny-moe-routes.csv.gz").read_bytes())
+    data[12:60] = bytes(byte ^ 0xFF for byte in data[12:60])
+    (tmp_path / "bad.csv.gz").write_bytes(data)
+    with pytest.raises(InputError, match="cannot be read as a route trace"):
+        read_trace(tmp_path / "bad.csv.gz")
+    code, _, err = run("inspect", "tiny-moe", "--trace", tmp_path / "bad.csv.gz")
+    assert code == 2
+    assert "is no route trace" in err
 
 
 def passes(*sets):
@@ -398,9 +424,9 @@ def test_hits_are_those_of_a_replay_and_grow_with_the_memory():
     trace = read_trace(ROOT / "tests" / "data" / "tiny-moe-routes.csv.gz")
     told = []
     found = cache_hits(trace, lambda done, count: told.append((done, count)))
-    assert [(one.share, one.capacity) for one in found] == [(0.1, 10), (0.2, 19), (0.3, 29), (0.5, 48), (0.7, 67)]
+    assert [(one.share, one.capacity) for one in found] == [(0.1, 9), (0.2, 19), (0.3, 28), (0.5, 48), (0.7, 67)]
     assert told == [(n, 15) for n in range(1, 16)]
-    size = CacheSize(29, 6, 16)
+    size = CacheSize(28, 6, 16)
     for name, ratio in found[2].hit_ratio.items():
         assert ratio == replay(trace.steps("decode"), build("cache", name), size, in_flight=2).hit_ratio
     for less, more in itertools.pairwise(found):

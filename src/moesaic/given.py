@@ -88,6 +88,19 @@ COLDEST = 0.01
 """A temperature below that, but for 0, overflows half precision."""
 
 
+def file_to_write(option: str, file: Path) -> Path:
+    """Check that a file can be written at a path; returns where a link leads, so that the link stays one.
+
+    Raises:
+        InputError: no such folder, or something else than a file is there.
+    """
+    if not file.absolute().parent.is_dir():
+        raise InputError(f"{option} {file}: there is no folder '{file.absolute().parent}'; make it first")
+    if file.exists() and not file.is_file():
+        raise InputError(f"{option} {file} is a folder or a device; name a file")
+    return file.resolve() if file.is_symlink() else file
+
+
 def check(**given: object) -> None:
     """Check that settings are numbers within `LIMITS`; None, which leaves a setting to its default, always is.
 

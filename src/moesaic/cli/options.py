@@ -209,7 +209,7 @@ def check_plot(path: Path | None) -> None:
         from ..report.plots import check_matplotlib
 
         check_matplotlib()
-    if path and (path.suffix not in PICTURES or not path.absolute().parent.is_dir()):
+    if path and (path.suffix not in PICTURES or path.is_dir() or not path.absolute().parent.is_dir()):
         raise InputError(f"--plot {path} is no file ending in {', '.join(PICTURES)} in a folder that exists")
 
 

@@ -59,9 +59,10 @@ def serve(
 
     check_packages()
     api_key = os.environ.get(KEY) if api_key is None else api_key  # an empty one, which typer takes for none
+    called = Path(model).name or Path(model).resolve().name  # of `.` too
     store = options.store_options(expert_memory, cache, prefetch, cache_bias)
     config = ServeConfig(
-        host=host, port=port, api_key=api_key, name=name or Path(model).name, max_queue=max_queue, scheduler=scheduler,
+        host=host, port=port, api_key=api_key, name=name or called, max_queue=max_queue, scheduler=scheduler,
         max_request_bytes=max_request_bytes, timeout=timeout, grace=grace, max_batch_tokens=max_batch_tokens,
         cache_tokens=cache_tokens,
     )  # fmt: skip

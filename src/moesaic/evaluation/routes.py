@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError, WorkError
-from ..given import check, path
+from ..given import check, file_to_write, path
 from ..models.moe_block import MoEBlock, Routing
 from ..moe.adaptive import moe_blocks_of
 from ..progress import Progress, unheard
@@ -86,10 +86,8 @@ def trace_file(file: str | Path) -> Path:
     Raises:
         InputError: no such folder, or something else than a trace is there.
     """
-    place = path(file)
-    if not place.absolute().parent.is_dir():
-        raise InputError(f"--trace {place}: there is no folder '{place.absolute().parent}'; make it first")
-    if place.is_dir() or (place.exists() and place.stat().st_size and not is_trace(place)):
+    place = file_to_write("--trace", path(file))
+    if place.exists() and place.stat().st_size and not is_trace(place):
         raise InputError(f"--trace {place} exists and is no route trace; give another name, such as routes.csv.gz")
     return place
 

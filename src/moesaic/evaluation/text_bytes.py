@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
-BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-"""A token that is one byte, in SentencePiece's vocabularies."""
+from ..models.tokenizer import BYTE
+
 BLANK = "\u2581"
 """What SentencePiece writes for a blank."""
 

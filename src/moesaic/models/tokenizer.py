@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import InputError, first_line
+
+BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+"""A token that is one byte, in SentencePiece's vocabularies."""
+UNKNOWN = "\ufffd"
+"""What a part of a character is decoded to."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -22,3 +30,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise InputError(
             f"no usable tokenizer in '{folder}' ({first_line(error)}); put the model's tokenizer files there"
         ) from error
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> bytes | None:
+    """Give the bytes of a token, that may be a part of a character only; None where the tokenizer does not tell."""
+    if UNKNOWN not in text:
+        return text.encode()
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    if BYTE.fullmatch(name):
+        return bytes.fromhex(name[3:5])
+    signs = byte_signs()
+    return bytes(signs[sign] for sign in name) if set(name) <= signs.keys() else None
+
+
+@cache
+def byte_signs() -> dict[str, int]:
+    """Give the byte for each sign of byte-level tokenizers."""
+    return {sign: byte for byte, sign in bytes_to_unicode().items()}

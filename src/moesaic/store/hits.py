@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from .. import registry
 from ..results import CacheHits
+from .memory import expert_memory_bytes
 from .policies.base import CacheSize
 from .replay import replay
 from .routes import DECODE, RouteTrace, layer_steps
@@ -16,6 +19,8 @@ POLICIES = ("look-ahead", "lru", "belady")
 """The store's default, what others have, and the most that is possible."""
 IN_FLIGHT = 2
 """Experts that load at once, as in the store."""
+UNKNOWN = 2**20
+"""Bytes of an expert where a trace does not say; any large number."""
 STEPS = 8_192
 """Layer steps that are replayed at most: large models take a while for each."""
 
@@ -37,7 +42,9 @@ def cache_hits(trace: RouteTrace, progress: Callable[[int, int], None] | None = 
         return []
     uses = sum(len(step.experts) for step in steps) / len(passes)
     experts, least = trace.num_layers * trace.num_experts, max(len(step.experts) for step in steps)
-    sizes = [(share, round(share * experts)) for share in SHARES if round(share * experts) >= least]
+    one = trace.expert_bytes or UNKNOWN
+    shares = {share: expert_memory_bytes(f"{share:.0%}", one * experts, torch.device("cpu")) // one for share in SHARES}
+    sizes = [(share, capacity) for share, capacity in shares.items() if capacity >= least]
     found, done = [], 0
     for share, capacity in sizes:
         size, ratios = CacheSize(capacity, trace.num_layers, trace.num_experts), {}

@@ -55,7 +55,7 @@ def expert_memory_bytes(given: str | int, all_experts: int, device: torch.device
         return min(all_experts, math.ceil(all_experts * float(share[1]) / 100))
     size = SIZE.fullmatch(text)
     assert size, given
-    return min(all_experts, int(float(size[1]) * UNITS[(size[2] or "").lower()]))
+    return int(min(float(all_experts), float(size[1]) * UNITS[(size[2] or "").lower()]))
 
 
 def slots_within(given: str | int, expert_bytes: int, experts: int, least: int, device: torch.device) -> int:
@@ -76,6 +76,6 @@ def slots_within(given: str | int, expert_bytes: int, experts: int, least: int, 
         share = math.ceil(1000 * least / experts) / 10
         raise InputError(
             f"--expert-memory {given} holds {found} experts of {expert_bytes:,} bytes; give room for the {least} that "
-            f"one token runs in a layer: {expert_bytes * least / 1e6:.4g}MB, or {share:g}%"
+            f"one token runs in a layer: {math.ceil(expert_bytes * least / 1e4) / 100:g}MB, or {share:g}%"
         )
     return found

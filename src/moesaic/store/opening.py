@@ -33,6 +33,7 @@ from .store import ExpertStore
 
 STORE = "expert_store"
 """The attribute of a model that holds its store."""
+READERS = given.Limit(1, 256)
 HOST_SHARE = 0.8
 """Of the host memory that is free, for the experts of a GPU; pinned memory cannot be swapped out."""
 
@@ -60,6 +61,7 @@ class StoreOptions:
             InputError: an option that cannot be.
         """
         check_expert_memory(self.expert_memory)
+        given.number("readers", self.readers, READERS)
         given.check(cache_bias=self.cache_bias)
         policy: Policy = registry.build("cache", self.cache)
         if not policy.online:

@@ -61,6 +61,20 @@ class Place(NamedTuple):
     down: Matrix
 
 
+class OpenFile(NamedTuple):
+    """A file that experts are read from."""
+
+    descriptor: int
+    state: tuple[int, int]
+    """As it was when it was opened."""
+
+
+def state_of(descriptor: int) -> tuple[int, int]:
+    """Tell a file's size, and when it was last written to; another file under its name is not seen."""
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_mtime_ns
+
+
 class ExpertSource(ABC):
     """Where experts come from; read by several threads at once."""
 
@@ -118,7 +132,7 @@ class DiskSource(ExpertSource):
 
     def __post_init__(self) -> None:
         self.num_layers, self.num_experts = len(self.places), len(self.places[0])
-        self._files: dict[Path, int] = {}
+        self._files: dict[Path, OpenFile] = {}
         self._lock = threading.Lock()
 
     def read(self, key: ExpertKey, out: ExpertWeights) -> int:
@@ -142,8 +156,9 @@ class DiskSource(ExpertSource):
         read = 0
         try:
             file = self._file(rows.path)
-            while read < size and (more := os.preadv(file, [buffer[read:]], rows.offset + read)):
+            while read < size and (more := os.preadv(file.descriptor, [buffer[read:]], rows.offset + read)):
                 read += more
+            same = file.state == state_of(file.descriptor)
         except OSError as error:
             raise WorkError(f"expert {key.expert} of layer {key.layer} cannot be read: {error}") from error
         if read < size:
@@ -151,21 +166,27 @@ class DiskSource(ExpertSource):
                 f"'{rows.path}' ends within expert {key.expert} of layer {key.layer}: it was cut short or replaced; "
                 "download the model again"
             )
+        if not same:
+            raise WorkError(
+                f"'{rows.path}' was written to while its experts were in use: load the model again, and download it "
+                "again if it is no longer the same"
+            )
         if not direct:
             out.copy_(part[:, :width])
         return size
 
-    def _file(self, path: Path) -> int:
+    def _file(self, path: Path) -> OpenFile:
         with self._lock:
             if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY)
+                descriptor = os.open(path, os.O_RDONLY)
+                self._files[path] = OpenFile(descriptor, state_of(descriptor))
             return self._files[path]
 
     def close(self) -> None:
         with self._lock:
             for file in self._files.values():
                 with suppress(OSError):
-                    os.close(file)
+                    os.close(file.descriptor)
             self._files.clear()
 
     def __del__(self) -> None:

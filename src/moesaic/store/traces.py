@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -41,7 +42,7 @@ def is_trace(path: Path) -> bool:
     try:
         with _opened(path) as lines:
             return next(lines, "").startswith(FIRST_LINE)
-    except (OSError, EOFError, ValueError):
+    except (OSError, EOFError, ValueError, zlib.error):
         return False
 
 
@@ -74,7 +75,7 @@ def read_trace(file: str | Path) -> RouteTrace:
     try:
         with _opened(path) as lines:
             return _Reader(path).read(lines)
-    except (OSError, EOFError) as error:  # what is cut off within a .gz is EOFError
+    except (OSError, EOFError, zlib.error) as error:  # what is cut off within a .gz is EOFError
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"'{path}' cannot be read as a route trace ({reason}); {AGAIN}") from error
     except UnicodeDecodeError as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from ...models.tokenizer import UNKNOWN, token_bytes
 from .batching import Generation, Piece
 from .sampling import TokenChoice
 
@@ -70,7 +71,7 @@ class Writer:
         offset = sum(len(self._text(choice.token)) for choice in generation.sampling.choices[:start])
         texts = [self._text(choice.token) for choice in choices]
         offsets = [offset + sum(map(len, texts[:position])) for position in range(len(texts))]
-        top = [{self._text(token): logprob for token, logprob in choice.top} for choice in choices]
+        top = [{self._name(token): logprob for token, logprob in choice.top} for choice in choices]
         logprobs = [choice.logprob for choice in choices]
         return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
 
@@ -79,11 +80,20 @@ class Writer:
         said: list[Object] = []
         for token, logprob in pairs:
             text = self._text(token)
-            said.append({"token": text, "logprob": logprob, "bytes": list(text.encode())})
+            found = token_bytes(self.tokenizer, token, text)
+            said.append({"token": text, "logprob": logprob, "bytes": None if found is None else list(found)})
         return said[0] | {"top_logprobs": said[1:]}
 
     def _text(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
+
+    def _name(self, token: int) -> str:
+        r"""Write a token so that no two are alike: a part of a character by its bytes, `bytes:\xe6`."""
+        text = self._text(token)
+        found = token_bytes(self.tokenizer, token, text)
+        if UNKNOWN not in text or found is None:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
 
 def usage(generations: Sequence[Generation]) -> Object:

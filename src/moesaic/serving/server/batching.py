@@ -22,7 +22,7 @@ from ...errors import InputError, WorkError, first_line
 from ..schedulers.expert_aware import ExpertAwareScheduler
 from ..schedulers.signatures import Signatures, signatures_of
 from ..schedulers.telling import Telling
-from .errors import ApiError, bad, dead
+from .errors import ApiError, bad, dead, stopping
 from .metrics import Metrics
 from .sampling import OwnRows, Sampling
 from .text import TextStream
@@ -238,6 +238,11 @@ class Batcher(CBGenerateManager):
             self.manager.cancel_request(generation.name)
         seconds = time.perf_counter() - generation.arrived
         self._seconds += 0.1 * (seconds - self._seconds)
+
+    def give_up(self) -> None:
+        """Fail what still runs, because the server stops."""
+        for generation in list(self.running):
+            generation.put(stopping())
 
     def _handler(self, generation: Generation) -> Callable[[GenerationOutput], None]:
         """Make what transformers calls on the event loop with each output; if it raised, others would lose theirs."""

@@ -52,6 +52,11 @@ def dead(reason: object) -> ApiError:
     return ApiError(503, f"the worker that runs the model has ended ({reason}); restart the server", code="worker_dead")
 
 
+def stopping() -> ApiError:
+    """Make the error of a server that is stopping."""
+    return ApiError(503, "the server is stopping; try another", code="stopping", retry=1)
+
+
 def install(app: FastAPI) -> None:
     """Give every error of an app OpenAI's form."""
 

@@ -26,6 +26,8 @@ REFUSED = {
 }
 """Fields that OpenAI has and this server has not, with a word on it; allowed where they ask for nothing."""
 PICTURES = "ask about pictures by 'moesaic generate --image'"
+TURN = ("role", "content")
+"""Fields of a message."""
 NOTHING = (None, False, [], "none", {"type": "text"})
 Text = Annotated[str, Field(min_length=1)]
 Penalty = Annotated[float | None, Field(ge=-2, le=2)]
@@ -101,6 +103,8 @@ class ChatFields(Fields):
     chat_template_kwargs: dict[str, bool | int | str] | None = None
 
     def top_logprobs_asked(self) -> int | None:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise bad("'top_logprobs' wants 'logprobs': true beside it", "top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -131,16 +135,21 @@ def _first(error: ValidationError) -> ApiError:
     return bad(f"field '{name}': {first['msg'].lower()}", name)
 
 
-def check_kinds(messages: list[dict[str, object]]) -> None:
-    """Check that messages have a role, and content that is text.
+def turns_of(messages: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Take role and content of messages; clients send the other fields of an answer back, where they are empty.
 
     Raises:
-        ApiError: 400, one has not.
+        ApiError: 400, one has no role or no text, or something else that would be passed over.
     """
     for number, message in enumerate(messages):
         where, content = f"messages[{number}]", message.get("content")
+        for name, value in message.items():
+            if name not in TURN and value not in NOTHING:
+                raise bad(f"{where} has '{name}', which is not supported: answers are text only", "messages")
         if not isinstance(message.get("role"), str):
             raise bad(f"{where} has no role; give system, user or assistant", "messages")
+        if message["role"] in ("tool", "function"):
+            raise bad(f"{where} is what a {message['role']} said, and answers are text only", "messages")
         parts = content if isinstance(content, list) else []
         if not isinstance(content, str) and not parts:
             raise bad(f"{where} has no content; give text", "messages")
@@ -149,3 +158,4 @@ def check_kinds(messages: list[dict[str, object]]) -> None:
                 raise bad(f"{where} holds a picture, no text; this server answers text only: {PICTURES}", "messages")
             if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
                 raise bad(f"{where} holds what is no text; this server has models of text only", "messages")
+    return [{name: message[name] for name in TURN} for message in messages]

@@ -22,7 +22,7 @@ from ..questions import as_turn, opens_chats
 from .answers import DONE, Writer
 from .batching import Batcher, Generation
 from .errors import ApiError, bad
-from .fields import MOST_PROMPTS, ChatFields, CompletionFields, Fields, check_kinds, read
+from .fields import MOST_PROMPTS, ChatFields, CompletionFields, Fields, read, turns_of
 from .model import OneBatcher, OneModel
 from .sampling import Sampling
 from .text import TextStream
@@ -164,11 +164,11 @@ class Chats(Handler):
         encoder = self.one.encoder
         if not encoder.chat_template:
             raise bad("this model has no chat template; use /v1/completions", "messages")
-        check_kinds(fields.messages)
+        turns = turns_of(fields.messages)
         options = fields.chat_template_kwargs or {}
         if own := set(options) & set(inspect.signature(encoder.apply_chat_template).parameters):
             raise bad(f"chat_template_kwargs has '{own.pop()}', which is the server's to say", "chat_template_kwargs")
-        messages = self.get_processor_inputs_from_messages(fields.messages, Modality.LLM)
+        messages = self.get_processor_inputs_from_messages(turns, Modality.LLM)
         for message in messages:
             unicode(str(message["content"]))
         try:

@@ -47,7 +47,9 @@ class WebServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         over = self._end is not None and (not self._app.guard.busy or time.monotonic() > self._end)
-        return await super().on_tick(counter) or over
+        if ends := await super().on_tick(counter) or over:
+            self._app.batcher.give_up()  # whose requests are told so within the second that uvicorn leaves them
+        return ends
 
 
 class Background:

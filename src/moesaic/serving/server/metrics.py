@@ -61,7 +61,10 @@ class Metrics:
         """Count new tokens of an answer that had `before` of them."""
         self.generated_tokens.inc(new)
         if new and first is not None:
-            self._recent.append((time.perf_counter(), new))
+            now = time.perf_counter()
+            self._recent.append((now, new))
+            while self._recent[0][0] < now - WINDOW:
+                self._recent.popleft()
             if not before:
                 self.first.observe(first - arrived)
 
@@ -73,9 +76,7 @@ class Metrics:
     def tokens_per_second(self) -> float:
         """Count tokens of answers over the last seconds."""
         since = time.perf_counter() - WINDOW
-        while self._recent and self._recent[0][0] < since:
-            self._recent.popleft()
-        return sum(new for _, new in self._recent) / WINDOW
+        return sum(new for at, new in self._recent.copy() if at >= since) / WINDOW  # another thread adds to it
 
     def watch(self, now: Now) -> None:
         """Show what a batcher, and its model's expert store, tell at the moment of asking."""

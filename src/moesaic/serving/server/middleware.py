@@ -10,7 +10,7 @@ import logging
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .batching import OWNED, Batcher, Generation
-from .errors import ApiError, bad
+from .errors import ApiError, bad, stopping
 
 ROUTES = {
     "/v1/completions": "POST", "/v1/chat/completions": "POST", "/v1/models": "GET", "/health": "GET", "/metrics": "GET",
@@ -46,9 +46,12 @@ class Guard:
         self.busy += 1
         try:
             await self._answer(scope, receive, answer)
-        except ApiError as error:
-            if not answer.status:
-                await error.response()(scope, receive, answer)
+        except (ApiError, asyncio.CancelledError) as error:
+            if not (self.stopping or isinstance(error, ApiError)):
+                raise
+            if not answer.status:  # of a request that is no generation yet, cancelled at the very end
+                known = error if isinstance(error, ApiError) else stopping()
+                await known.response()(scope, receive, answer)
         finally:
             self.busy -= 1
             for generation in owned:
@@ -59,7 +62,7 @@ class Guard:
         path, method = scope["path"], scope["method"]
         headers = {name.lower(): value for name, value in scope["headers"]}
         if self.stopping and path != "/metrics":
-            raise ApiError(503, "the server is stopping; try another", code="stopping", retry=1)
+            raise stopping()
         allowed = ROUTES.get(path) or ("GET" if path.startswith(ONE_MODEL) else None)
         if path != "/health":
             self._check_key(headers.get(b"authorization", b""))

@@ -33,7 +33,7 @@ def check_packages() -> None:
 
 
 def listen(config: ServeConfig) -> socket.socket:
-    """Take the address; nobody is heard before the server runs.
+    """Take the address, so that no other process can; who calls waits until the server runs.
 
     Raises:
         InputError: no such host, or a port that is taken or not allowed.
@@ -48,8 +48,11 @@ def listen(config: ServeConfig) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
+        listener.listen()  # two processes can bind one address, and one alone listen
     except OSError as error:
         listener.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise InputError(f"{where}: no address of this machine; give --host 127.0.0.1, or 0.0.0.0") from error
         why = "in use" if error.errno == errno.EADDRINUSE else (error.strerror or str(error)).lower()
         raise InputError(f"{where}: {why}; give another --port, or 0 for any that is free") from error
     return listener
