@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moesaic
 from moesaic import AdaptConfig, InputError, registry
@@ -39,7 +39,7 @@ from moesaic.routing.selection.threshold import Threshold
 from moesaic.routing.selection.top_k import TopK
 from moesaic.routing.selection.top_p import TopP
 from moesaic.training.data import Samples
-from test_moe_block import CHOSEN, EXPERTS, STOCK, TOKENS, ours, stock
+from test_moe_block import CHOSEN, EXPERTS, SIZES, STOCK, TOKENS, ours, stock
 
 ALL = [*STOCK, "ours"]
 UNDERSTOOD = [name for name in ALL if name != "phi-moe"]  # its second expert has a softmax of its own
@@ -303,13 +303,39 @@ def test_the_budget_of_a_rule_is_met_on_its_samples():
 def test_ppos_gain_and_loss_equal_an_example_by_hand():
     ratio, advantage = torch.tensor([1.5, 0.5, 1.5, 0.5]), torch.tensor([1.0, 1.0, -1.0, -1.0])
     assert clipped_gain(ratio, advantage, 0.2).tolist() == pytest.approx([1.2, 0.5, -1.5, -0.8])
-    policy = SimpleNamespace(parameters=[{"weight": torch.zeros(2, 3)}, {"weight": torch.zeros(2, 3)}])
+    zeros, ranker = {"weight": torch.zeros(2, 3)}, SimpleNamespace(ranks=2)
+    policy = SimpleNamespace(parameters=[zeros, zeros], rankers=[ranker, ranker])
     hidden, half = torch.ones(2, 3), torch.full((2,), math.log(0.5))
     drawn = [Drawn(hidden, torch.tensor([0, 1]), half)] * 2
     loss, mean = PPO(gamma=0.5).loss(policy, drawn, torch.tensor([0.3, -0.1]), torch.ones(2), price=0.01)
     assert mean == pytest.approx(1.5)
     # ratios are 1; advantages are halved in the first of two layers: mean of -(0.3 - 0.1) / 2 times 0.5 and 1
     assert loss.item() == pytest.approx(-0.1 * (0.5 + 1) / 2 + 0.01 * 1.5)
+
+
+def test_before_an_update_the_ratio_is_1_with_groups_of_experts_too():
+    """DeepSeek-V3's router allows fewer experts than there are; the policy's numbers end there."""
+    torch.manual_seed(0)
+    config_class, fields, *_ = STOCK["deepseek-v3"]
+    groups = {"n_group": 3, "topk_group": 2, "num_experts_per_tok": 3}
+    model = AutoModelForCausalLM.from_config(config_class(**SIZES | fields | groups)).eval()
+    policy = make_policy(model, AdaK())
+    seen = []
+
+    def draw(number, ranking, hidden):
+        logits = policy.selection.evidence(ranking, hidden, policy.parameters[number])
+        first = torch.zeros(len(hidden), dtype=torch.long)
+        seen.append(Drawn(hidden, first, logits.log_softmax(-1)[:, 0]))
+        return Decision(first + 1)
+
+    with torch.no_grad():
+        policy.logits(TOKENS, draw)
+    ranks = {ranker.ranks for ranker in policy.rankers}
+    assert max(ranks) < model.config.n_routed_experts
+    ones = torch.ones(len(seen[0].hidden_TD))
+    loss, mean = PPO(gamma=1.0).loss(policy, seen, ones, ones, price=0.0)
+    assert loss.item() == pytest.approx(-1)
+    assert 1 < mean <= max(ranks)
 
 
 def test_the_price_is_steered_to_the_budget():
@@ -447,10 +473,6 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("moe")
     config_class, fields, *_ = STOCK["qwen3-moe"]
     torch.manual_seed(0)
-    from transformers import AutoModelForCausalLM
-
-    from test_moe_block import SIZES
-
     sizes = SIZES | fields | {"num_experts_per_tok": 4, "vocab_size": 1024, "max_position_embeddings": 256}
     AutoModelForCausalLM.from_config(config_class(**sizes)).save_pretrained(made)
     AutoTokenizer.from_pretrained(tiny_folder()).save_pretrained(made)
@@ -516,7 +538,12 @@ def test_inside_a_converted_model(tmp_path):
     assert model.config.selection == within.method
     assert moesaic.inspect(tmp_path / "out").moe["selection"] == within.method
     measured = moesaic.inspect(tmp_path / "out").metrics
-    assert measured.perplexity != moesaic.inspect(tmp_path / "moe").metrics.perplexity
+    before = moesaic.inspect(tmp_path / "moe").metrics.perplexity
+    assert measured.perplexity != before
+    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert f"selection `{within.method}`" in card
+    assert "Then adapted (`threshold`): " in card
+    assert f"perplexity {before:.3f} before, {measured.perplexity:.3f} after" in card
     fixed = moesaic.adapt(tmp_path / "moe", tmp_path / "fixed", AdaptConfig(method="top-k", inside=True, **quick))
     few = moesaic.inspect(tmp_path / "fixed").metrics
     assert (fixed.method, few.plan) == ("top-k:k=2", "S2A2E8")
@@ -548,6 +575,17 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(folder, tmp_path, change
     with pytest.raises(InputError, match=message):
         moesaic.adapt(folder, tmp_path / "out", AdaptConfig(**QUICK | changes))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_numbers_meet_few_budgets_and_one_that_is_given_is_kept(folder, tmp_path, run):
+    options = ("--window", "64", "--samples", "16", "--device", "cpu")
+    code, _, err = run("adapt", folder, tmp_path / "a", "--method", "top-k", "--target-active", "0.6", *options)
+    assert code == 0, err
+    assert "top-k runs one whole number of experts for all tokens" in " ".join(err.split())
+    found = moesaic.adapt(folder, tmp_path / "b", AdaptConfig(**QUICK | {"method": "top-k:k=3", "target_active": 0.5}))
+    assert found.experts_per_token == 3
+    code, _, err = run("adapt", folder, tmp_path / "c", "--method", "relative", "--target-active", "0.75", *options)
+    assert "--override-kv ARCH.expert_used_count=int:6" in " ".join(err.split())
 
 
 def test_a_dense_model_has_no_experts_to_choose_from(tmp_path):

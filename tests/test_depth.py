@@ -18,6 +18,7 @@ from moesaic.calibration.layers import tapped
 from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import ResumableOutput
+from moesaic.evaluation.cost import active_weights
 from moesaic.models.families import decoder_layers, ffn_norm, gated_ffn, text_tower
 from moesaic.models.layerwise import LayerwiseModel
 from moesaic.pruning.depth.heal import fitted_gain, heal, say, stream_weights
@@ -266,8 +267,18 @@ def test_healing_wins_back_perplexity_and_the_result_is_a_dense_model(tmp_path):
     assert plain.perplexity_before < healed.perplexity < 0.9 * plain.perplexity
     assert (healed.num_hidden_layers, len(healed.distances)) == (2, 4)
     assert healed.active_parameters < healed.active_parameters_before
+    for folder, count in (("tiny", healed.active_parameters_before), (tmp_path / "none", plain.active_parameters)):
+        assert count == active_weights(moesaic.load(folder).model)
     converted = moesaic.convert(tmp_path / "closed-form", tmp_path / "moe", QUICK)
     assert len(converted.layers) == 2
+
+
+def test_experts_that_do_not_run_are_not_counted(tmp_path):
+    few = PruneConfig(method="depth", recovery="none", layers=4, tokens=512, window=64, held_out_tokens=128)
+    result = moesaic.prune("tiny-moe", tmp_path / "out", few)
+    model, _ = moesaic.load(tmp_path / "out")
+    assert result.active_parameters == active_weights(model) < result.total_parameters / 2
+    assert "- mixture-of-experts" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_stopped_and_gone_on_with_equals_uninterrupted(folders, tmp_path, monkeypatch):

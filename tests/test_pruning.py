@@ -3,10 +3,12 @@
 import itertools
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from torch.nn import functional
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -423,12 +425,62 @@ def test_a_converted_model_stays_one(converted, tmp_path, run):
     assert metrics.ffn_active == before.ffn_active
     assert moesaic.inspect(out).metrics.layers[0].expert_tokens == result.layers[0].expert_tokens
     assert moesaic.evaluate(model, tokenizer, window=64, max_tokens=128).perplexity > 1
+    assert [(change.verb, change.method, change.what) for change in metrics.changes] == [
+        ("pruned", "frequency", "5 of 7 experts a layer, recovery none")
+    ]
+    card = " ".join((out / "README.md").read_text().split())
+    assert "Then pruned (`frequency`): 5 of 7 experts a layer, recovery none; " in card
+    assert "layer_error.png" not in card
     other = "moesaic" if Checkpoint(out).config["model_type"] != "moesaic" else "glm4_moe"
     moesaic.export(out, tmp_path / "other", other)
     training = moesaic.FinetuneConfig(window=64, samples=24, batch=4, steps=2, device="cpu")
     moesaic.finetune(out, tmp_path / "trained", training)
+    assert "Then pruned" in (tmp_path / "trained" / "README.md").read_text()
     code, _, err = run("generate", out, "The first", "--max-new-tokens", "2")
     assert code == 0, err
+
+
+def test_a_conversion_that_collapsed_stays_one_that_did(converted, tmp_path):
+    strict = shutil.copytree(converted, tmp_path / "strict")
+    settings = yaml.safe_load((strict / "moesaic.yaml").read_text())
+    settings["config"]["collapse_ratio"] = 1.0
+    (strict / "moesaic.yaml").write_text(yaml.safe_dump(settings))
+    result = moesaic.prune(strict, tmp_path / "out", config(experts=6))
+    assert not result.collapsed  # beside what it was pruned from
+    assert moesaic.inspect(tmp_path / "out").metrics.collapsed
+    assert "This model collapsed" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_training_before_pruning_keeps_its_own_numbers(converted, tmp_path):
+    training = moesaic.FinetuneConfig(window=64, samples=24, batch=4, steps=3, device="cpu", learning_rate=1e-3)
+    trained = moesaic.finetune(converted, tmp_path / "trained", training)
+    assert trained.improved
+    moesaic.prune(tmp_path / "trained", tmp_path / "out", config(experts=3))
+    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert f"perplexity {trained.perplexity_before:.3f} before, {trained.perplexity:.3f} after; loss" in card
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("verb", ["prune", "adapt", "finetune", "export"])
+def test_out_is_not_the_model_itself(converted, tmp_path, verb, inside):
+    model = shutil.copytree(converted, tmp_path / "a" / "model")
+    out = tmp_path / "a" if inside else model
+    (tmp_path / "a" / "moesaic.yaml").touch()  # as if it were ours
+    before = sorted(tmp_path.rglob("*"))
+    settings = {
+        "prune": config(experts=3), "adapt": moesaic.AdaptConfig(method="top-p", window=64, samples=16),
+        "finetune": moesaic.FinetuneConfig(window=64, samples=16, steps=1), "export": "auto",
+    }  # fmt: skip
+    with pytest.raises(InputError, match="is the model that is read, or holds it; name another folder"):
+        getattr(moesaic, verb)(model, out, settings[verb], overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_given_number_takes_the_place_of_the_recipes(tmp_path):
+    (tmp_path / "a.yaml").write_text("ratio: 0.25\ntokens: 512\n")
+    found = PruneConfig.read(tmp_path / "a.yaml", {"experts": 12})
+    assert (found.experts, found.ratio, found.tokens) == (12, None, 512)
+    assert PruneConfig.read(tmp_path / "a.yaml", {"seed": 3}).ratio == 0.25
 
 
 @pytest.mark.parametrize(("router", "says"), [("mlp", "width is the number of its experts"), ("sigmoid", "the router")])

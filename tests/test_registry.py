@@ -20,6 +20,14 @@ def test_options_are_read_and_checked():
         registry.build("partition", "cmoe:top_k=many")
 
 
+def test_a_word_is_an_option_where_words_are_asked_for():
+    assert registry.build("learner", "ppo:warm=k") == registry.build("learner", "ppo:warm='k'")
+    with pytest.raises(InputError, match="should be 'p', 'k' or 'none'"):
+        registry.build("learner", "ppo:warm=q")
+    with pytest.raises(InputError, match="is 'soon', expected a number or True/False"):
+        registry.build("learner", "ppo:epochs=soon")
+
+
 def test_unknown_names_answer_with_the_nearest_and_all():
     with pytest.raises(InputError, match=r"Did you mean 'coactivation'\?.*cmoe.*specialists"):
         registry.build("partition", "coactivatoin")

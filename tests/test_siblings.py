@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -66,6 +67,15 @@ def test_where_smaller_is_worse_the_line_rises(steps, pair):
         dots.append(Dot(x, value))
     low, high = (line_at(dots, 10.0, at).perplexity for at in sorted(pair))
     assert low <= high * (1 + 1e-9)
+
+
+def test_speeds_that_were_measured_are_not_called_missing():
+    placed = place_row(row("default", 15.0, ratio=0.5, speedup=1.5), [sibling(0.25, 40.0, speedup=0.9)], 10.0)
+    assert placed.line_by == "parameters"
+    (said_,) = said([row("default", 15.0, ratio=0.5, speedup=1.5)], [sibling(0.25, 40.0, speedup=0.9)])
+    assert "(no sibling is faster than the dense model)" in said_
+    (said_,) = said([row("default", 15.0, ratio=0.5)], [sibling(0.25, 40.0)])
+    assert "(no speed measured)" in said_
 
 
 def test_a_sibling_that_is_no_cheaper_says_nothing():
@@ -222,6 +232,22 @@ def letters():
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return save_smaller(tmp_path_factory.mktemp("family") / "small")
+
+
+def test_other_weights_of_the_same_name_are_refused(tmp_path):
+    """What was measured on the weights before would stand beside what is measured now."""
+    ask = {"active": [0.5], "methods": ["flap"], "measurement": MEASUREMENT}
+    save_smaller(tmp_path / "m", seed=0)
+    frontier(str(tmp_path / "m"), tmp_path / "out", **ask)
+    shutil.rmtree(tmp_path / "m")
+    save_smaller(tmp_path / "m", seed=1)
+    for name in ("fingerprint", None):  # and one that was written before there was the setting
+        with pytest.raises(InputError, match="was measured on other weights"):
+            frontier(str(tmp_path / "m"), tmp_path / "out", **ask)
+        file = tmp_path / "out" / "frontier.json"
+        content = json.loads(file.read_text())
+        content["setting"].pop(name, None)
+        file.write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")

@@ -182,6 +182,10 @@ def test_pruning_keeps_the_vision_tower(converted, tmp_path, method):
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "pruned")
     assert stock.config.text_config.n_routed_experts == 6
     assert (tmp_path / "pruned" / "processor_config.json").is_file()
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card
+    assert "AutoModelForImageTextToText" in card
+    assert all(layer.expert_tokens_by_modality is None for layer in inspect(tmp_path / "pruned").metrics.layers)
 
 
 def test_an_expert_store_says_the_same_of_pictures(converted, samples):

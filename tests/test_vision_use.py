@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -31,6 +32,7 @@ from moesaic.evaluation.pictures import picture_inputs, run_once
 from moesaic.evaluation.questions import Question, answers, end_of_turn, same, score_choices
 from moesaic.evaluation.tasks import evaluate_tasks, read_tasks
 from moesaic.models.families import decoder_layers
+from moesaic.models.processor import open_picture
 from moesaic.moe.modeling import moe_blocks
 from moesaic.report import plots, tables
 from moesaic.report.frontier_tasks import draw_tasks
@@ -194,6 +196,18 @@ def test_bad_pictures_are_refused_before_a_model_is_loaded(run, llava, tmp_path,
         assert (code, out) == (2, ""), err
         assert says in err
         assert err.count("error:") == 1
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_grey_of_16_bits_is_scaled(tmp_path, kind):
+    ramp = np.linspace(0, 65_535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / f"g.{kind}")
+    found = np.asarray(open_picture(tmp_path / f"g.{kind}"))
+    assert (found.min(), found.max()) == (0, 255)
+    assert abs(found[..., 0] - ramp / 257).max() < 1
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "f.tiff")
+    with pytest.raises(InputError, match="numbers of 32 bits"):
+        open_picture(tmp_path / "f.tiff")
 
 
 def test_a_template_without_places_for_pictures_is_refused(run, llava, tmp_path):

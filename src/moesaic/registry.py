@@ -168,7 +168,7 @@ def build(stage: str, given: object, *, imported_only: bool = False) -> Any:
     name, arguments = split(stage, given)
     cls = method_class(stage, name, imported_only=imported_only)
     known = {field.name for field in fields(cls) if field.init}  # pyrefly: ignore[bad-argument-type]
-    options = {}
+    options, words = {}, set[str]()
     for key, text in _options(arguments):
         if key not in known:
             hint = nearest(key, known) or f" It has: {', '.join(sorted(known)) or 'no options'}."
@@ -176,13 +176,17 @@ def build(stage: str, given: object, *, imported_only: bool = False) -> Any:
         try:
             options[key] = ast.literal_eval(text)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            raise InputError(
-                f"option {key} of {stage} '{name}' is {shown(text)}, expected a number or True/False"
-            ) from None
+            options[key] = text  # where it is to be one of some words
+            words.add(key)
     try:
         return _within_limits(stage, TypeAdapter(cls).validate_python(options))
     except ValidationError as error:
         first = error.errors()[0]
+        if first["loc"][-1] in words and first["type"] != "literal_error":
+            raise InputError(
+                f"option {first['loc'][-1]} of {stage} '{name}' is {shown(first['input'])}, expected a number or "
+                "True/False"
+            ) from None
         raise InputError(
             f"option {first['loc'][-1]} of {stage} '{name}' is {shown(first['input'])}: {first['msg']}"
         ) from error

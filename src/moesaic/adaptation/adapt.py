@@ -37,7 +37,7 @@ from ..moe.modeling import MODEL_TYPE
 from ..progress import unheard
 from ..report.passage import write_heat_map, write_passage_page
 from ..report.plots import write_adaptation
-from ..results import AdaptResult, AdaptStep, ConversionResult
+from ..results import AdaptResult, AdaptStep, ConversionResult, PerplexityProtocol
 from ..routing.selection.top_k import TopK
 from ..training.data import Samples
 from ..training.pictures import remeasured as answers_of
@@ -259,16 +259,25 @@ def write_inside(run: Adaptation, policy: Policy, found: Found, result: AdaptRes
     export(made, run.output, converted.format if fixed else MODEL_TYPE, resume=False, overwrite=run.overwrite)
 
 
-def remeasured(run: Adaptation, policy: Policy, found: Found, known: ConversionResult) -> ConversionResult:
-    """Correct what a conversion's result says of its quality, as the conversion measured it."""
-    protocol, selection, parameters = known.perplexity_protocol, found.calibrated.selection, found.calibrated.parameters
+def perplexity(run: Adaptation, policy: Policy, found: Found, protocol: PerplexityProtocol) -> float:
+    """Measure the adapted model as the conversion was measured."""
     tokens_NL = token_windows(bundled("heldout"), run.tokenizer, protocol.tokens, protocol.window)
     samples = Samples(tokens_NL, torch.ones_like(tokens_NL, dtype=torch.bool))
-    perplexity = math.exp(min(700.0, measure(policy.model, samples, selection, parameters).loss))
+    loss = measure(policy.model, samples, found.calibrated.selection, found.calibrated.parameters).loss
+    return math.exp(min(700.0, loss))
+
+
+def remeasured(run: Adaptation, policy: Policy, found: Found, known: ConversionResult) -> ConversionResult:
+    """Correct what a conversion's result says of its quality, as the conversion measured it."""
     pictures, folder = known.pictures, run.checkpoint.folder
     if pictures is not None:
         held_out = saved_settings(folder)["config"]["held_out_tokens"]
-        with attach(policy.model, selection, parameters):
+        with attach(policy.model, found.calibrated.selection, found.calibrated.parameters):
             pictures = answers_of(policy.model, Processor(folder, policy.model.config), pictures, held_out)
-    collapsed = not perplexity / known.perplexity_dense <= ConvertConfig().collapse_ratio
-    return replace(known, perplexity=perplexity, pictures=pictures, collapsed=collapsed)
+    now = perplexity(run, policy, found, known.perplexity_protocol)
+    method, _, _ = registry.spec(found.calibrated.selection).partition(":")
+    return replace(
+        known.changed("adapted", method, f"{found.measured.experts_per_token:.2f} of {policy.default} routed experts "
+                      "run for a token, on average", now),
+        pictures=pictures, collapsed=not now / known.perplexity_dense <= ConvertConfig().collapse_ratio,
+    )  # fmt: skip

@@ -5,7 +5,6 @@ Shapes: N sequences, L tokens in one, T tokens, R ranks of experts, K experts th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -21,7 +20,6 @@ from ..routing.selection.base import Counting, LayerSample, Parameters, Ranking
 from ..training.data import Samples
 from ..training.load import micro_batches
 
-log = logging.getLogger("moesaic")
 ROUNDS, TOLERANCE = 6, 0.005
 """Of calibration: hidden states change with the number of experts, so it is repeated until the number agrees."""
 ERROR_TOKENS = 256
@@ -96,7 +94,7 @@ def calibrate(
 ) -> Calibrated:
     """Find the selection's budget field, and what it calibrates in each layer, so that `mean` experts run a token.
 
-    Where it cannot be met, as by one number for all tokens, the nearest is taken and said.
+    Where it cannot be met, as by one number for all tokens, the nearest is taken.
     """
     best = Calibrated(selection, list(parameters), float("inf"))
     now = best

@@ -36,6 +36,17 @@ def real_path(output: Path) -> Path:
     return output.resolve()
 
 
+def check_apart(source: Path, output: Path) -> None:
+    """Check that OUT is not the model that is read, and does not hold it.
+
+    Raises:
+        InputError: it is, and would be replaced.
+    """
+    made, own = real_path(output).resolve(), source.resolve()
+    if made == own or made in own.parents:
+        raise InputError(f"OUT '{output}' is the model that is read, or holds it; name another folder")
+
+
 def is_ours(folder: Path) -> bool:
     """Tell whether moesaic made a folder: it holds a mark, or nothing but what a kill left half-written."""
     if folder.is_symlink() or not folder.is_dir():

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from ..checkpoint.builtin import known_as
 from ..checkpoint.claim import claim, remove
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.sources import resolve
 from ..conversion.auto import candidates, unwritten
 from ..conversion.convert import convert
 from ..errors import InputError
@@ -32,6 +34,8 @@ from .siblings import Dense, add_sibling, check_siblings, place_rows
 from .speed import depth_speed, is_depth, shape_speed, sibling_speed
 
 RESULT = "frontier.json"
+WEIGHTS = "fingerprint"
+"""The setting that tells models of one name apart."""
 
 
 def frontier(
@@ -166,6 +170,7 @@ def _resume(model: str, output: Path, measurement: Measurement) -> FrontierResul
     if output.exists() and not output.is_dir():
         raise InputError(f"'{output}' is a file; choose another folder with --out")
     if not file.is_file():
+        setting |= {WEIGHTS: Checkpoint(resolve(model)).fingerprint()}
         return FrontierResult(
             setting=setting, versions=versions(), machine=machine(), rows=[], unfit={}, speeds=[], summary=[]
         )
@@ -177,6 +182,13 @@ def _resume(model: str, output: Path, measurement: Measurement) -> FrontierResul
     if changed:
         raise InputError(
             f"'{file}' was measured with another {', '.join(changed)}; choose another --out, or delete it to start anew"
+        )
+    known = [row.fingerprint.get("model") for row in found.rows if row.fingerprint]
+    own = Checkpoint(resolve(model)).fingerprint()
+    if any(before != own for before in (found.setting.get(WEIGHTS), *known) if before):
+        raise InputError(
+            f"'{file}' was measured on other weights, which were called '{model}' too; choose another --out, or delete "
+            "it to start anew"
         )
     return found
 

@@ -126,7 +126,9 @@ def verdict(row: FrontierSummary, siblings: Sequence[FrontierSibling], dense: fl
     if row.line_by == "speed":
         x, cost = row.speedup or 0.0, f"At {row.speedup:.2f} x the speed"
     else:
-        x, cost = 1 / row.active_ratio, f"At {row.active_ratio:.0%} of the active parameters (no speed measured)"
+        timed = row.speedup and any(s.speedup for s in siblings)
+        why = "no sibling is faster than the dense model" if timed else "no speed measured"
+        x, cost = 1 / row.active_ratio, f"At {row.active_ratio:.0%} of the active parameters ({why})"
     memory = "" if row.memory_factor == 1 else f" with {row.memory_factor:g} x the memory"
     better = row.over_line < 1
     text = f"{cost}, `{row.method}` at {row.active:.0%} active{memory} is {'' if better else 'not '}better than the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from ..results import Json
 from .settings import PrunerField, Settings
 
 
@@ -34,3 +35,11 @@ class PruneConfig(Settings):
     seed: int = 0
     collapse_ratio: float = 100.0
     """Perplexity above this many times the source's is a collapse."""
+
+    @classmethod
+    def combine(cls, recipe: Json, settings: Json) -> Json:
+        """Override the settings of a recipe; one that is given of how much stays takes the place of the others."""
+        sizes = ("experts", "ratio", "layers")
+        if any(settings.get(name) is not None for name in sizes):
+            recipe = {name: value for name, value in recipe.items() if name not in sizes}
+        return recipe | settings

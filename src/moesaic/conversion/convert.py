@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import registry
 from ..calibration.text import bundled, text_hash
+from ..checkpoint.claim import check_apart
 from ..checkpoint.facts import METRICS_FILE, copy_terms, origin
 from ..checkpoint.single_file import MADE, ResumableFile, claim_file
 from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, claim_output
@@ -85,6 +86,7 @@ def convert(
     with (claim_file if one_file else claim_output)(output, overwrite):
         write_text(str(model), config, report)
         conversions = candidates(str(model), config, begun_dtype(output) if resume else None)
+        check_apart(Path(model) if Path(model).is_file() else conversions[0].source, output)
         conversions[0].check_space(output)
         conversions[0].layerwise.check_finite()
         partial = (ResumableFile if one_file else ResumableOutput)(output, fingerprint(conversions), resume)

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ..checkpoint.claim import clear
+from ..checkpoint.claim import check_apart, clear
 from ..checkpoint.facts import METRICS_FILE, check_conversion_files, saved_settings
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.single_file import MADE
@@ -62,6 +62,7 @@ def export(
         StorageError: the disk is full; the same command goes on.
     """
     output, folder = path(output), resolve(str(model))
+    check_apart(folder, output)
     source = Converted(folder)
     if format == "gguf" or (format == "auto" and output.suffix.lower() == ".gguf"):
         from .gguf.writer import write_gguf  # needs moesaic[export]
@@ -147,6 +148,8 @@ def write_metrics(folder: Path, metrics: Json, format: Format, found: Check | No
     fused = format.name == "glm4_moe" and source.config.n_shared_experts != 1
     about = CardFacts(
         architecture=source.checkpoint.architecture(),
+        selection=source.config.selection,
+        takes_pictures=source.takes_pictures,
         gguf=gguf,
         flags={"sglang": " --disable-shared-experts-fusion"} if fused else {},
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 FILES = ("*processor_config.json", "chat_template*")
 """What a processor consists of, beside the tokenizer."""
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv")
+WHITE = 65_535
+"""Of grey values of 16 bits."""
 ADDRESS = re.compile(r"(?P<scheme>https?|ftp|s3|hf):/+(?P<rest>.+)")
 
 
@@ -160,11 +163,27 @@ def open_picture(path: Path, where: str = "") -> Image:
     check_picture(path, where)
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            return in_eight_bits(ImageOps.exif_transpose(picture)).convert("RGB")
     except Exception as error:  # Pillow raises many unrelated types for what a file may hold
         raise InputError(
             f"{before}'{path}' is no picture that can be read ({first_line(error)}); give a whole .png or .jpg"
         ) from error
+
+
+def in_eight_bits(picture: Image) -> Image:
+    """Scale grey values of 16 bits to 8, which Pillow would cut off at 255; other pictures stay as they are.
+
+    Raises:
+        ValueError: values of 32 bits, whose white is anywhere.
+    """
+    from PIL import Image
+
+    if picture.mode[0] not in "IF":
+        return picture
+    values = np.asarray(picture)
+    if picture.mode == "F" or values.min() < 0 or values.max() > WHITE:
+        raise ValueError("it holds numbers of 32 bits")
+    return Image.fromarray((values // (WHITE // 255)).astype(np.uint8))
 
 
 def copy_processor(source: Path, made: Path) -> None:

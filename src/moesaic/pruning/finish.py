@@ -106,12 +106,24 @@ def stock_error(made: Path, layerwise: LayerwiseModel, tokens_1L: Tensor, expect
     return (found_LV - expected_LV).abs().max().item()
 
 
-def finish_stock(made: Path, settings: Json, result: PruningResult | DepthResult, card: str = CARD) -> None:
-    """Write `moesaic.yaml` and the model card of a stock model that was pruned."""
+def finish_stock(
+    made: Path, settings: Json, result: PruningResult | DepthResult, *, experts: bool = True, pictures: bool = False
+) -> None:
+    """Write `moesaic.yaml` and the model card of a stock model that was pruned.
+
+    Args:
+        made: its folder.
+        settings: what `moesaic.yaml` says.
+        result: what the card says.
+        experts: whether it has any.
+        pictures: whether it takes any.
+    """
     (made / CONFIG_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
-    metadata: Json = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    card = DEPTH_CARD if isinstance(result, DepthResult) else CARD
+    task = "image-text-to-text" if pictures else "text-generation"
+    metadata: Json = {"library_name": "transformers", "pipeline_tag": task}
     metadata |= {name: settings[name] for name in METADATA if settings.get(name)}
-    metadata["tags"] = [*["mixture-of-experts"] * isinstance(result, PruningResult), "moesaic"]
+    metadata["tags"] = [*["mixture-of-experts"] * experts, "moesaic"]
     text = card.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True), model=result.model, p=result,
         version=result.versions["moesaic"], text=result.perplexity_protocol,
@@ -134,12 +146,16 @@ def finish_converted(source: ConvertedSource, folder: Path, made: Path, settings
         before, ffn_active=counted.ffn_active, active_parameters=counted.active_parameters,
         total_parameters=counted.total_parameters, memory_factor=counted.memory_factor,
     )  # fmt: skip
+    saved = saved_settings(folder)
+    worse = not result.perplexity / before.perplexity_dense <= saved["config"]["collapse_ratio"]
     metrics = replace(
         at_share(counted_result, config, before.ffn_active), output=result.output, plan=str(plan), pictures=None,
-        perplexity=result.perplexity, collapsed=result.collapsed, seconds=before.seconds + result.seconds,
-        layers=[record(old, new) for old, new in zip(before.layers, result.layers, strict=True)], check=None,
+        collapsed=result.collapsed or worse, check=None,
+        layers=[record(old, new) for old, new in zip(before.layers, result.layers, strict=True)],
+    ).changed(
+        "pruned", result.method, f"{result.num_experts} of {result.num_experts_before} experts a layer, recovery "
+        f"{result.recovery}", result.perplexity,
     )  # fmt: skip
-    saved = saved_settings(folder)
     saved |= {"pruning": settings["pruning"], "plan": str(plan)}
     (made / CONFIG_FILE).write_text(yaml.safe_dump(saved, sort_keys=False))
     found = check(Converted(made), made) if format.name != MODEL_TYPE else None
@@ -151,4 +167,7 @@ def record(before: LayerRecord, pruned: PrunedLayer) -> LayerRecord:
     if not pruned.expert_tokens:
         return before
     unreached = [e for e, count in enumerate(pruned.expert_tokens) if not count]
-    return replace(before, expert_tokens=pruned.expert_tokens, unreached_experts=unreached)
+    return replace(
+        before, expert_tokens=pruned.expert_tokens, unreached_experts=unreached, expert_tokens_by_modality=None,
+        error_by_modality=None, residual_error=None,
+    )  # fmt: skip

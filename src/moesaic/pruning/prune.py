@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .. import registry
 from ..calibration.text import bundled, text_hash
+from ..checkpoint.claim import check_apart
 from ..checkpoint.facts import copy_terms, origin
 from ..checkpoint.writer import ResumableOutput, claim_output
 from ..config import PruneConfig
@@ -62,6 +63,7 @@ def prune(
         if isinstance(registry.build("pruning", config.method), LayerPruner):
             return prune_depth(str(model), output, config, resume=resume, force=force, progress=report)
         pruning = prepare(str(model), config, begun_dtype(output) if resume else None)
+        check_apart(pruning.folder, output)
         check_room(output, pruning.source.layerwise, pruning.calibration_NL.numel() + 2 * pruning.held_out_NL.numel())
         pruning.source.layerwise.check_finite()
         partial = ResumableOutput(output, pruning.fingerprint, resume)
@@ -188,7 +190,7 @@ def finish(pruning: Pruning, partial: ResumableOutput, result: PruningResult, st
         if isinstance(pruning.source, ConvertedSource):
             finish_converted(pruning.source, pruning.folder, made, settings, result)
         else:
-            finish_stock(made, settings, result)
+            finish_stock(made, settings, result, pictures=layerwise.takes_pictures)
         error = stock_error(made, layerwise, tokens_1L, expected_LV)
         found.append(PruningResult.from_dict(result.to_dict() | {"max_abs_logit_error": error}))
         write_json(made / RESULT_FILE, found[0].to_dict())

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class Source(ABC):
     """A Mixture-of-Experts model whose layers can be read, run, and written with fewer experts."""
 
     layerwise: LayerwiseModel
+    way_out: ClassVar[str] = "make one with moesaic convert, or leave out layers of this one: --method depth"
+    """Of one without experts."""
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -66,8 +68,7 @@ class Source(ABC):
         if not any(found):
             raise InputError(
                 f"'{self.checkpoint.folder}' is no Mixture of Experts: no decoder layer of "
-                f"{self.checkpoint.architecture()} has a router and experts; make one with moesaic convert, or "
-                "leave out layers of this one: --method depth"
+                f"{self.checkpoint.architecture()} has a router and experts; {self.way_out}"
             )
         return found
 
@@ -199,6 +200,8 @@ class ConvertedSource(Source):
     Raises:
         InputError: it is damaged, or has a router that depends on how many experts there are.
     """
+
+    way_out = "convert the dense model with experts that are routed"
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.converted = Converted(folder)

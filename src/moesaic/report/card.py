@@ -56,28 +56,36 @@ The vision tower is the dense model's; only the language tower was converted
 
 Then trained (`{{ f.method }}`, objective `{{ f.objective }}`) on {{ "{:,}".format(f.tokens) }} tokens in
 {{ "%.0f" | format(f.seconds) }} s: perplexity {{ "%.3f" | format(f.perplexity_before) }} before,
-{{ "%.3f" | format(m.perplexity) }} after; loss on {{ "{:,}".format(f.held_out_tokens) }} held-out tokens
-{{ "%.4f" | format(f.held_out_loss_before) }} and {{ "%.4f" | format(f.held_out_loss) }} nats.
+{{ "%.3f" | format(f.perplexity or m.perplexity) }} after; loss on {{ "{:,}".format(f.held_out_tokens) }} held-out
+tokens {{ "%.4f" | format(f.held_out_loss_before) }} and {{ "%.4f" | format(f.held_out_loss) }} nats.
 
 ![training](training.png)
 {%- endif %}
+{%- for change in m.changes or [] %}
+
+Then {{ change.verb }} (`{{ change.method }}`): {{ change.what }}; perplexity
+{{ "%.3f" | format(change.perplexity_before) }} before, {{ "%.3f" | format(change.perplexity) }} after.
+{%- endfor %}
 {%- if m.collapsed %}
 
 **This model collapsed: it was kept only because of `--force`.**
 {%- endif %}
 
-Method: partition `{{ c.partition }}`, router `{{ c.router }}`, selection `{{ c.selection or 'top-k' }}`, recovery
+Method: partition `{{ c.partition }}`, router `{{ c.router }}`, selection `{{ selection }}`, recovery
 `{{ c.recovery }}`, {{ c.tokens }} calibration tokens of
 {{ c.calibration | join(", ") or bundled }}, seed {{ c.seed }}. Converted in
 {{ "%.0f" | format(m.seconds) }} s on {{ m.machine }} (torch {{ m.versions.torch }}, transformers
 {{ m.versions.transformers }}). Everything else is in `moesaic.yaml` and `metrics.json`.
 
+{% if not m.changes -%}
 ![layer error](layer_error.png)
+
+{% endif -%}
 
 ## Use
 {% if engines %}
 This is `{{ architecture }}` of stock transformers; engines load it without moesaic:
-{% if m.pictures %}
+{% if takes_pictures %}
 {{ ask_in_python }}
 {%- else %}
 ```bash
@@ -89,13 +97,13 @@ This is `{{ architecture }}` of stock transformers; engines load it without moes
 When it was written, stock transformers gave the log-probabilities of moesaic's own format: in float32, over
 {{ m.check.tokens }} random tokens and {{ m.check.layers }} layers, a median difference of
 {{ "%.1e" | format(m.check.median_difference) }} nats and the same most likely token in
-{{ "%.1f" | format(100 * m.check.agreement) }} %.{% if not m.pictures %} The other commands were not run.{% endif %}
+{{ "%.1f" | format(100 * m.check.agreement) }} %.{% if not takes_pictures %} The other commands were not run.{% endif %}
 {%- if m.gguf %} For llama.cpp: `{{ serve_gguf }}` ({{ m.gguf.outtype }},
 perplexity {{ "%.3f" | format(m.gguf.perplexity) }} as read back).
 {%- elif gguf %} For llama.cpp: `{{ to_gguf }}`.
 {%- else %} llama.cpp has nothing for it.
 {%- endif %}
-{% elif m.pictures %}
+{% elif takes_pictures %}
 {{ ask_in_python }}
 {%- else %}
 ```python
@@ -133,6 +141,8 @@ class CardFacts:
     """What the card says beside the conversion's metrics."""
 
     architecture: str
+    selection: str
+    takes_pictures: bool
     gguf: bool
     """Whether it can be written as GGUF."""
     flags: dict[str, str]
@@ -144,7 +154,7 @@ def write_card(metrics: ConversionResult, resolved: Json, facts: CardFacts, fold
     name = Path(metrics.output).name
     metadata: Json = {
         "library_name": "transformers" if metrics.engines else "moesaic",
-        "pipeline_tag": "image-text-to-text" if metrics.pictures else "text-generation",
+        "pipeline_tag": "image-text-to-text" if facts.takes_pictures else "text-generation",
     }
     metadata |= {name: resolved[name] for name in METADATA if resolved.get(name)}
     metadata["tags"] = ["mixture-of-experts", "moesaic"]
@@ -154,9 +164,10 @@ def write_card(metrics: ConversionResult, resolved: Json, facts: CardFacts, fold
         to_gguf=command("moesaic", "export", here(name), f"{here(name)}.gguf", "--format", "gguf"),
         serve_gguf=command("llama-server", "-m", f"{here(name)}/model.gguf"),
         engines=metrics.engines, commands=commands(name), flags=facts.flags, architecture=facts.architecture,
-        resolved=resolved, errors={name_of(k): v for k, v in mean_errors(metrics.layers).items()},
+        resolved=resolved, selection=facts.selection, takes_pictures=facts.takes_pictures,
+        errors={} if metrics.changes else {name_of(k): v for k, v in mean_errors(metrics.layers).items()},
         ask_in_python=ask_in_python(name, ours=not metrics.engines),
-        bundled="the bundled pictures and text" if metrics.pictures else "the bundled text",
+        bundled="the bundled pictures and text" if facts.takes_pictures else "the bundled text",
         share=share(metrics.ffn_active),
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
     )  # fmt: skip

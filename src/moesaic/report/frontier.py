@@ -52,8 +52,8 @@ SHARES = (1, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.02)
 """Marks of the axes where smaller dense models are shown."""
 LINE = (
     "ours / line: perplexity over that of the smaller dense models' line (straight in log perplexity over log cost) at "
-    "the same decode speed; p: at the same active parameters, as a speed is missing; *: the line is extrapolated "
-    "beyond the smallest. Below 1 the conversion is better."
+    "the same decode speed; p: at the same active parameters, as a speed is missing or no sibling is faster; *: "
+    "the line is extrapolated beyond the smallest. Below 1 the conversion is better."
 )
 """What the column says."""
 

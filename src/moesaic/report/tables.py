@@ -24,6 +24,8 @@ from .grid import say as _say
 from .modality import answer_rows, load_range, say_errors, show_modalities, show_picture_speed
 
 BUDGET_TOLERANCE = 0.02
+WHOLE = {"top-k": "one whole number of experts for all tokens", "layer-k": "a whole number of experts in each layer"}
+"""What rules run that cannot meet every budget."""
 
 
 def show_facts(console: Console, title: str, facts: Mapping[str, object]) -> None:
@@ -142,12 +144,15 @@ def show_adaptation(console: Console, a: AdaptResult) -> None:
     if not a.improved:
         _say(console, "training did not make it better, so the rule as it started was written", "yellow")
     off = a.active / a.target_active - 1
-    if abs(off) > BUDGET_TOLERANCE:
-        _say(console, f"{off:+.1%} from the budget on held-out text; more --tokens make that smaller", "yellow")
     name, _, options = a.method.partition(":")
+    if abs(off) > BUDGET_TOLERANCE:
+        why = f"{name} runs {WHOLE[name]}" if name in WHOLE else "more --tokens make that smaller"
+        _say(console, f"{off:+.1%} from the budget on held-out text; {why}", "yellow")
     if name == "relative":
         fields = dict(part.split("=") for part in options.split(",") if part)
-        _say(console, f"the same in ik_llama.cpp: -ser {fields.get('at_least', 1)},{float(fields['threshold']):.4f}")
+        most = int(fields.get("at_most", 0)) or a.num_experts
+        _say(console, f"the same in ik_llama.cpp: -ser {fields.get('at_least', 1)},{float(fields['threshold']):.4f} "
+             f"--override-kv ARCH.expert_used_count=int:{most}")  # fmt: skip
     assert a.output is not None
     _say(console, "Next:")
     model = [here(a.output)] if a.inside else [here(a.model), "--adapter", here(a.output)]
@@ -219,6 +224,10 @@ def show_inspection(console: Console, f: Inspection) -> None:
         )  # fmt: skip
     console.print(grid)
     show_modalities(console, m.layers)
+    for change in m.changes or []:
+        name = change.method.partition(":")[0]
+        _say(console, f"then {change.verb} ({name}): {change.what}; perplexity {change.perplexity:.2f}, "
+             f"{change.perplexity_before:.2f} before. Errors of layers are from before.", "yellow")  # fmt: skip
     console.print(
         "relative errors: of the FFN as split and after recovery, of the residual stream\n"
         "sinks: norm of attention sinks, 1 is the dense model's\n"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from .base import Json, Result
 from .export import EngineChoice, WrittenGGUF
@@ -109,11 +109,24 @@ class PictureResult(Result):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LaterChange(Result):
+    """What was done to a conversion after it had been made and its layers measured."""
+
+    verb: str
+    """`pruned` or `adapted`."""
+    method: str
+    what: str
+    """What there is now, e.g. `2 of 3 experts a layer`."""
+    perplexity_before: float
+    perplexity: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConversionResult(Result):
     """What `convert` did; `metrics.json` in its output."""
 
     omitted_when_none: ClassVar[frozenset[str]] = frozenset(
-        {"check", "finetune", "router", "pictures", "engine", "gguf"}
+        {"check", "finetune", "router", "pictures", "engine", "gguf", "changes"}
     )
 
     output: str
@@ -159,6 +172,15 @@ class ConversionResult(Result):
     """Of a conversion for one engine."""
     gguf: WrittenGGUF | None = None
     """Of a conversion for llama.cpp."""
+    changes: list[LaterChange] | None = None
+    """In their order; errors of layers and the plot of them are from before."""
+
+    def changed(self, verb: str, method: str, what: str, perplexity: float) -> Self:
+        """Note what was done to the model later, and what its perplexity is now."""
+        change = LaterChange(
+            verb=verb, method=method, what=what, perplexity_before=self.perplexity, perplexity=perplexity
+        )
+        return replace(self, perplexity=perplexity, changes=[*(self.changes or []), change])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,7 +142,8 @@ class PPO(Learner):
         depth, terms, expected = len(drawn), [], []
         for number, layer in enumerate(drawn):
             weight_ND = policy.parameters[number]["weight"]
-            log_probs_TN = torch.nn.functional.linear(layer.hidden_TD.float(), weight_ND).log_softmax(-1)
+            logits_TN = torch.nn.functional.linear(layer.hidden_TD.float(), weight_ND)
+            log_probs_TN = logits_TN[:, : policy.rankers[number].ranks].log_softmax(-1)
             advantage_T = self.gamma ** (depth - 1 - number) * won_T
             ratio_T = (log_probs_TN.gather(-1, layer.count_T[:, None])[:, 0] - layer.log_prob_T).exp()
             gain_T = clipped_gain(ratio_T, advantage_T, self.clip)

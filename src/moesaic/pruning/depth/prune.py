@@ -14,22 +14,22 @@ from torch import Tensor, nn
 
 from ... import registry
 from ...calibration.text import bundled, text_hash
+from ...checkpoint.claim import check_apart
 from ...checkpoint.facts import copy_terms, origin
 from ...checkpoint.writer import ResumableOutput
-from ...compat import tied_weights
 from ...config import PruneConfig
 from ...conversion.temperature import Temperature, fit_temperature
 from ...errors import WorkError
+from ...evaluation.cost import active_weights
 from ...evaluation.layerwise import layerwise_perplexity
 from ...files import write_json
 from ...machine import give_back_memory, machine, peak_rss_bytes, versions
 from ...models.devices import begun_dtype
-from ...models.families import embedding_rows
 from ...models.integrity import check_numbers
 from ...models.layerwise import LayerwiseModel
 from ...progress import Progress
 from ...results import DepthResult, HealedLayer, Json, PerplexityProtocol
-from ..finish import DEPTH_CARD, RESULT_FILE, finish_stock, parameters, stock_error
+from ..finish import RESULT_FILE, finish_stock, parameters, stock_error
 from ..prepare import check_room
 from .heal import Streams, heal, stream_weights
 from .prepare import DepthPruning, distances, prepare
@@ -45,6 +45,7 @@ def prune_depth(
     start = time.monotonic()
     pruning = prepare(model, config, begun_dtype(output) if resume else None)
     layerwise = pruning.source.layerwise
+    check_apart(pruning.folder, output)
     check_room(output, layerwise, 2 * sum(tokens_NL.numel() for tokens_NL in pruning.texts.values()))
     layerwise.check_finite()
     partial = ResumableOutput(output, pruning.fingerprint, resume)
@@ -170,13 +171,6 @@ def fit(pruning: DepthPruning, states: dict[str, Tensor]) -> Temperature:
     return fit_temperature(pruning.source.layerwise, pruning.texts["validation"], states["pruned validation"])
 
 
-def active(total: int, pruning: DepthPruning) -> int:
-    """Count the weights that a decoding step reads: all but an embedding that is not the head too."""
-    model = pruning.source.layerwise.model
-    separate = model.get_output_embeddings() is not None and not tied_weights(model)
-    return total - embedding_rows(model) * pruning.source.layerwise.config.hidden_size * separate
-
-
 def measure(
     pruning: DepthPruning, output: Path, kept: list[int], found: list[float], layers: list[HealedLayer],
     states: dict[str, Tensor], temperature: Temperature, notes: list[str], start: float,
@@ -186,14 +180,15 @@ def measure(
     before = layerwise_perplexity(layerwise, held_out_NL, states["source held_out"])
     layerwise.model.load_state_dict(temperature.tensors, strict=False)
     after = layerwise_perplexity(layerwise, held_out_NL, states["pruned held_out"])
-    counted = layerwise.parameters(), parameters(pruning.source.shorter_model(kept))
+    models = [pruning.source.shorter_model(layers) for layers in (range(len(layerwise.layers)), kept)]
+    counted, active = [parameters(model) for model in models], [round(active_weights(model)) for model in models]
     return DepthResult(
         output=str(output), model=pruning.model, architecture=pruning.source.checkpoint.architecture(),
         method=registry.text("pruning", config.method), recovery=config.recovery,
         num_hidden_layers_before=len(layerwise.layers), num_hidden_layers=len(kept),
         removed_layers=[index for index in range(len(layerwise.layers)) if index not in kept], distances=found,
         total_parameters_before=counted[0], total_parameters=counted[1],
-        active_parameters_before=active(counted[0], pruning), active_parameters=active(counted[1], pruning),
+        active_parameters_before=active[0], active_parameters=active[1],
         perplexity_before=before, perplexity=after, logit_factor=temperature.logit_factor,
         perplexity_protocol=PerplexityProtocol(
             text="bundled held-out text, six domains", tokens=held_out_NL.numel(), window=held_out_NL.shape[1],
@@ -230,6 +225,7 @@ def finish(
     """
     layerwise, tokens_1L = pruning.source.layerwise, pruning.texts["held_out"][:1]
     expected_LV = layerwise.logits(tokens_1L, states["pruned held_out"][:1]).float().cpu()
+    experts = pruning.source.has_experts
     layerwise.drop_embeddings_and_head()  # the check needs the room
     give_back_memory()
     settings: Json = {"pruning": pruning.config.model_dump(mode="json"), "model": pruning.model, "config": {}}
@@ -237,7 +233,7 @@ def finish(
     found: list[DepthResult] = []
 
     def last(made: Path) -> None:
-        finish_stock(made, settings, result, DEPTH_CARD)
+        finish_stock(made, settings, result, experts=experts)
         error = stock_error(made, layerwise, tokens_1L, expected_LV)
         found.append(DepthResult.from_dict(result.to_dict() | {"max_abs_logit_error": error}))
         write_json(made / RESULT_FILE, found[0].to_dict())

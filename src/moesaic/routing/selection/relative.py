@@ -14,7 +14,7 @@ from .base import Counting, Parameters, Ranking
 class Relative(Counting):
     """`share >= threshold × the token's greatest share`; fewer experts run as it rises, 0 runs all.
 
-    `-ser K,t` of ik_llama.cpp is `relative:at_least=K,threshold=t`.
+    `-ser K,t` of ik_llama.cpp is `relative:at_least=K,threshold=t,at_most=M`, M its `expert_used_count`.
     """
 
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5

@@ -18,7 +18,7 @@ class TopK(Counting):
     dynamic_top_k: ClassVar[bool] = False
 
     k: Annotated[int, Field(ge=0)] = 0
-    """Experts for every token; 0: the model's `num_experts_per_tok`."""
+    """Experts for every token; 0: the model's `num_experts_per_tok`, in calibration the number next to the budget."""
 
     def evidence(self, ranking: Ranking, hidden_TD: Tensor, parameters: Parameters) -> Tensor:
         return ranking.scores_TN
@@ -36,4 +36,4 @@ class TopK(Counting):
         return (scores_TE + gate.e_score_correction_bias.float()).topk(count, dim=-1).indices
 
     def fit(self, layers: Sequence[LayerSample], mean: float) -> tuple[Self, list[Parameters]]:
-        return replace(self, k=max(1, round(mean))), [s.parameters for s in layers]
+        return replace(self, k=self.k or max(1, round(mean))), [s.parameters for s in layers]
