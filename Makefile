@@ -74,7 +74,7 @@ hooks: setup
 LLAMA_CPP := .venv-engines/llama.cpp
 
 demo: setup $(LLAMA_CPP)/.ready
-	$(BIN)/moesaic demo --out demo-output \
+	$(BIN)/moesaic demo --overwrite --out demo-output \
 		$$(test -x $(LLAMA_CPP)/bin/python && echo --llama-cpp $(LLAMA_CPP)/bin/python)
 
 # trains the built-in tiny model anew (a quarter of an hour)

@@ -175,10 +175,12 @@ def trained(
 ) -> dict[str, Any]:
     """Train a converted model and measure what comes of it."""
     made = a.work / f"{plan}-{recipe}-{budget}"
+    config = training(recipe, data, budget)
     if not (made / "metrics.json").is_file():
         moesaic.finetune(
-            start, made, training(recipe, data, budget), clock=time.process_time,
-            teacher_cache=a.work / "teacher" if budget.steps else None,  # minutes are the teacher's too
+            start, made, config, clock=time.process_time,
+            # minutes are the teacher's too
+            teacher_cache=a.work / "teacher" if budget.steps and config.objective != "lm" else None,
             progress=lambda done, count, note: print(f"{time.strftime('%H:%M')} {done} % {note}", flush=True),
         )  # fmt: skip
     facts = json.loads((made / "metrics.json").read_text())["finetune"] | {"output": made.name}

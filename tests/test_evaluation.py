@@ -15,9 +15,10 @@ import moesaic
 from moesaic import InputError
 from moesaic.evaluation.benchmark import benchmark
 from moesaic.evaluation.cost import active_weights, ffn_of
-from moesaic.evaluation.evaluate import check_request
+from moesaic.evaluation.evaluate import check_request, harness_scores
 from moesaic.evaluation.inspect import prompt_tokens
 from moesaic.evaluation.perplexity import PROTOCOLS, perplexity
+from moesaic.evaluation.sizes import cut_length
 from moesaic.evaluation.tasks import evaluate_tasks, read_tasks, score_pairs
 from moesaic.machine import give_back_memory
 from moesaic.models.families import decoder_layers
@@ -66,10 +67,18 @@ def test_llama_cpp_scores_second_halves_with_bos_in_the_first_place(tiny, text):
     assert result.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
 
 
+def rolling(model, ids):
+    """Losses of windows of 64; what is left over has a whole window before it, as the harness gives it."""
+    whole, left = divmod(len(ids) - 1, 64)
+    losses = [naive_losses(model, ids[i : i + 65]) for i in range(0, 64 * whole, 64)]
+    assert left
+    return [*losses, naive_losses(model, ids[-65:])[-left:]]
+
+
 def test_lm_eval_scores_every_token_once_given_the_one_before(tiny, text):
     model, tokenizer = tiny
     ids = tokenizer(text.read_text(), verbose=False)["input_ids"]
-    losses = [naive_losses(model, ids[i : i + 65]) for i in range(0, len(ids) - 1, 64)]
+    losses = rolling(model, ids)
     assert sum(map(len, losses)) == len(ids) - 1
     words = len(text.read_text().split())
     result = perplexity(model, tokenizer, text=text, window=64, protocol="lm-eval")
@@ -97,7 +106,7 @@ def test_without_bos_and_eos_the_first_token_is_not_scored(tiny, text):
     bare.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
     bare.bos_token = bare.eos_token = None
     ids = bare(text.read_text(), verbose=False)["input_ids"]
-    losses = torch.cat([naive_losses(model, ids[i : i + 65]) for i in range(0, len(ids) - 1, 64)])
+    losses = torch.cat(rolling(model, ids))
     result = perplexity(model, bare, text=text, window=64, protocol="lm-eval")
     words = len(text.read_text().split())
     assert result.perplexity == pytest.approx(math.exp(losses.sum().item() / words), rel=1e-3)
@@ -164,6 +173,18 @@ def test_choices_are_scored_by_their_likelihood(tiny, pairs):
         assert greedy == naive_greedy
 
 
+def test_an_empty_context_is_what_the_tokenizer_begins_with(tiny):
+    model, tokenizer = tiny
+    bare = copy.deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")  # as Qwen's, it adds no BOS
+    expected = [naive_score(model, tokenizer, "", word)[0] for word in (" the", " house of")]
+    found = [score for score, _ in score_pairs(model, bare, [("", " the"), ("", " house of")])]
+    assert found == pytest.approx(expected, abs=1e-3)
+    bare.bos_token = bare.eos_token = None
+    with pytest.raises(InputError, match="has no context, and this tokenizer nothing to begin with"):
+        score_pairs(model, bare, [("", " the")])
+
+
 def test_padding_changes_no_score_in_any_family(folders, family):
     loaded = moesaic.load(folders(family), dtype=torch.float32)
     context = "The old house by the river is a very old building and nobody knows who lived in it"
@@ -216,6 +237,7 @@ def test_task_files_of_all_forms(tiny, tmp_path):
         ('{"task": ["a"], "ctx": "b", "cont": "c"}', "'task' is a list, not text"),
         ('{"task": "a", "ctxs": "b", "cont": "c", "gold": 0}', "'ctxs' is no list of texts"),
         ('{"task": "a", "ctxs": ["b", "d"], "gold": 0}', "no 'cont'"),
+        ('{"task": "mean", "ctx": "b", "cont": "c"}', "'mean' is the name of the mean over tasks"),
     ],
 )
 def test_task_items_of_wrong_types_are_named(tmp_path, line, says):
@@ -232,6 +254,40 @@ def test_the_harness_says_how_to_get_it(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match=r"pip install 'moesaic\[eval\]'"):
         moesaic.evaluate(*tiny, harness="arc_easy", max_tokens=64, window=64)
+
+
+def test_what_the_harness_gives_is_read():
+    """A group of tasks is a result and has no number of items of its own; of one item the error is `N/A`."""
+    done = {
+        "results": {
+            "group": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "a": {"acc,none": 0.25, "acc_norm,none": 0.5},
+            "b": {"acc,none": 1, "acc_stderr,none": "N/A"},
+        },
+        "group_subtasks": {"group": ["a", "b"], "a": [], "b": []},
+        "n-samples": {"a": {"original": 9, "effective": 4}, "b": {"original": 9, "effective": 1}},
+    }  # fmt: skip
+    found = harness_scores(done)
+    assert [found[name].n for name in ("group", "a", "b")] == [5, 4, 1]
+    assert (found["b"].acc, found["b"].stderr, found["a"].acc_norm) == (1.0, None, 0.5)
+
+
+def test_prompts_of_several_sequences_are_cut_and_one_is_not():
+    assert [cut_length(4_096, 1), cut_length(512, 4), cut_length(512, 32)] == [4_096, 512, 64]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--items", "3"], "--items has no use without --tasks or --generate"),
+        (["--generate", "q.jsonl", "--reference-tokens", "3"], "--reference-tokens has no use without --reference"),
+    ],
+)
+def test_options_without_a_use_are_refused(run, tmp_path, monkeypatch, options, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "2"}) + "\n")
+    code, _, err = run("evaluate", "tiny", *options)
+    assert code == 2
+    assert says in err
 
 
 @pytest.fixture(scope="module")

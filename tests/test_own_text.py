@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import moesaic
 from moesaic import ConvertConfig, InputError
@@ -278,6 +279,19 @@ def test_nothing_is_written_for_what_cannot_work(cache, monkeypatch, tmp_path):
         with pytest.raises(InputError):
             moesaic.convert("tiny", tmp_path / "out", ConvertConfig(**({"calibration": ("self",)} | wrong)))
     assert not cache.exists()
+
+
+def test_a_file_that_is_called_as_a_bundled_domain_keeps_its_share(tmp_path):
+    counts = {}
+    for name in ("mine.txt", "book.txt"):
+        (tmp_path / name).write_text("A text of my own about nothing at all.\n\n" * 400)
+        documents = documents_of(("bundled", str(tmp_path / name)), tiny_folder(), 4_096)
+        own = [one for one in documents if "nothing at all" in one.text]
+        assert {one.domain for one in own} == {"mine" if name == "mine.txt" else "book (file)"}
+        _, domain_N = labelled_windows(documents, AutoTokenizer.from_pretrained(tiny_folder()), 4_096, 64)
+        number = list(dict.fromkeys(one.domain for one in documents)).index(own[0].domain)
+        counts[name] = int((domain_N == number).sum())
+    assert counts["mine.txt"] == counts["book.txt"] >= 30
 
 
 def test_a_prompt_that_does_not_fit_is_named(cache, tmp_path):

@@ -28,6 +28,15 @@ def test_a_word_is_an_option_where_words_are_asked_for():
         registry.build("learner", "ppo:epochs=soon")
 
 
+@pytest.mark.parametrize("name", ["", ".x", "a b", "broken_module", "no_such_module"])
+def test_a_module_that_cannot_be_imported_is_one_line(name, tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text("x = undefined_name")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="cannot import") as error:
+        registry.import_module(name)
+    assert "\n" not in str(error.value)
+
+
 def test_unknown_names_answer_with_the_nearest_and_all():
     with pytest.raises(InputError, match=r"Did you mean 'coactivation'\?.*cmoe.*specialists"):
         registry.build("partition", "coactivatoin")

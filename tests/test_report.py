@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -28,7 +29,7 @@ from moesaic.config import ConvertConfig
 from moesaic.demo import Steps, demo
 from moesaic.formats.gguf.dense import write_dense_gguf
 from moesaic.report import plots
-from moesaic.report.demo import show_demo
+from moesaic.report.demo import next_commands, show_demo
 from moesaic.report.frontier import MOST_LINES, chosen_lines, lines_of, spread
 from moesaic.report.frontier_page import write_frontier_page
 from moesaic.report.frontier_plot import draw_frontier, write_frontier
@@ -263,6 +264,20 @@ def test_the_demo_leaves_numbers_page_and_plots(shown):
         "--active 0.5",
     ):
         assert expected.strip() in text
+
+
+def test_a_demo_replaces_demos_alone(shown, tmp_path):
+    out = shutil.copytree(shown[0], tmp_path / "mine")
+    (out / "report.html").unlink()  # as any other conversion
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in out.iterdir())
+    with pytest.raises(InputError, match="exists"):
+        demo(out, "tiny")
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in out.iterdir()) == before
+
+
+def test_the_demo_recommends_no_smaller_share(shown):
+    assert any("three quarters" in why for _, why in next_commands(shown[1]))
+    assert not any("three quarters" in why for _, why in next_commands(replace(shown[1], active=1.0)))
 
 
 @pytest.mark.parametrize("width", [80, 200])

@@ -23,10 +23,12 @@ from moesaic.comparison.rows import Measurement, read_frontier, summarise
 from moesaic.evaluation.cost import active_weights
 from moesaic.evaluation.perplexity import perplexity, scored_text
 from moesaic.evaluation.text_bytes import text_bytes
+from moesaic.models.tokenizer import decoded
 from moesaic.report.frontier import SIBLING
 from moesaic.report.frontier_page import write_frontier_page
 from moesaic.report.frontier_plot import draw_frontier
 from moesaic.results import EvaluationResult, FrontierRow, FrontierSibling
+from moesaic.serving.server.text import TextStream
 
 MEASUREMENT = Measurement(tokens=2_048, max_tokens=4_096, speed=False)
 
@@ -109,6 +111,21 @@ def test_pieces_and_bytes_of_characters_add_up_to_the_text():
     ids = tokenizer(text)["input_ids"]
     assert {"\u2581a", "<0xC3>", "aaa"} <= set(tokenizer.convert_ids_to_tokens(ids))
     assert text_bytes(ids, tokenizer) == sum(text_bytes([i], tokenizer) for i in ids) == len(text.encode())
+
+
+def test_what_goes_on_from_a_prompt_keeps_its_first_blank():
+    """Decoders of Llama 2's kind drop the first blank of any text; of a continuation it is the text's own."""
+    tokenizer = sentence_piece()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    prompt, new = tokenizer("a")["input_ids"], tokenizer(" a aaa")["input_ids"]
+    assert tokenizer.decode(new).startswith("a")
+    assert decoded(tokenizer, prompt, new).startswith(" a")
+    for before, expected in ((prompt, decoded(tokenizer, prompt, new)), ((), tokenizer.decode(new))):
+        stream = TextStream(tokenizer, (), before)
+        assert "".join([*(stream.push([token]) for token in new), stream.finish()]) == expected
+        assert stream.tokens == new
 
 
 def toy(size):

@@ -481,6 +481,24 @@ def test_two_processes_equal_one(tmp_path, method):
     assert (one - fsdp).norm() < 0.02 * (one - dense).norm()
 
 
+def test_the_rate_is_the_routers_where_nothing_else_learns(converted, tmp_path):
+    losses = []
+    for number, rate in enumerate((None, 1e-6, 0.3)):
+        made = tmp_path / str(number)
+        settings = SHORT.model_copy(update={"method": "router", "objective": "lm", "steps": 3, "learning_rate": rate})
+        moesaic.finetune(converted, made, settings)
+        losses.append([json.loads(line)["loss"] for line in (made / "metrics.jsonl").read_text().splitlines()])
+    assert len({tuple(row) for row in losses}) == 3
+    assert losses[0][0] == losses[1][0] == losses[2][0]
+
+
+@pytest.mark.parametrize("method", ["3", "", "[a]"])
+def test_a_recipe_without_a_method_is_refused(tmp_path, method):
+    (tmp_path / "r.yaml").write_text(f"method: {method}\n")
+    with pytest.raises(InputError, match="method"):
+        FinetuneConfig.read(tmp_path / "r.yaml", {"rank": 4})
+
+
 def short_text(tmp_path):
     path = tmp_path.parent / f"{tmp_path.name}-short.txt"
     path.write_text("A few words only.")
@@ -505,6 +523,11 @@ def test_bad_input_is_refused_before_any_work(converted, tmp_path, folders):
     fails("more than the model's longest", window=100_000)
     fails("has no effect where experts are chosen by a threshold .--method dsmoe", method="dsmoe", balance="bias")
     fails("needs several processes", shard=True)
+    fails("objective distill has no use with --method d2dmoe", method="d2dmoe", objective="distill")
+    settings = SHORT.model_copy(update={"objective": "lm"})
+    with pytest.raises(InputError, match="--teacher-cache has no use"):
+        moesaic.finetune(converted, tmp_path / "out", settings, teacher_cache=tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
     opened = tmp_path.parent / f"{tmp_path.name}-opened"
     moesaic.convert("tiny", opened, QUICK.model_copy(update={"router": "sigmoid", "plan": "S1A1E4"}), force=True)
     fails("has no effect where experts are chosen by a threshold", model=opened, balance="bias")

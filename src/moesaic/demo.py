@@ -18,7 +18,7 @@ from .evaluation.inspect import prompt_tokens
 from .files import write_json
 from .given import check, optional_path, path, place
 from .progress import Progress, unheard
-from .report.demo_page import write_demo_page
+from .report.demo_page import PAGE, write_demo_page
 from .report.plots import write_speed
 from .results import DemoResult, Typed
 from .serving.generate import complete
@@ -59,12 +59,14 @@ def demo(
     active: float | None = None,
     *,
     llama_cpp: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DemoResult:
     """Convert a model, measure both, let both type; model, `metrics.json`, plots and `report.html` stay in `output`.
 
     Args:
         output: the folder to make; one of an earlier demo is replaced.
+        overwrite: replace another model of moesaic's too.
         model: what to convert.
         active: share of each FFN that one token runs; None: half, or for `demo` five eighths.
         llama_cpp: a Python that can import `xllamacpp`; None takes this one if it can.
@@ -78,8 +80,8 @@ def demo(
     python = find_llama_cpp(optional_path(llama_cpp))
     steps = Steps(progress)
     active, config = shown(model, active).active, shown_config(model, active)
-    conversion = convert(model, output, config, overwrite=True, progress=steps.converting)
-    # CPUs without units for half precision take many times as long to read a prompt in it
+    overwrite = overwrite or (output / PAGE).is_file()
+    conversion = convert(model, output, config, overwrite=overwrite, progress=steps.converting)
     converted, tokenizer = load(output)
     dense = load(model).model
     tokens_BL = prompt_tokens(tokenizer, PROMPT)
@@ -108,7 +110,7 @@ def demo(
     )  # fmt: skip
     write_json(output / METRICS_FILE, result.to_dict())
     write_speed(result.to_dict(), output)
-    write_demo_page(result, output / "report.html")
+    write_demo_page(result, output / PAGE)
     steps.report("llama.cpp", 1, "done")
     return result
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .given import LIMITS, OPTION, shown
 
 
@@ -141,11 +141,13 @@ def import_module(name: str) -> ModuleType:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     try:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ImportError("it is no module's name")
         return sys.modules.get(name) or importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # a module is a program, and may raise anything
         raise InputError(
-            f"cannot import '{name}' ({error}); give a module's name as Python imports it, from this folder or from an "
-            "installed package"
+            f"cannot import '{name}' ({first_line(error)}); give a module's name as Python imports it, from this "
+            "folder or from an installed package"
         ) from error
 
 
@@ -162,6 +164,8 @@ def build(stage: str, given: object, *, imported_only: bool = False) -> Any:
     Raises:
         InputError: unknown method or field, a value that is not a Python literal, or an object of another stage.
     """
+    if given is None:
+        raise InputError(f"no {stage} is named; choose from: {', '.join(names(stage))}")
     if not isinstance(given, str):
         _checked(stage, type(given).__name__, type(given))
         return _within_limits(stage, given)
@@ -233,8 +237,12 @@ def _default(field: Field) -> object:
 
 
 def text(stage: str, given: object) -> str:
-    """Write what a configuration holds, a text or a method, as text."""
-    return given if isinstance(given, str) else spec(given)
+    """Write what a configuration holds, a text or a method, as text.
+
+    Raises:
+        InputError: it is neither.
+    """
+    return given if isinstance(given, str) else spec(build(stage, given))
 
 
 def spec(method: object) -> str:

@@ -32,8 +32,8 @@ from ..serving.loading import load
 from ..serving.own_text import TRAINING_TOKENS, bundled_text, documents_of
 from ..training.data import Samples, make_samples
 from ..training.pictures import make_pictured_samples
-from ..training.prepare import fingerprint_of, make_accelerator, training_dtype
-from ..training.state import RunFolder, begun_dtype, training_folder
+from ..training.prepare import make_accelerator, training_dtype
+from ..training.state import RunFolder, begun_dtype, fingerprint_of, training_folder
 from .budget import check_budget
 from .learners import Learner
 from .trainer import AdaptState

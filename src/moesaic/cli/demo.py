@@ -20,11 +20,12 @@ def demo(
         float | None, typer.Option(help="share of each FFN that one token runs [default: 0.5; of demo 0.625]")
     ] = None,
     llama_cpp: options.LlamaCpp = None,
+    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
     """Convert the demo model and show it beside the dense one: perplexity, speed, text; report.html has it all."""
     from ..demo import demo as run
 
     with progress(stderr, "demo", "%", "") as tick:
-        result = run(out, model, active, llama_cpp=llama_cpp, progress=tick)
+        result = run(out, model, active, llama_cpp=llama_cpp, overwrite=overwrite, progress=tick)
     print_result(result, as_json, lambda: show_demo(stderr, result))

@@ -65,7 +65,7 @@ TextFile = Annotated[
 ]
 Tasks = Annotated[Path | None, typer.Option(help="choices or questions with answers, .jsonl", callback=expand)]
 Recipe = Annotated[
-    Path | None, typer.Option(help="YAML with any of these settings; options override it", callback=expand)
+    Path | None, typer.Option(help="YAML of settings, as in moesaic.yaml; options override it", callback=expand)
 ]
 Calibration = Annotated[
     list[str] | None,

@@ -27,7 +27,7 @@ from .clock import now
 from .cost import active_block_weights, active_weights, body_weights, ffn_of
 from .pictures import picture_inputs, picture_speed
 from .roof import roof
-from .sizes import PROMPT_TOKENS, check_sizes
+from .sizes import check_sizes, cut_length
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,6 +83,9 @@ def benchmark(
     picture = None
     if processor and shown:
         picture = picture_speed(model, dense, shown, processor.image_token_id, new, rounds)
+    lengths = {size: cut_length(tokens_BL.shape[1], size) for size in batches}
+    shorter = {size: length for size, length in lengths.items() if length < tokens_BL.shape[1]}
+    cut = "".join(f"; {size} prompts of {length}" for size, length in shorter.items())
     return BenchmarkResult(
         picture=picture,
         decode=found["decode"],
@@ -94,7 +97,9 @@ def benchmark(
         dtype=str(model.dtype).removeprefix("torch."),
         experts=experts_implementation(model.config),
         peak_rss_bytes=peak_rss_bytes(),
-        protocol=f"{rounds} alternating rounds after a warm-up, medians; prompt {tokens_BL.shape[1]}, {new} new tokens",
+        protocol=(
+            f"{rounds} alternating rounds after a warm-up, medians; prompt {tokens_BL.shape[1]}, {new} new tokens{cut}"
+        ),
         versions=versions(),
     )
 
@@ -168,7 +173,7 @@ class Case:
 
 
 def _decode(model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, size: int, new: int) -> Case:
-    prompts_BL = tokens_BL[:size, : max(2, PROMPT_TOKENS // size)]
+    prompts_BL = tokens_BL[:size, : cut_length(tokens_BL.shape[1], size)]
     pair = [_decode_timer(m, prompts_BL, new) for m in (model, dense)]
     chosen = [experts_chosen(m, timer) for m, timer in zip((model, dense), pair, strict=True)]
     read = [active_weights(m, c.touched) for m, c in zip((model, dense), chosen, strict=True)]

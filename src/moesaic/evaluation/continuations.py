@@ -133,12 +133,3 @@ class _Watch(StoppingCriteria):
                 input_ids.device
             )
         return self.stopped
-
-
-def decoded(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """Decode what tokens add to the text of a prompt: its first blank too, which some decoders drop alone."""
-    whole, before = (
-        str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        for ids in ([*prompt, *tokens], prompt)
-    )
-    return whole[len(before) :]

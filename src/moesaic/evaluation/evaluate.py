@@ -14,7 +14,7 @@ from ..given import check, optional_path
 from ..machine import versions
 from ..models.processor import Processor
 from ..progress import unheard
-from ..results import EvaluationResult, TaskScore
+from ..results import EvaluationResult, Json, TaskScore
 from ..serving.questions import Words, load_processor, tokenizer_of
 from .generation import Files, Generating, check_model, evaluate_generation, read_request, reference_continuations
 from .perplexity import check_protocol, perplexity
@@ -117,28 +117,46 @@ def check_request(
     if tasks:
         read_tasks(tasks)
     read_request(generate, items, **(generating or {}))
+    if items is not None and not (tasks or generate):
+        raise InputError("--items has no use without --tasks or --generate; give one of them too")
     if harness:
-        _harness()
+        _harness(harness.split(","))
 
 
-def _harness() -> Harness:
+def _harness(names: list[str] | None = None) -> Harness:
     """Import EleutherAI's lm-evaluation-harness as a function of (model, tokenizer, task names)."""
     try:
         from lm_eval import simple_evaluate  # pyrefly: ignore[missing-import]
         from lm_eval.models.huggingface import HFLM  # pyrefly: ignore[missing-import]
+        from lm_eval.tasks import TaskManager  # pyrefly: ignore[missing-import]
     except ImportError:
         raise InputError("--harness needs lm-eval; install it with: pip install 'moesaic[eval]'") from None
+    if names:
+        manager = TaskManager()  # reads the list of all tasks, once
+        if unknown := [name for name in names if not manager.match_tasks([name])]:
+            name = unknown[0]
+            raise InputError(f"--harness: lm-eval has no task '{name}'; lm-eval ls tasks lists them")
 
     def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> dict[str, TaskScore]:
-        done = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=names)
-        return {
-            name: TaskScore(
-                acc=values.get("acc,none"),
-                acc_norm=values.get("acc_norm,none"),
-                stderr=values.get("acc_stderr,none"),
-                n=done["n-samples"][name]["effective"],
-            )
-            for name, values in done["results"].items()
-        }
+        return harness_scores(simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=names))
 
     return run
+
+
+def harness_scores(done: Json) -> dict[str, TaskScore]:
+    """Read what `lm_eval.simple_evaluate` gave; a group of tasks has the items of its tasks."""
+
+    def items(name: str) -> int:
+        own = done["n-samples"].get(name)
+        return own["effective"] if own else sum(map(items, done.get("group_subtasks", {}).get(name, ())))
+
+    def number(value: object) -> float | None:  # of one item the harness writes "N/A" as the error
+        return float(value) if isinstance(value, int | float) else None
+
+    return {
+        name: TaskScore(
+            acc=number(values.get("acc,none")), acc_norm=number(values.get("acc_norm,none")),
+            stderr=number(values.get("acc_stderr,none")), n=items(name),
+        )
+        for name, values in done["results"].items()
+    }  # fmt: skip

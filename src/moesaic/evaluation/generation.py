@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..given import check, path, place
+from ..models.tokenizer import decoded
 from ..progress import Progress, unheard
 from ..results import GenerationScore
 from ..serving.generate import check_length
@@ -20,7 +21,7 @@ from ..serving.loading import Loaded, load
 from ..serving.questions import Words, asked, encoded, inputs_of, tokenizer_of
 from .agreement import Agreed, agreement, share
 from .code_runner import Outcome, check_runner
-from .continuations import Continued, continued, decoded
+from .continuations import Continued, continued
 from .exercises import Code, Exercise, ExerciseSet, Text, cut, read_exercises
 from .kept_answers import check_answers, write_answers
 from .questions import end_of_turn
@@ -98,6 +99,8 @@ def read_request(generate: Files | None, items: int | None = None, **settings: U
     names = [found.name for found in sets]
     if len(set(names)) < len(names):
         raise InputError(f"--generate has two files of the same name, {max(names, key=names.count)}; rename one")
+    if request.reference is None and request.reference_tokens != default.reference_tokens:
+        raise InputError("--reference-tokens has no use without --reference; give that too")
     for found in sets:
         if issubclass(found.kind, Code) and not request.allow_code_execution:
             raise InputError(

@@ -49,9 +49,12 @@ class Cut(NamedTuple):
     """The windows of a text that a protocol scores."""
 
     windows: Sequence[Tensor]
+    skipped: Sequence[int]
+    """Losses at the beginning of each window that are not scored."""
     words: int
     """Of the text in them, for word perplexity."""
-    data_sha256: str
+    data_sha256: str = ""
+    """Of the whole text."""
 
 
 class Scored(NamedTuple):
@@ -77,8 +80,8 @@ def perplexity(
       every token of a window but the first is scored. Rows are the lines of a plain text, or the rows of other files.
     - `llama.cpp`: the raw file in windows; the second half of each window is scored (`llama-perplexity`).
     - `lm-eval`: loss of all tokens over the number of words (word perplexity); windows follow one another, each given
-      the token before it: BOS, else end of text, before the first. With a tokenizer that has neither the first token is
-      not scored.
+      the token before it, what is left over a whole window before it: BOS, else end of text, before the first. With a
+      tokenizer that has neither the first token is not scored.
 
     Without `text` the bundled held-out text of six domains is used, in windows of packed documents.
 
@@ -93,11 +96,10 @@ def perplexity(
     cut = _windows(stream, tokenizer, protocol, window, max_tokens)
     for tokens_L in cut.windows:
         check_tokens(tokens_L, embedding_rows(model), tokenizer)
-    scored = _scored(cut.windows, tokenizer, protocol, window)
-    first = unscored(protocol, window)
+    scored = _scored(cut, tokenizer)
     total, count = 0.0, 0
-    for done, tokens_L in enumerate(cut.windows):
-        losses = window_losses(model, tokens_L)[first:]
+    for done, (tokens_L, skipped) in enumerate(zip(cut.windows, cut.skipped, strict=True)):
+        losses = window_losses(model, tokens_L)[skipped:]
         check_losses(losses, f"window {done + 1} of {len(cut.windows)}", model.dtype)
         total, count = total + losses.double().sum().item(), count + len(losses)
         if progress:
@@ -116,11 +118,6 @@ def perplexity(
     )
 
 
-def unscored(protocol: str, window: int) -> int:
-    """Count the losses of a window that a protocol leaves out."""
-    return window // 2 if protocol == "llama.cpp" else 0
-
-
 def scored_text(
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -135,12 +132,12 @@ def scored_text(
         InputError: as `perplexity`.
     """
     cut = _windows(check_protocol(text, protocol, window, max_tokens), tokenizer, protocol, window, max_tokens)
-    return _scored(cut.windows, tokenizer, protocol, window)
+    return _scored(cut, tokenizer)
 
 
-def _scored(windows: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase, protocol: str, window: int) -> Scored:
-    first = 1 + unscored(protocol, window)
-    ids = [i for tokens_L in windows for i in tokens_L[first:].tolist()]
+def _scored(cut: Cut, tokenizer: PreTrainedTokenizerBase) -> Scored:
+    pairs = zip(cut.windows, cut.skipped, strict=True)
+    ids = [i for tokens_L, skipped in pairs for i in tokens_L[1 + skipped :].tolist()]
     return Scored(len(ids), text_bytes(ids, tokenizer))
 
 
@@ -149,11 +146,12 @@ def _windows(
 ) -> Cut:
     """Cut a text, or the bundled one, as a protocol does."""
     if stream is not None:
-        windows, words = _cut(stream.text, tokenizer, protocol, window, max_tokens)
-        return Cut(windows, words, hashlib.sha256(stream.raw.encode()).hexdigest())
+        found = _cut(stream.text, tokenizer, protocol, window, max_tokens)
+        return found._replace(data_sha256=hashlib.sha256(stream.raw.encode()).hexdigest())
     documents = bundled("heldout")
     tokens_NL = token_windows(documents, tokenizer, None, window)
-    return Cut(tokens_NL[: None if max_tokens is None else max_tokens // window].unbind(), 0, text_hash(documents))
+    windows = tokens_NL[: None if max_tokens is None else max_tokens // window].unbind()
+    return Cut(windows, [0] * len(windows), 0, text_hash(documents))
 
 
 class Stream(NamedTuple):
@@ -228,17 +226,18 @@ def window_losses(model: PreTrainedModel, tokens_L: Tensor) -> Tensor:
     return torch.cat([cross_entropy(logits.float(), target, reduction="none") for logits, target in parts])
 
 
-def _cut(
-    text: str, tokenizer: PreTrainedTokenizerBase, protocol: str, window: int, max_tokens: int | None
-) -> tuple[Sequence[Tensor], int]:
-    """Cut text into (windows, words of the text that they score)."""
-    start = bos(tokenizer)
+def _cut(text: str, tokenizer: PreTrainedTokenizerBase, protocol: str, window: int, max_tokens: int | None) -> Cut:
+    """Cut text into windows."""
+    start, short = bos(tokenizer), 0
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if protocol == "lm-eval":
         # each window is scored whole, given the token before it: a prefix, then the last one of the window before
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         ids = [*(start or end), *ids]
         cut = [ids[i : i + window + 1] for i in range(0, len(ids) - 1, window)]
+        left = len(cut[-1]) - 1 if cut else 0
+        if len(cut) > 1 and left < window:  # what is left over has a whole window before it
+            cut[-1], short = ids[-window - 1 :], window - left
     elif protocol == "llama.cpp":
         ids = [*start, *ids]
         whole = range(0, len(ids) // window * window, window)
@@ -252,4 +251,7 @@ def _cut(
     if max_tokens is not None and max_tokens // window < len(cut):
         cut = cut[: max_tokens // window]
         words = len(str(tokenizer.decode([i for part in cut for i in part[1:]])).split())
-    return [torch.tensor(part) for part in cut], words
+        short = 0
+    skipped = [window // 2 if protocol == "llama.cpp" else 0] * len(cut)
+    skipped[-1] += short
+    return Cut([torch.tensor(part) for part in cut], skipped, words)

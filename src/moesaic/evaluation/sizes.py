@@ -17,6 +17,11 @@ PROMPT_TOKENS = 2_048
 """Of all sequences that are decoded at once: prompts of many sequences are cut to that, or they would take minutes."""
 
 
+def cut_length(length: int, sequences: int) -> int:
+    """Tell to how many tokens prompts are cut where so many are decoded at once; one alone stays as it is."""
+    return length if sequences == 1 else min(length, max(2, PROMPT_TOKENS // sequences))
+
+
 def check_sizes(
     model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, new: int, batches: Sequence[int], rounds: int
 ) -> None:
@@ -41,7 +46,7 @@ def check_sizes(
             )
     config = model.config.get_text_config()
     most = max(batches)
-    prompt = min(tokens_BL.shape[1], max(2, PROMPT_TOKENS // most))
+    prompt = cut_length(tokens_BL.shape[1], most)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept = 3 * 2 * config.num_hidden_layers * heads * width * (prompt + new)

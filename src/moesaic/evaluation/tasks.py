@@ -33,6 +33,8 @@ from .perplexity import check_losses
 from .questions import ANSWER_TOKENS, AT_ONCE, Question, answers, same, score_choices
 
 BATCH_TOKENS, BATCH_ITEMS = 2_048, 32
+MEAN = "mean"
+"""Under which the mean over tasks stands among them."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def _item(row: object, path: Path) -> Item:
     if gold is not None and (type(gold) is not int or not 0 <= gold < len(pairs)):
         raise ValueError(f"gold is not the number of a choice, 0 to {len(pairs) - 1}")
     task = path.stem if is_asked and "task" not in row else _text(row, "task")
+    if task == MEAN:
+        raise ValueError(f"'{MEAN}' is the name of the mean over tasks, so no task can have it")
     return Item(task, tuple(pairs), gold, pictures, is_asked)
 
 
@@ -182,7 +186,7 @@ def evaluate_tasks(
             if progress:
                 progress(sum(map(len, right.values())), len(items))
     results = {task: _summary(hits) for task, hits in sorted(right.items())}
-    return results | {"mean": _mean(list(results.values()))}
+    return results | {MEAN: _mean(list(results.values()))}
 
 
 def _continued(
@@ -267,9 +271,21 @@ def _score_batch(model: PreTrainedModel, encoded: list[Scored]) -> list[tuple[fl
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, longest: int) -> Scored:
-    """Encode the text as a whole; long contexts lose their beginning."""
+    """Encode the text as a whole; long contexts lose their beginning, and BOS or end of text stands for an empty one.
+
+    Raises:
+        InputError: an empty context, and a tokenizer that has neither.
+    """
     whole = tokenizer(context + continuation, verbose=False)["input_ids"]
     start = len(tokenizer(context, verbose=False)["input_ids"])
+    if not start:
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if first is None:
+            raise InputError(
+                f"the task item of '{continuation[:40]}' has no context, and this tokenizer nothing to begin with; "
+                "leave it out"
+            )
+        whole, start = [first, *whole], 1
     start = max(1, min(start, len(whole) - 1))
     cut = max(0, len(whole) - longest)
     return Scored(whole[cut:], max(1, start - cut))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -47,3 +48,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> by
 def byte_signs() -> dict[str, int]:
     """Give the byte for each sign of byte-level tokenizers."""
     return {sign: byte for byte, sign in bytes_to_unicode().items()}
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """Decode what tokens add to the text of a prompt: its first blank too, which some decoders drop alone."""
+    whole, before = (
+        str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for ids in ([*prompt, *tokens], prompt)
+    )
+    return whole[len(before) :]

@@ -74,13 +74,11 @@ def next_commands(result: DemoResult) -> list[tuple[str, str]]:
     out = here(result.conversion.output)
     return [
         (command("moesaic", "finetune", out, f"{out}-tuned", "--minutes", 15), "win quality back by a short training"),
-        (
-            command("moesaic", "convert", result.model, "three-quarters", "--active", 0.75),
-            "lose less: three quarters of each FFN run",
-        ),
+        *[(command("moesaic", "convert", result.model, "three-quarters", "--active", 0.75),
+           "lose less: three quarters of each FFN run")] * (result.active < 0.75),
         (command("moesaic", "generate", out, "def quicksort(arr):"), "type with it"),
         (command("moesaic", "export", out, f"{out}.gguf", "--format", "gguf"), "take it to llama.cpp"),
-    ]
+    ]  # fmt: skip
 
 
 def show_demo(console: Console, result: DemoResult) -> None:

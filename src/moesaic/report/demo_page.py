@@ -7,10 +7,12 @@ from html import escape
 from pathlib import Path
 
 from ..results import DemoResult, LayerRecord, Typed
+from .console import command, here
 from .demo import next_commands, number_rows, verdicts
 from .html import page, table
 from .svg import Axis, Curve, Dot, even_ticks, heat_map, line_chart
 
+PAGE = "report.html"
 INK, ACCENT, SOFT = "#1b1b1f", "#0b4f8a", "#c9a227"
 MEANING = {
     "parameters in memory": "Nothing is thrown away: the experts together hold the dense model's feed-forward layers.",
@@ -33,6 +35,9 @@ def write_demo_page(result: DemoResult, path: Path) -> None:
         f'<p class="{"ours" if good else "bad"}">{"+" if good else "−"} {escape(sentence)}</p>'
         for good, sentence in verdicts(result)
     )
+    again = command(
+        "moesaic", "demo", "--model", result.model, "--active", f"{result.active:g}", "--out", here(made.output)
+    )
     body = [
         f"<h1>{escape(result.name)}: dense, and as a Mixture-of-Experts</h1>",
         f'<p class="lead">Converted without training in {made.seconds:.0f} s on {escape(made.machine)}. '
@@ -48,10 +53,9 @@ def write_demo_page(result: DemoResult, path: Path) -> None:
         "<h2>Layers</h2>",
         _layers(made.layers),
         "<h2>Next</h2>",
-        *[f"<p>{escape(why)}</p>\n<pre>{escape(command)}</pre>" for command, why in next_commands(result)],
+        *[f"<p>{escape(why)}</p>\n<pre>{escape(line)}</pre>" for line, why in next_commands(result)],
         "<h2>How this was made</h2>",
-        f"<pre>moesaic demo --model {escape(result.model)} --active {result.active:g} --out {escape(made.output)}"
-        "</pre>",
+        f"<pre>{escape(again)}</pre>",
         f'<p class="note">{escape(", ".join(f"{name} {version}" for name, version in made.versions.items()))}. '
         "Every number is in metrics.json beside this page.</p>",
     ]

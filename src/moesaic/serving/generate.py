@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import given
 from ..errors import InputError, first_line
 from ..models.processor import Processor
+from ..models.tokenizer import decoded
 from .questions import Words, as_turn, encoded, on_model, opened, opens_chats, question, tokenizer_of
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def complete(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
     tokens_1L = new_tokens(model, inputs, tokenizer, max_new_tokens=max_new_tokens, **sampling)
-    return str(tokenizer_of(tokenizer).decode(tokens_1L[0], skip_special_tokens=True))
+    before = [] if chat or images else made["input_ids"][0].tolist()
+    return decoded(tokenizer_of(tokenizer), before, tokens_1L[0].tolist())
 
 
 def new_tokens(model: Any, inputs: Mapping[str, Tensor], words: Words, **settings: object) -> Tensor:

@@ -83,7 +83,11 @@ def documents_of(
     own = {source: found for source in sources if (found := own_text(source))}
     ready = {source: bundle() if source == BUNDLED else bundled_answers(source) for source in sources}
     files = [source for source, found in ready.items() if found is None and source not in own]
-    read = read_documents(files) if files else []
+    taken = {document.domain for source, found in ready.items() if found and source == BUNDLED for document in found}
+    read = [
+        replace(document, domain=f"{document.domain} (file)") if document.domain in taken else document
+        for document in (read_documents(files) if files else [])
+    ]
     parts = [shared(found, source) for source, found in ready.items() if found]
     for source, one in own.items():
         left_over = window * len({prompt.domain for prompt in read_prompts(one)})

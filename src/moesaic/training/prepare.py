@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
@@ -16,7 +14,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from psutil import virtual_memory
-from pydantic import BaseModel
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import registry
@@ -25,7 +22,6 @@ from ..calibration.prompts import BUNDLED, bundled_answers, own_text
 from ..calibration.windows import check_tokens
 from ..checkpoint.claim import check_apart
 from ..checkpoint.facts import check_conversion_files, saved_settings
-from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_output
 from ..config import FinetuneConfig
@@ -34,7 +30,6 @@ from ..errors import InputError
 from ..evaluation.cost import sizes
 from ..formats.base import block_config
 from ..formats.converted import Converted, dense_origin
-from ..machine import versions
 from ..models.devices import choose_device, compute_dtype
 from ..models.families import empty
 from ..models.processor import Processor
@@ -46,7 +41,7 @@ from .load import MICRO_TOKENS
 from .methods import Method
 from .parameters import counts, trainable
 from .pictures import make_pictured_samples
-from .state import RunFolder, TrainingState, begun_dtype, training_folder
+from .state import RunFolder, TrainingState, begun_dtype, fingerprint_of, training_folder
 from .teacher import Teacher
 
 PATIENCE = timedelta(hours=4)
@@ -91,6 +86,9 @@ def prepare(
     check_output(output, overwrite)
     method: Method = registry.build("method", config.method)
     if not method.uses_objective:
+        if "objective" in config.model_fields_set and config.objective != "lm":
+            name = registry.text("method", config.method)
+            raise InputError(f"--objective {config.objective} has no use with --method {name}, whose loss is its own")
         config = config.model_copy(update={"objective": "lm"})  # so that no teacher runs for nothing
     config = config.model_copy(update={"balance": config.balance or method.balance})
     source = Converted(resolve(str(model)))
@@ -102,6 +100,8 @@ def prepare(
     tokenizer = load_tokenizer(source.checkpoint.folder)
     processor = Processor(source.checkpoint.folder, source.whole) if source.takes_pictures else None
     taught = config.objective != "lm" or config.match > 0 or method.needs_dense
+    if cache and not taught:
+        raise InputError("--teacher-cache has no use where nothing is learnt from the dense model; leave it out")
     name = (config.teacher or dense_origin(str(source.checkpoint.folder), "--teacher")) if taught else None
     begun = begun_dtype(output) if resume else None  # goes on in its own
     own = [begun or training_dtype(source.checkpoint.dtype(), accelerator.device)]
@@ -130,20 +130,6 @@ def prepare(
         source, output, overwrite, config, method, tokenizer, train, held, teacher, accelerator, folder, dtype,
         processor,
     )  # fmt: skip
-
-
-def fingerprint_of(
-    checkpoint: Checkpoint, text: Sequence[Samples], config: BaseModel, device: torch.device, dtype: torch.dtype
-) -> dict[str, str]:
-    """Say what a training must be of, to be gone on with."""
-    return {
-        "model": checkpoint.fingerprint(),
-        "text": " ".join(samples.fingerprint() for samples in text),
-        "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
-        "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "version": " ".join(f"{name} {version}" for name, version in versions().items()),
-    }
 
 
 def text_of_conversion(source: Converted) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -14,15 +15,18 @@ from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checkpoint.claim import claim, clear, real_path
+from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import beside, check_parent, claim_output, sha256
 from ..errors import InputError
 from ..files import read_json, to_json, write_json, write_whole
+from ..machine import versions
 from ..results import ExpertLoad, Json, Result
+from .data import Samples
 
 FINGERPRINT, STATE, LOG = "fingerprint.json", "state.pt", "metrics.jsonl"
 PROJECT = "moesaic"
@@ -33,6 +37,20 @@ log = logging.getLogger("moesaic")
 def training_folder(output: Path) -> Path:
     """Name the folder of an unfinished training of OUT, `OUT.training`."""
     return beside(output, ".training")
+
+
+def fingerprint_of(
+    checkpoint: Checkpoint, text: Sequence[Samples], config: BaseModel, device: torch.device, dtype: torch.dtype
+) -> dict[str, str]:
+    """Say what a training must be of, to be gone on with."""
+    return {
+        "model": checkpoint.fingerprint(),
+        "text": " ".join(samples.fingerprint() for samples in text),
+        "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "version": " ".join(f"{name} {version}" for name, version in versions().items()),
+    }
 
 
 def begun_dtype(output: Path) -> torch.dtype | None:

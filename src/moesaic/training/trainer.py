@@ -63,6 +63,8 @@ class Trainer:
             shard(module, decoder_layers(model), accelerator)
         rate = method.learning_rate if config.learning_rate is None else config.learning_rate
         router = method.router_learning_rate if config.router_learning_rate is None else config.router_learning_rate
+        if config.router_learning_rate is None and {part(name) for name in trainable(module)} == {"router"}:
+            router = router if config.learning_rate is None else rate  # there is nothing else that it could be for
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in trainable(module).items():
             groups.setdefault(router if part(name) == "router" else rate, []).append(parameter)

@@ -97,7 +97,7 @@ class Handler(BaseHandler, ABC):
             len(prompt), fields.temperature or 0.0, fields.top_p or 1.0, fields.seed, fields.frequency_penalty or 0.0,
             fields.presence_penalty or 0.0, biases(fields.logit_bias or {}, rows), fields.top_logprobs_asked(),
         )  # fmt: skip
-        text = TextStream(self.one.tokenizer, fields.stops)
+        text = TextStream(self.one.tokenizer, fields.stops, () if isinstance(fields, ChatFields) else prompt)
         return Generation(prompt, asked or min(self.default_tokens, room), text, sampling)
 
     async def _whole(self, writer: Writer, generations: Sequence[Generation], deadline: float) -> Response:

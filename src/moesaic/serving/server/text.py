@@ -6,17 +6,29 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from ...models.tokenizer import decoded
+
+CONTEXT = 8
+"""Tokens of a prompt that an answer's text may depend on."""
 UNFINISHED = "\ufffd"
 """What a decoder writes for the beginning of a character."""
 
 
 class TextStream:
-    """The text of an answer: all that `push` and `finish` return is `tokenizer.decode` of its tokens, cut at a stop.
+    """The text of an answer: all that `push` and `finish` return is `decoded` of its tokens, cut at a stop.
 
     Text that may be the beginning of a stop is held back.
+
+    Args:
+        tokenizer: the model's.
+        stops: texts that end the answer.
+        prompt: tokens that the answer goes on from; nothing where it is an answer of its own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), prompt: Sequence[int] = ()
+    ) -> None:
+        self._before = list(prompt[-CONTEXT:])
         self.tokens: list[int] = []
         self.stopped = False
         """Whether one of the stops has come; tokens after it are passed over."""
@@ -24,7 +36,7 @@ class TextStream:
         self._decoded = ""
         """The text of all tokens but those of an unfinished character."""
         self._shown = 0
-        self._start, self._end = 0, 0  # the tokens that the next ones' text depends on
+        self._start, self._end = 0, len(self._before)  # the tokens that the next ones' text depends on
 
     def push(self, tokens: Sequence[int]) -> str:
         """Take the next tokens; returns the text that is certain now."""
@@ -32,25 +44,25 @@ class TextStream:
             if self.stopped:
                 break
             self.tokens.append(token)
-            before = self._decode(self.tokens[self._start : self._end])
-            after = self._decode(self.tokens[self._start :])
+            whole = [*self._before, *self.tokens]
+            before, after = self._decode(whole[self._start : self._end]), self._decode(whole[self._start :])
             if len(after) > len(before) and not after.endswith(UNFINISHED):
                 self._decoded += after[len(before) :]
-                self._start, self._end = self._end, len(self.tokens)
+                self._start, self._end = self._end, len(whole)
                 self._look_for_stops()
         return self._show(len(self._decoded) if self.stopped else len(self._decoded) - self._held())
 
     def finish(self) -> str:
         """End the answer; returns the text that was held back."""
         if not self.stopped:
-            whole = self._decode(self.tokens)
+            whole = decoded(self._tokenizer, self._before, self.tokens)
             if whole.startswith(self._decoded[: self._shown]):
                 self._decoded = whole
                 self._look_for_stops()
         return self._show(len(self._decoded))
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        return decoded(self._tokenizer, [], tokens)
 
     def _look_for_stops(self) -> None:
         found = [at for stop in self._stops if (at := self._decoded.find(stop, self._shown)) >= 0]
