@@ -83,9 +83,6 @@ def benchmark(
     picture = None
     if processor and shown:
         picture = picture_speed(model, dense, shown, processor.image_token_id, new, rounds)
-    lengths = {size: cut_length(tokens_BL.shape[1], size) for size in batches}
-    shorter = {size: length for size, length in lengths.items() if length < tokens_BL.shape[1]}
-    cut = "".join(f"; {size} prompts of {length}" for size, length in shorter.items())
     return BenchmarkResult(
         picture=picture,
         decode=found["decode"],
@@ -97,11 +94,15 @@ def benchmark(
         dtype=str(model.dtype).removeprefix("torch."),
         experts=experts_implementation(model.config),
         peak_rss_bytes=peak_rss_bytes(),
-        protocol=(
-            f"{rounds} alternating rounds after a warm-up, medians; prompt {tokens_BL.shape[1]}, {new} new tokens{cut}"
-        ),
+        protocol=_protocol(rounds, tokens_BL.shape[1], new, batches),
         versions=versions(),
     )
+
+
+def _protocol(rounds: int, prompt: int, new: int, batches: Sequence[int]) -> str:
+    lengths = {size: cut_length(prompt, size) for size in batches}
+    cut = "".join(f"; {size} prompts of {length}" for size, length in lengths.items() if length < prompt)
+    return f"{rounds} alternating rounds after a warm-up, medians; prompt {prompt}, {new} new tokens{cut}"
 
 
 def _measure_all(
