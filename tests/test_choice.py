@@ -4,16 +4,20 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Lfm2Config, OlmoConfig, StableLmConfig
 
 import moesaic
-from conftest import QUICK, small_model
-from moesaic import InputError, convert
+from conftest import QUICK, SMALL, small_model
+from moesaic import ConvertConfig, InputError, convert
+from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.checkpoint.writer import ResumableOutput
 from moesaic.conversion import auto as choice
 from moesaic.conversion.auto import TIE, candidates, choose, trial, trial_windows
+from moesaic.conversion.plans import plans
 from moesaic.conversion.states import embed
 from moesaic.conversion.temperature import STEP, fit_temperature
-from moesaic.models.families import scale_logits
+from moesaic.models.norms import can_scale_logits, scale_logits
+from moesaic.plan import specialists_plan
 
 AUTO = QUICK.model_copy(update={"partition": "auto", "active": 0.5})
 
@@ -119,10 +123,82 @@ def test_logits_scale_in_every_family(family):
     tokens = torch.arange(30)[None]
     cap = getattr(model.config, "final_logit_softcapping", None)
     before = model(tokens).logits
-    name = scale_logits(model, 0.5)
-    assert name in dict(model.named_parameters())
+    names = scale_logits(model, 0.5)
+    assert set(names) <= dict(model.named_parameters()).keys()
     expected = before / 2 if cap is None else (before / cap).atanh().mul(cap / 2).div(cap).tanh() * cap
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+NORMS = {
+    "stablelm": StableLmConfig, "cohere": CohereConfig, "olmo": OlmoConfig,
+}  # fmt: skip
+"""Families whose final norm takes the mean off: with a bias, without one, and without any parameter."""
+
+
+@pytest.mark.parametrize("name", NORMS)
+@torch.no_grad()
+def test_logits_scale_through_norms_that_take_the_mean_off(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(NORMS[name](**SMALL)).eval()
+    for part, parameter in model.named_parameters():
+        if "norm" in part:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    assert can_scale_logits(model) == (name != "olmo")
+    if name == "olmo":
+        return
+    tokens = torch.arange(30)[None]
+    before = model(tokens).logits
+    assert len(scale_logits(model, 0.7)) == 1 + (name == "stablelm")
+    torch.testing.assert_close(model(tokens).logits, 0.7 * before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_they_convert(name, tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(NORMS[name](**SMALL)).save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(tiny_folder()).save_pretrained(tmp_path / "dense")
+    config = ConvertConfig(plan="S1A1E8", partition="coactivation:alternations=0", tokens=2_048, window=64,
+                           held_out_tokens=256, device="cpu")  # fmt: skip
+    found = convert(tmp_path / "dense", tmp_path / "out", config, force=True)
+    assert (found.logit_factor == 1.0) or name != "olmo"
+
+
+@pytest.mark.parametrize("dense_layers", [None, "0"])
+def test_the_width_is_the_layers_not_the_configurations(tmp_path, dense_layers):
+    """LFM2 narrows its FFNs by default: two thirds of what its configuration says, rounded up."""
+    torch.manual_seed(0)
+    layers = {"layer_types": ["conv", "full_attention", "conv"]}
+    config = Lfm2Config(**SMALL | {"intermediate_size": 144} | layers, block_multiple_of=8)
+    model = AutoModelForCausalLM.from_config(config)
+    assert {layer.feed_forward.w2.in_features for layer in model.model.layers} == {96}
+    model.save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(tiny_folder()).save_pretrained(tmp_path / "dense")
+    assert plans(str(tmp_path / "dense"), 0.5).intermediate_size == 96
+    settings = ConvertConfig(plan="S4A4E8", partition="coactivation:alternations=0", recovery="none", tokens=2_048,
+                             window=64, held_out_tokens=256, device="cpu", dense_layers=dense_layers)  # fmt: skip
+    found = convert(tmp_path / "dense", tmp_path / "out", settings, force=True)
+    assert found.perplexity == pytest.approx(found.perplexity_dense, rel=1e-3)  # all experts run
+    assert moesaic.load(tmp_path / "out").model(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_fewer_tokens_than_experts_are_refused(tmp_path):
+    few = {"window": 4, "held_out_tokens": 64, "plan": "S1A1E16", "partition": "specialists"}
+    with pytest.raises(InputError, match="8 calibration tokens are too few for 15 experts"):
+        convert("tiny", tmp_path / "out", ConvertConfig(tokens=8, **few))
+    few["plan"] = "S1A1E4"
+    convert("tiny", tmp_path / "out", ConvertConfig(tokens=4, **few), force=True)  # fewer than the ridge is judged by
+
+
+def test_specialists_are_no_narrower_than_there_are_neurons():
+    for active, memory, size in ((0.5, 1.0, 128), (0.95, 2.0, 2_048)):
+        with pytest.raises(InputError, match="holds no specialists of multiples of 256"):
+            specialists_plan(active, memory, size, 256)
+
+
+@pytest.mark.parametrize("changes", [{"plan": "S1A1E4"}, {"expert_width": 96}])
+def test_memory_that_a_given_shape_cannot_use_is_refused(changes):
+    with pytest.raises(InputError, match=r"memory-factor|width follows from"):
+        candidates("tiny", AUTO.model_copy(update={"active": None, "memory_factor": 4.0} | changes))
 
 
 @torch.no_grad()

@@ -19,8 +19,9 @@ from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import ResumableOutput
 from moesaic.evaluation.cost import active_weights
-from moesaic.models.families import decoder_layers, ffn_norm, gated_ffn, text_tower
+from moesaic.models.families import decoder_layers, gated_ffn, text_tower
 from moesaic.models.layerwise import LayerwiseModel
+from moesaic.models.norms import ffn_norm
 from moesaic.pruning.depth.heal import fitted_gain, heal, say, stream_weights
 from moesaic.pruning.depth.prepare import distances
 from moesaic.pruning.methods import LayerPruner

@@ -4,6 +4,7 @@ That llama.cpp says what transformers says is in `test_engines.py`.
 """
 
 import json
+import shutil
 
 import gguf
 import numpy as np
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from conftest import QUICK, small_model
 from moesaic import InputError, Plan, WorkError, convert, export
+from moesaic.checkpoint.single_file import ResumableFile
 from moesaic.cli import app
 from moesaic.formats import gguf_support
 from moesaic.formats.gguf import writer as gguf_export
@@ -144,6 +146,35 @@ def test_an_existing_file_is_kept_unless_told(converted, tmp_path):
         app, ["export", str(converted), str(path), "--to", "gguf", "--outtype", "q8_0", "--overwrite", "--json"]
     )
     assert json.loads(result.stdout)["outtype"] == "q8_0"
+
+
+def test_a_gguf_is_not_exported_onto_itself(converted, tmp_path, monkeypatch):
+    export(converted, tmp_path / "m.gguf", outtype="f32")
+    before = (tmp_path / "m.gguf").read_bytes()
+    reader, _ = read(tmp_path / "m.gguf")
+    assert reader["general.name"].endswith(" S4A2E6")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for model in (tmp_path / "m.gguf", "~/m.gguf"):
+        with pytest.raises(InputError, match="is the model that is read"):
+            export(model, "~/m.gguf", outtype="q8_0", overwrite=True)
+    assert (tmp_path / "m.gguf").read_bytes() == before
+
+
+@pytest.mark.parametrize("out", ["x", "x.gguf"])
+def test_a_model_that_is_called_as_unfinished_work_is_not_emptied(converted, tmp_path, out):
+    source = shutil.copytree(converted, tmp_path / f"{out}.partial")
+    before = sorted(path.name for path in source.iterdir())
+    with pytest.raises(InputError, match="what is made beside it is the model that is read"):
+        export(source, tmp_path / out, "moesaic" if out == "x" else "auto")
+    assert sorted(path.name for path in source.iterdir()) == before
+
+
+def test_an_unfinished_conversion_is_not_cleared_by_an_export(converted, tmp_path):
+    partial = ResumableFile(tmp_path / "m.gguf", {"model": "another"}, resume=False)
+    partial.add_trial("a", 1.0)
+    with pytest.raises(InputError, match="holds an unfinished conversion"):
+        export(converted, tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf.partial" / "state.json").is_file()
 
 
 def test_a_file_that_reads_back_otherwise_is_not_kept(converted, tmp_path, monkeypatch):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -158,6 +160,17 @@ def test_points_multiply_as_the_regressions_predictions_do(tokens):
     x_TD, centred_TF = (m.double() - m.double().mean(0) for m in (sample.input_TD, value_TF))
     predicted_TF = x_TD @ torch.linalg.lstsq(x_TD, centred_TF).solution
     torch.testing.assert_close((points_FD @ points_FD.T).double(), predicted_TF.T @ predicted_TF, rtol=1e-2, atol=1e-3)
+
+
+def test_squares_of_float16_do_not_overflow():
+    sample = random_sample(dtype=torch.float16)
+    loud = replace(sample, input_TD=sample.input_TD * 60)
+    assert loud.ffn.hidden(loud.input_TD).isfinite().all()
+    assert loud.ffn.hidden(loud.input_TD).abs().max() > 256
+    assert importance(loud).isfinite().all()
+    saliency_F, points_FD = coactivation.predicted_importance(loud, 0.1)
+    assert saliency_F.isfinite().all()
+    assert points_FD.isfinite().all()
 
 
 def test_coactivation_groups_neurons_by_what_the_input_says_of_them():

@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, StaticCache
 
 import moesaic
-from conftest import QUICK, random_sample, small_model
-from moesaic import ConvertConfig, FinetuneConfig, InputError, Plan, registry
+from conftest import QUICK, SMALL, random_sample, small_model
+from moesaic import ConvertConfig, FinetuneConfig, InputError, Plan, export, registry
+from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.conversion.convert import convert
 from moesaic.models.families import gated_ffn
@@ -219,6 +220,19 @@ def test_a_copy_has_a_router_of_its_own(model, tokens):
 
 
 # conversion
+
+
+def test_more_groups_than_an_export_checks_layers(tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**SMALL | {"num_hidden_layers": 6})).save_pretrained(
+        tmp_path / "dense"
+    )
+    AutoTokenizer.from_pretrained(tiny_folder()).save_pretrained(tmp_path / "dense")
+    config = ConvertConfig(plan="S1A1E4", partition="paths", router="pregate:groups=0,steps=5", tokens=2_048, window=64,
+                           held_out_tokens=256, device="cpu")  # fmt: skip
+    convert(tmp_path / "dense", tmp_path / "out", config, force=True)
+    export(tmp_path / "out", tmp_path / "again", "moesaic")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["pregate_groups"] == 6
 
 
 def test_conversion_makes_a_model_that_loads_and_measures_as_it_says(made):

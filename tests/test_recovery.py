@@ -83,6 +83,27 @@ def test_recovery_never_raises_the_calibration_objective(name, plan):
     assert relative_error(sample, moe(sample.input_TD)) <= before + 1e-6
 
 
+@pytest.mark.parametrize("plan", [Plan(1, 1, 4, 12), Plan(0, 1, 4, 12), Plan(1, 2, 4, 12)])
+def test_weights_that_a_gate_gives_are_part_of_the_system(plan):
+    """DSMoE's gate weighs by its sigmoids, a single expert too."""
+    sample = random_sample(tokens=400)
+    partition = registry.build("partition", "coactivation").split(sample, plan, torch.Generator().manual_seed(0))
+    moe = block_for(sample, plan, gate="sigmoid", selection="top-k")
+    gate = registry.build("router", "sigmoid").fit(sample, partition, plan.num_experts_per_tok)
+    moe.load_dense(sample.ffn, partition.shared, partition.experts, gate, None)
+    h, routed = sample.ffn.hidden(sample.input_TD), moe.gate(sample.input_TD, moe.experts)
+    assert (routed.top_k_weights - 1).abs().max() > 0.1
+    weight_TE = torch.zeros(400, plan.num_experts).scatter_(1, *routed)
+    shared = [h[:, partition.shared]] * bool(plan.shared)
+    z = torch.cat([*shared, *(h[:, b] * weight_TE[:, e, None] for e, b in enumerate(partition.experts))], 1)
+    w = sample.weight_T[:, None]
+    expected = np.linalg.lstsq((z * w).double().numpy(), (sample.output_TD * w).double().numpy(), rcond=None)[0]
+    ClosedForm(ridge=1e-9).recover(moe, sample, partition)
+    parts = [moe.shared_experts.down_proj.weight.T] if plan.shared else []
+    found = torch.cat([*parts, *(d.T for d in moe.experts.down_proj)])
+    torch.testing.assert_close(found, torch.from_numpy(expected).float(), rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize(("name", "plan"), PLANS)
 def test_infinite_ridge_leaves_the_weights_alone(name, plan):
     moe, sample, partition = converted(name, plan)

@@ -228,4 +228,9 @@ def specialists_plan(active: float, memory_factor: float, intermediate_size: int
     width = next((w for w in widths if w and wish - w <= close), nearest)
     groups = int(memory_factor * intermediate_size / width + 1e-6)
     shared = max(1, min(round(active * intermediate_size / width) - 1, groups - FEWEST))
+    if groups - shared < 2 or (shared + 1) * width > intermediate_size:
+        raise InputError(
+            f"an FFN of {intermediate_size} neurons holds no specialists of multiples of {multiple} neurons at "
+            f"{active:.0%} active and --memory-factor {memory_factor:g}; give another share, or another --outtype"
+        )
     return Plan(shared, 1, groups, width)

@@ -18,6 +18,7 @@ import yaml
 from .. import registry
 from ..calibration.text import bundled
 from ..calibration.windows import token_windows
+from ..checkpoint.claim import check_apart
 from ..checkpoint.facts import METRICS_FILE, saved_result, saved_settings
 from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, claim_output
 from ..config import AdaptConfig, ConvertConfig
@@ -81,6 +82,7 @@ def adapt(
         WorkError: the loss is not finite, or memory did not suffice.
     """
     output = path(output)
+    check_apart(model, output)
     with claimed_training(output, overwrite):
         run = prepare(place(str(model)), output, config or AdaptConfig(), resume=resume, overwrite=overwrite)
         try:

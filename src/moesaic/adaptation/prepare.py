@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import registry
 from ..calibration.mixture import bundled_both
 from ..calibration.windows import check_tokens
-from ..checkpoint.claim import check_apart
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_output
@@ -81,7 +80,6 @@ def prepare(model: str | Path, output: Path, config: AdaptConfig, *, resume: boo
     check_dtype(config.dtype)
     device = choose_device(config.device)
     checkpoint = Checkpoint(resolve(str(model)))
-    check_apart(checkpoint.folder, output)
     selection = check_model(checkpoint, selection, config)
     accelerator = make_accelerator(device, training_folder(output))
     if config.batch % accelerator.num_processes:

@@ -12,12 +12,15 @@ from filelock import FileLock, Timeout
 
 from ..errors import InputError
 from ..files import WRITING
+from ..given import place
 
 LOCK = ".moesaic.lock"
 INNER = "moesaic"
 """The folder in `OUT.partial` where what does not hold as a stock architecture is written in our own format."""
 MARKS = {LOCK, "state.json", "fingerprint.json", "moesaic.yaml", "frontier.json"}
 """Files by which a folder of moesaic's is known."""
+BESIDE = (".partial", ".replaced", ".failed")
+"""How names end of what is made beside OUT, and read by nobody."""
 
 
 def real_path(output: Path) -> Path:
@@ -36,15 +39,20 @@ def real_path(output: Path) -> Path:
     return output.resolve()
 
 
-def check_apart(source: Path, output: Path) -> None:
-    """Check that OUT is not the model that is read, and does not hold it.
+def check_apart(model: str | Path, output: Path) -> None:
+    """Check that neither OUT nor what is made beside it is the model that is read, or holds it; before any claim.
 
     Raises:
-        InputError: it is, and would be replaced.
+        InputError: it is, and would be replaced or emptied.
     """
-    made, own = real_path(output).resolve(), source.resolve()
-    if made == own or made in own.parents:
-        raise InputError(f"OUT '{output}' is the model that is read, or holds it; name another folder")
+    own = Path(place(str(model)))
+    if not own.exists():
+        return
+    made, own = real_path(output).resolve(), own.resolve()
+    for written in (made, *(made.with_name(made.name + ending) for ending in BESIDE)):
+        if written == own or written in own.parents:
+            raise InputError(f"OUT '{output}' or what is made beside it is the model that is read, '{model}'; name "
+                             "another OUT")  # fmt: skip
 
 
 def is_ours(folder: Path) -> bool:

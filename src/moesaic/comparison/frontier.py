@@ -20,6 +20,7 @@ from ..evaluation.evaluate import check_request, evaluate, task_processor
 from ..files import write_json
 from ..given import check, optional_path, path, place
 from ..machine import machine, versions
+from ..models.families import settle_width
 from ..plan import parse_plan
 from ..report.frontier_page import write_frontier_page
 from ..report.frontier_plot import write_frontier
@@ -262,7 +263,7 @@ def _measure_speeds(model: str, result: FrontierResult, output: Path, report: Ca
         if is_depth(shape):
             found = replace(depth_speed(dense, tokenizer, shape), machine=here)
         else:
-            width: int = dense.config.get_text_config().intermediate_size
+            width = settle_width(dense)
             plan = parse_plan(shape.plan, width, shape.expert_width, overlapping=True)
             found = replace(shape_speed(dense, tokenizer, plan), machine=here)
         result = _save(replace(result, speeds=[*result.speeds, found]), output)

@@ -17,7 +17,7 @@ from ..evaluation.perplexity import scored_text
 from ..formats.converted import is_ours, without_weights
 from ..given import optional_path, place
 from ..machine import machine
-from ..models.families import decoder_layers, empty
+from ..models.families import decoder_layers, empty, settle_width
 from ..models.integrity import check_contents, model_on_meta, read_config
 from ..models.moe_block import find_block
 from ..models.tokenizer import load_tokenizer
@@ -146,7 +146,7 @@ def with_parameters(rows: Sequence[FrontierRow], model: str) -> list[FrontierRow
     folder = resolve(model)
     config = read_config(folder)
     dense = model_on_meta(config, folder)
-    whole, width = active_weights(dense), config.get_text_config().intermediate_size
+    whole, width = active_weights(dense), settle_width(dense)
     ffns = sum(p.numel() for layer in decoder_layers(dense) for p in ffn_of(layer).parameters())
     counted: dict[Shape, float] = {}
     found = []

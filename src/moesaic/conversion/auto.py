@@ -75,7 +75,8 @@ def candidates(model: str, config: ConvertConfig, compute: torch.dtype | None = 
             if fine:
                 raise
             errors.append(error)
-    if not found:
+    fixed = config.plan is not None or config.expert_width is not None
+    if not found or (errors and fixed and config.memory_factor > 1):  # of which the other candidate takes no notice
         raise errors[0]
     windows = len(found[0].tokens.calibration_NL)
     if len(found) > 1 and windows < PART:

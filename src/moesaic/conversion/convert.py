@@ -81,12 +81,12 @@ def convert(
     """
     start = time.monotonic()
     output = path(output)
+    check_apart(model, output)
     config, report = for_output(config or ConvertConfig(), output), progress or unheard
     one_file = output.suffix.lower() == GGUF
     with (claim_file if one_file else claim_output)(output, overwrite):
         write_text(str(model), config, report)
         conversions = candidates(str(model), config, begun_dtype(output) if resume else None)
-        check_apart(Path(model) if Path(model).is_file() else conversions[0].source, output)
         conversions[0].check_space(output)
         conversions[0].layerwise.check_finite()
         partial = (ResumableFile if one_file else ResumableOutput)(output, fingerprint(conversions), resume)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -18,7 +19,7 @@ from ..formats.choose import engines_of
 from ..formats.engines import LLAMA_CPP, format_for, good_for, loaders
 from ..formats.gguf_support import K_BLOCK, gguf_format
 from ..given import check, place
-from ..models.families import check_convertible, decoder_layers, empty
+from ..models.families import empty, settle_width
 from ..models.integrity import model_on_meta, read_config
 from ..moe.modeling import moesaic_config
 from ..partition import Partitioner
@@ -60,14 +61,12 @@ def plans(
     folder = Path(model) if hub else resolve(model)  # of a repository only the configuration is fetched
     config = read_config(folder)
     dense = model_on_meta(config, folder)
-    check_convertible(decoder_layers(dense))
-    size = config.get_text_config().intermediate_size
+    size = settle_width(dense)
     shapes = [*specialist_shapes(active, memory_factor, size), *disjoint_shapes(active, size)]
     if taken:
-        shapes = [
-            ("specialists", specialists_plan(active, memory_factor, size, taken.multiple)),
-            ("coactivation", plan_for(taken, active, size)), *shapes,
-        ]  # fmt: skip
+        shapes = [("coactivation", plan_for(taken, active, size)), *shapes]
+        with suppress(InputError):  # blocks of the type may be too wide for them
+            shapes = [("specialists", specialists_plan(active, memory_factor, size, taken.multiple)), *shapes]
     choices, errors = [], []
     for partition, plan in dict.fromkeys(shapes):
         try:

@@ -183,6 +183,8 @@ def prepare(
     if partitioner.labelled:
         check_domains(config, plan)
     tokens = tokenise_pictures(source, config, window) if layerwise.takes_pictures else tokenise(source, config, window)
+    if (count := tokens.calibration_NL.numel()) < plan.num_experts:
+        raise InputError(f"{count} calibration tokens are too few for {plan.num_experts} experts; raise --tokens")
     engine = check_gguf(check_engine_wishes(config.engine, config.outtype), model_config, tokenizer)
     check_tokens(tokens.all(), layerwise.config.vocab_size, tokenizer)
     return Conversion(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import registry
-from ..models.families import final_norm, scale_logits
 from ..models.layerwise import LayerwiseModel
+from ..models.norms import can_scale_logits, final_norm, scale_logits
 from .prepare import Conversion
 from .states import HiddenStates
 
@@ -31,17 +31,21 @@ class Temperature(NamedTuple):
 def fit_temperature(layerwise: LayerwiseModel, tokens_NL: Tensor, hidden_NLD: Tensor) -> Temperature:
     """Fit the factor of least loss on validation tokens, whose last hidden states are given.
 
-    Factors go down from 1 in steps of `STEP` until the loss rises; the model is left as it was.
+    Factors go down from 1 in steps of `STEP` until the loss rises; the model is left as it was. Without a final norm
+    that can carry a factor it is 1.
     """
-    weight = final_norm(layerwise.model).get_parameter("weight")
-    dense_D = weight.data.clone()
+    if not can_scale_logits(layerwise.model):
+        return Temperature(1.0, {})
+    parameters = list(final_norm(layerwise.model).parameters())
+    dense = [parameter.data.clone() for parameter in parameters]
 
     def loss(factor: float) -> tuple[float, Temperature]:
-        name = scale_logits(layerwise.model, factor)
+        names = scale_logits(layerwise.model, factor)
         found = layerwise.token_losses(tokens_NL, hidden_NLD).mean().item()
-        scaled = Temperature(round(factor, 4), {name: weight.data.clone()})
-        weight.data.copy_(dense_D)
-        return found, scaled
+        scaled = {name: layerwise.model.get_parameter(name).data.clone() for name in names}
+        for parameter, before in zip(parameters, dense, strict=True):
+            parameter.data.copy_(before)
+        return found, Temperature(round(factor, 4), scaled)
 
     factor, (least, best) = 1.0, loss(1.0)
     while factor - STEP >= LEAST:

@@ -181,7 +181,8 @@ class Format(ABC):
         """Count the parameters of copies of the shared expert."""
         if not self.copies_shared:
             return CopiedParameters(0, 0)
-        shared = 3 * config.hidden_size * config.shared_expert_intermediate_size * config.num_hidden_layers
+        layers = config.num_hidden_layers - len(config.mlp_only_layers or ())
+        shared = 3 * config.hidden_size * config.shared_expert_intermediate_size * layers
         return CopiedParameters(shared * (config.num_experts - 1), shared * (config.num_experts_per_tok - 1))
 
     def width_reason(self, config: MoesaicModelConfig) -> str:

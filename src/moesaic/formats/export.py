@@ -61,8 +61,9 @@ def export(
         WorkError: a layer is not held without loss or the check failed; nothing is left behind.
         StorageError: the disk is full; the same command goes on.
     """
-    output, folder = path(output), resolve(str(model))
-    check_apart(folder, output)
+    output = path(output)
+    check_apart(model, output)
+    folder = resolve(str(model))
     source = Converted(folder)
     if format == "gguf" or (format == "auto" and output.suffix.lower() == ".gguf"):
         from .gguf.writer import write_gguf  # needs moesaic[export]

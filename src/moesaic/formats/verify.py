@@ -97,6 +97,8 @@ def layers_that_fit(source: Converted) -> int:
     sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
     layer = sum(size for name, size in sizes.items() if name.startswith(source.prefix(0)))
     outside = sum(size for name, size in sizes.items() if not name.startswith(source.outside.layers))
+    if source.config.router == "pregate":  # which decides for all layers at once
+        return count
     return min(count, LAYERS, max(2, (virtual_memory().available // 2 - outside) // layer))
 
 

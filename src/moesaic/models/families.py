@@ -28,10 +28,6 @@ LAYERS = "model.layers."
 """How the names of all layers' tensors begin in a text model's checkpoint."""
 EXPERT_PARTS = (("gate_proj", "up_proj"), ("w1", "w3"), ("down_proj",), ("w2",))
 """What checkpoints call the matrices of one expert, in the order in which transformers joins them."""
-FINAL_NORMS = ("norm", "embedding_norm")
-"""Of a tower, by what families call it."""
-FFN_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
-"""Of what an FFN says, before it is added to the residual stream (Gemma 2 and 3, OLMo-2, GLM-4)."""
 EMBEDDINGS, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -218,24 +214,6 @@ def attention(layer: nn.Module) -> nn.Module | None:
     return dict(layer.named_children()).get(ATTENTION)
 
 
-def final_norm(model: PreTrainedModel) -> nn.Module:
-    """Find the norm between the last layer and the head."""
-    tower = dict(text_tower(model).named_children())
-    return next(tower[name] for name in FINAL_NORMS if name in tower)
-
-
-def ffn_norm(layer: nn.Module) -> nn.Module | None:
-    """Find the norm of what a decoder layer's FFN says; None where that is added as it is."""
-    children = dict(layer.named_children())
-    return next((children[name] for name in FFN_NORMS if name in children), None)
-
-
-def norm_offset(norm: nn.Module) -> float:
-    """Tell what a norm adds to its weight: 0, or Gemma's 1 of `(1 + weight) * x / rms(x)`."""
-    weight = norm.get_parameter("weight")
-    return (norm(torch.ones_like(weight)) - weight).float().mean().round().item()
-
-
 def check_convertible(layers: Iterable[nn.Module]) -> None:
     """Check that every layer has a convertible FFN.
 
@@ -246,16 +224,24 @@ def check_convertible(layers: Iterable[nn.Module]) -> None:
         activation(layer.get_submodule(ffn_name(layer)))
 
 
-def scale_logits(model: PreTrainedModel, factor: float) -> str:
-    """Multiply the logits by a factor through the final norm's weight, and return the name of that parameter.
+def settle_width(model: PreTrainedModel) -> int:
+    """Read the width of the dense FFNs off the layers, and correct the configuration where it says another (LFM2).
 
-    Norms are told apart by what they do: `weight * x / rms(x)`, or Gemma's `(1 + weight) * x / rms(x)`.
+    Raises:
+        InputError: layers differ in it, or one has no convertible FFN.
     """
-    norm = final_norm(model)
-    weight = norm.get_parameter("weight")
-    ones, offset = torch.ones_like(weight), norm_offset(norm)
-    gain = norm(ones)
-    weight.data.copy_((weight.float() + offset) * factor - offset)
-    if not torch.allclose(norm(ones).float(), gain.float() * factor, rtol=0.02, atol=1e-3):
-        raise AssertionError(f"{type(norm).__name__} does not multiply by its weight")
-    return next(name for name, parameter in model.named_parameters() if parameter is weight)
+    check_convertible(decoder_layers(model))
+    config, widths = model.config.get_text_config(), set[int]()
+    for layer in decoder_layers(model):
+        ffn = layer.get_submodule(ffn_name(layer))
+        layout = ffn_layout(ffn)
+        assert layout is not None
+        widths.add(ffn.get_submodule(layout.down).get_parameter("weight").shape[1])
+    if len(widths) > 1:
+        raise InputError(f"the FFNs of {config.model_type} have {min(widths)} to {max(widths)} neurons; only layers of "
+                         "one width convert")  # fmt: skip
+    [width] = widths
+    if width != config.intermediate_size:
+        config.intermediate_size = width
+        config.block_auto_adjust_ff_dim = False  # LFM2 would narrow it once more
+    return width

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.reader import Checkpoint
 from ..compat import tied_weights
 from ..errors import InputError
-from .families import EXPERT_PARTS, check_convertible, decoder_layers, layers_prefix, text_config, text_tower
+from .families import EXPERT_PARTS, decoder_layers, layers_prefix, settle_width, text_config, text_tower
 from .integrity import check_contents, check_finite, model_on_meta, read_config, turned
 from .pictured import Pictured
 from .stubs import Calls, Seen, Stub
@@ -119,9 +119,9 @@ class LayerwiseModel:
         self.model: Any = text_model(whole, folder, dtype) if text_only else whole
         if self.model is not whole:
             found = text_names(whole, self.model, found)
-        self.take_layers()
         if not experts:
-            check_convertible(self.layers)
+            settle_width(self.model)
+        self.take_layers()
         self.on_disk = {name: sources[0] for name, sources in found.items() if len(sources) == 1}
         """The checkpoint's names by the model's, of what both have as one tensor."""
         shapes = self.checkpoint.shapes()

@@ -54,11 +54,17 @@ def alternate(sample: LayerActivations, member_FE: Tensor, active: int, rounds: 
 
 def importance(sample: LayerActivations) -> Tensor:
     """Compute `(h_ti ‖Wd_i‖)²` of all tokens and neurons, [T, F]."""
-    value_TF = sample.input_TD.new_empty(sample.tokens, sample.ffn.intermediate_size)
-    norm_F = sample.ffn.down_DF.float().norm(dim=0).to(value_TF.dtype)
+    dtype = squares_dtype(sample.input_TD.dtype)
+    value_TF = sample.input_TD.new_empty(sample.tokens, sample.ffn.intermediate_size, dtype=dtype)
+    norm_F = sample.ffn.down_DF.float().norm(dim=0).to(dtype)
     for part, h_CF in sample.chunks():
-        torch.mul(h_CF, norm_F, out=value_TF[part]).square_()
+        torch.mul(h_CF.to(dtype), norm_F, out=value_TF[part]).square_()
     return value_TF
+
+
+def squares_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Choose the dtype for squares of activations: their own, but float32 for float16, which overflows at 256²."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def router_scores(ridge: WeightedRidge, target_TE: Tensor) -> Tensor:

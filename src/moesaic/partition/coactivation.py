@@ -13,7 +13,7 @@ from torch.nn.functional import normalize, one_hot
 
 from ..calibration.activations import LayerActivations
 from ..plan import Plan
-from ._alternation import alternate, index_sets, memberships
+from ._alternation import alternate, index_sets, memberships, squares_dtype
 from ._assignment import balanced_assignment, groups
 from .base import Partition, Partitioner
 
@@ -65,7 +65,7 @@ def predicted_importance(sample: LayerActivations, ridge: float) -> tuple[Tensor
         Saliencies [F] and points [F, D].
     """
     hidden_size, width = sample.input_TD.shape[1], sample.ffn.intermediate_size
-    device, dtype = sample.input_TD.device, sample.input_TD.dtype
+    device, dtype = sample.input_TD.device, squares_dtype(sample.input_TD.dtype)
     covariance_DD = torch.zeros(hidden_size, hidden_size, device=device)
     cross_XF = torch.zeros(hidden_size + 1, width, device=device)
     mean_D = sample.input_TD.mean(0, dtype=torch.float32)
@@ -74,7 +74,7 @@ def predicted_importance(sample: LayerActivations, ridge: float) -> tuple[Tensor
         x_CD = sample.input_TD[part].float() - mean_D
         covariance_DD += x_CD.T @ x_CD
         x_CX = torch.cat([x_CD, torch.ones_like(x_CD[:, :1])], dim=1) * sample.weight_T[part, None].square()
-        cross_XF += x_CX.to(dtype).T @ h_CF.mul_(norm_F).square_()  # h is nobody else's
+        cross_XF += x_CX.to(dtype).T @ h_CF.to(dtype).mul_(norm_F).square_()  # h is nobody else's
     covariance_DD.diagonal().add_(ridge * covariance_DD.diagonal().mean())
     factor_DD = torch.linalg.cholesky(covariance_DD)
     points_DF = torch.linalg.solve_triangular(factor_DD, cross_XF[:-1], upper=False)

@@ -58,12 +58,12 @@ def prune(
     """
     start = time.monotonic()
     output, config = path(output), config or PruneConfig(ratio=0.25)
+    check_apart(model, output)
     report = progress or unheard
     with claim_output(output, overwrite):
         if isinstance(registry.build("pruning", config.method), LayerPruner):
             return prune_depth(str(model), output, config, resume=resume, force=force, progress=report)
         pruning = prepare(str(model), config, begun_dtype(output) if resume else None)
-        check_apart(pruning.folder, output)
         check_room(output, pruning.source.layerwise, pruning.calibration_NL.numel() + 2 * pruning.held_out_NL.numel())
         pruning.source.layerwise.check_finite()
         partial = ResumableOutput(output, pruning.fingerprint, resume)

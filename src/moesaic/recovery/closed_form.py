@@ -57,7 +57,7 @@ class ClosedForm(Recovery):
     def recover(self, moe: MoE, sample: LayerActivations, partition: Partition) -> None:
         blocks = [partition.shared] * bool(len(partition.shared)) + list(partition.experts)
         shared = len(partition.shared) if top_one(moe) else 0
-        spare = sample.tokens - (sample.tokens // HELD_OUT if self.ridge is None else 0)
+        spare = sample.tokens - (max(1, sample.tokens // HELD_OUT) if self.ridge is None else 0)
         systems: Systems = {}
         for part in (sample.take(slice(spare)), sample.opening):
             for number, z_CX, rest_CD in self._features(moe, part, blocks) if part else ():
@@ -78,13 +78,18 @@ class ClosedForm(Recovery):
             return
         has_shared = moe.shared_experts is not None
         shared = blocks[0] if has_shared else blocks[0][:0]
-        expert_T = torch.cat([chosen(moe, part)[0].squeeze(1) for part in sample.parts()])
+        routed = [chosen(moe, part) for part in sample.parts()]
+        expert_T = torch.cat([routing.top_k_index.squeeze(1) for routing in routed])
+        gain_T1 = torch.cat([routing.top_k_weights for routing in routed])
+        weighs = bool((gain_T1 != 1).any())
         for expert, block in enumerate(blocks[has_shared:]):
             ffn = sample.ffn.take(torch.cat([shared, block]))
             weight_T = torch.where(expert_T == expert, 1.0, self.other_tokens**0.5) * sample.weight_T
             picks = weight_T.nonzero().squeeze(1).split(CHUNK_TOKENS)
             for part in picks:  # without any token one empty chunk, so that every expert has a system
                 h_CX = ffn.hidden(sample.input_TD[part])
+                if weighs:
+                    h_CX[:, len(shared) :] *= gain_T1[part]
                 rest_CD = sample.output_TD[part].float() - linear(h_CX, ffn.down_DF).float()
                 yield expert, *weighted(h_CX, rest_CD, weight_T[part])
 

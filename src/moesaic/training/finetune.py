@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from .. import registry
 from ..calibration.text import bundled
 from ..calibration.windows import token_windows
+from ..checkpoint.claim import check_apart
 from ..checkpoint.facts import METRICS_FILE, saved_result, saved_settings
 from ..checkpoint.writer import CONFIG_FILE
 from ..config import ConvertConfig, FinetuneConfig
@@ -74,6 +75,7 @@ def finetune(
         WorkError: no gradient reached what should learn.
     """
     output = path(output)
+    check_apart(model, output)
     with claimed_training(output, overwrite):
         run = prepare(
             place(str(model)), output, config or FinetuneConfig(), resume=resume, overwrite=overwrite,

@@ -20,7 +20,6 @@ from .. import registry
 from ..calibration.mixture import bundled_both
 from ..calibration.prompts import BUNDLED, bundled_answers, own_text
 from ..calibration.windows import check_tokens
-from ..checkpoint.claim import check_apart
 from ..checkpoint.facts import check_conversion_files, saved_settings
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_output
@@ -92,7 +91,6 @@ def prepare(
         config = config.model_copy(update={"objective": "lm"})  # so that no teacher runs for nothing
     config = config.model_copy(update={"balance": config.balance or method.balance})
     source = Converted(resolve(str(model)))
-    check_apart(source.checkpoint.folder, output)
     config = config.model_copy(update={"data": config.data or text_of_conversion(source)})
     folder = training_folder(output)
     accelerator = make_accelerator(choose_device(config.device), folder)

@@ -6,6 +6,7 @@ import json
 
 import gguf
 
+from ...checkpoint.facts import saved_settings
 from ...checkpoint.gguf_converted import CONFIG, FILES, KEPT
 from ...results import Json
 from ..architectures._decoder import head_dim
@@ -15,9 +16,10 @@ from ..fields import stock_config
 
 
 def write_config(writer: gguf.GGUFWriter, format: Format, source: Converted, outtype: str) -> None:
-    """Write all keys but those of the tokenizer."""
+    """Write all keys but those of the tokenizer; the name is that of the dense model and the plan."""
     config = format.config_json(source.config)
-    writer.add_name(source.checkpoint.folder.name)
+    settings = saved_settings(source.checkpoint.folder)
+    writer.add_name(f"{settings['model'].rstrip('/')} {settings['plan']}")
     name = "ALL_F32" if outtype == "f32" else f"MOSTLY_{outtype.upper()}"
     writer.add_file_type(gguf.LlamaFileType[name])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ...checkpoint.claim import claim, clear, real_path
-from ...checkpoint.single_file import check_file
-from ...checkpoint.writer import check_space, partial_folder
+from ...checkpoint.single_file import MADE, check_file
+from ...checkpoint.writer import check_space, partial_folder, read_state
 from ...errors import InputError, StorageError, WorkError
 from ...models.families import EMBEDDINGS, HEAD
 from ...models.tokenizer import load_tokenizer
@@ -56,6 +56,12 @@ def write_gguf(
     quantiser = check_k_quant(outtype, *widths(source, format)) if outtype in K_QUANTS else None
     report = progress or (lambda done, all, note: None)
     with claim(partial_folder(output)):
+        state = read_state(partial_folder(output))
+        if state is not None and state.replaced != MADE:
+            raise InputError(
+                f"'{partial_folder(output)}' holds an unfinished conversion; finish it with its own command, or delete "
+                "that folder"
+            )
         clear(partial_folder(output))  # also where the file is there already: a kill may have come right after that
         check_file(output, overwrite)
         check_space(output, source.checkpoint.size() * (2 if quantiser else 1))

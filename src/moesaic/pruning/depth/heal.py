@@ -15,8 +15,9 @@ from torch.nn.functional import linear
 
 from ...calibration.layers import MIN_NORM, tapped
 from ...calibration.sinks import ffn_factor
-from ...models.families import GatedFFN, ffn_layout, ffn_name, ffn_norm, gated_ffn, norm_offset
+from ...models.families import GatedFFN, ffn_layout, ffn_name, gated_ffn
 from ...models.layerwise import LayerwiseModel
+from ...models.norms import ffn_norm, norm_offset
 from ...recovery._refit import Rows, refit, weighted_error
 
 Streams = Mapping[str, Tensor]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ... import registry
 from ...calibration.text import bundled, text_hash
-from ...checkpoint.claim import check_apart
 from ...checkpoint.facts import copy_terms, origin
 from ...checkpoint.writer import ResumableOutput
 from ...config import PruneConfig
@@ -45,7 +44,6 @@ def prune_depth(
     start = time.monotonic()
     pruning = prepare(model, config, begun_dtype(output) if resume else None)
     layerwise = pruning.source.layerwise
-    check_apart(pruning.folder, output)
     check_room(output, layerwise, 2 * sum(tokens_NL.numel() for tokens_NL in pruning.texts.values()))
     layerwise.check_finite()
     partial = ResumableOutput(output, pruning.fingerprint, resume)
