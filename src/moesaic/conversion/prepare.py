@@ -183,15 +183,24 @@ def prepare(
     if partitioner.labelled:
         check_domains(config, plan)
     tokens = tokenise_pictures(source, config, window) if layerwise.takes_pictures else tokenise(source, config, window)
-    if (count := tokens.calibration_NL.numel()) < plan.num_experts:
-        raise InputError(f"{count} calibration tokens are too few for {plan.num_experts} experts; raise --tokens")
     engine = check_gguf(check_engine_wishes(config.engine, config.outtype), model_config, tokenizer)
     check_tokens(tokens.all(), layerwise.config.vocab_size, tokenizer)
+    check_enough(tokens, plan)
     return Conversion(
         model=called(model, source), source=source, config=config, plan=plan, partitioner=partitioner, router=router,
         recovery=recovery, layerwise=layerwise, dtype=dtype, whole_config=whole, format=format,
         format_reason=format_reason, engine=engine, tokenizer=tokenizer, tokens=tokens,
     )  # fmt: skip
+
+
+def check_enough(tokens: ConversionTokens, plan: Plan) -> None:
+    """Check that there is a calibration token for each expert.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    if (count := tokens.calibration_NL.numel()) < plan.num_experts:
+        raise InputError(f"{count} calibration tokens are too few for {plan.num_experts} experts; raise --tokens")
 
 
 def layers_left_dense(config: ConvertConfig, partitioner: Partitioner, router: Router, layers: int) -> list[int] | None:
