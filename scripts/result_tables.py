@@ -199,6 +199,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantised": engine_tables.quantised,
     "training": training_tables.training,
     "training-settings": training_tables.settings,
+    "training-siblings": lambda: training_tables.beside_siblings("demo-1.5b"),
     "adaptive-tiny-moe": lambda: adaptive_tables.adaptive("tiny-moe"),
     "adaptive-speed": adaptive_tables.adaptive_speed,
     "adaptive-demo": lambda: adaptive_tables.adaptive("demo"),
