@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from . import registry
 from .calibration.text import bundled
 from .calibration.windows import token_windows
-from .checkpoint.claim import remove
+from .checkpoint.claim import check_apart, remove
 from .checkpoint.facts import METRICS_FILE, saved_result, saved_settings
 from .checkpoint.single_file import MADE, ResumableFile, claim_file
 from .checkpoint.writer import ResumableOutput, beside, claim_output, partial_folder, read_state
@@ -177,6 +177,7 @@ def convert(
     if not minutes:
         return converting.convert(model, output, config, overwrite=overwrite, force=force, **options)
     output, model = path(output), place(str(model))
+    check_apart(model, output)
     from .training.finetune import finetune  # which says what to install, before the conversion
 
     config, one_file = for_output(config, output), output.suffix.lower() == GGUF
