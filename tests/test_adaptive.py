@@ -350,7 +350,8 @@ def test_the_price_is_steered_to_the_budget():
 
 def test_a_bandit_learns_which_number_is_best():
     """The arms are numbers of experts: the reward of one kind of token is highest for 1, of the other for 3."""
-    policy = SimpleNamespace(parameters=[{"weight": torch.nn.Parameter(torch.zeros(4, 2))}])
+    weight = torch.nn.Parameter(torch.zeros(4, 2))
+    policy = SimpleNamespace(parameters=[{"weight": weight}], rankers=[SimpleNamespace(ranks=4)])
     hidden = torch.eye(2).repeat(64, 1)
     best = torch.tensor([0, 2]).repeat(64)
     optimizer = torch.optim.AdamW(policy.parameters[0].values(), lr=0.05)
