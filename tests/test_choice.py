@@ -112,7 +112,7 @@ def test_a_named_partition_or_one_that_fits_alone_needs_no_trial():
     [smaller] = candidates("tiny", AUTO.model_copy(update={"active": 0.25, "memory_factor": 0.75}))
     assert smaller.config.partition == "specialists"
     with pytest.raises(InputError, match="1 calibration windows are too few"):
-        candidates("tiny", AUTO.model_copy(update={"tokens": 4, "window": 4}))
+        candidates("tiny", AUTO.model_copy(update={"tokens": 16, "window": 16}))
     with pytest.raises(InputError, match="at most 1"):
         candidates("tiny", AUTO.model_copy(update={"active": 1.5}))
 
