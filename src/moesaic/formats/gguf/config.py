@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import gguf
 
 from ...checkpoint.facts import saved_settings
 from ...checkpoint.gguf_converted import CONFIG, FILES, KEPT
+from ...checkpoint.writer import CONFIG_FILE
 from ...results import Json
 from ..architectures._decoder import head_dim
 from ..base import Format
@@ -16,10 +18,9 @@ from ..fields import stock_config
 
 
 def write_config(writer: gguf.GGUFWriter, format: Format, source: Converted, outtype: str) -> None:
-    """Write all keys but those of the tokenizer; the name is that of the dense model and the plan."""
+    """Write all keys but those of the tokenizer; the name says of which model it is."""
     config = format.config_json(source.config)
-    settings = saved_settings(source.checkpoint.folder)
-    writer.add_name(f"{settings['model'].rstrip('/')} {settings['plan']}")
+    writer.add_name(name_of(source.checkpoint.folder))
     name = "ALL_F32" if outtype == "f32" else f"MOSTLY_{outtype.upper()}"
     writer.add_file_type(gguf.LlamaFileType[name])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -37,6 +38,14 @@ def write_config(writer: gguf.GGUFWriter, format: Format, source: Converted, out
     writer.add_expert_used_count(source.config.num_experts_per_tok)
     write_rope(writer, config, head_dim(source.config))
     format.gguf_keys(writer, config)
+
+
+def name_of(folder: Path) -> str:
+    """Name a converted model after its dense model and plan; one that transformers saved again after its folder."""
+    if not (folder / CONFIG_FILE).is_file():
+        return folder.name
+    settings = saved_settings(folder)
+    return f"{settings['model'].rstrip('/')} {settings['plan']}"
 
 
 def write_rope(writer: gguf.GGUFWriter, config: Json, size: int) -> None:
