@@ -471,7 +471,7 @@ def test_out_is_not_the_model_itself(converted, tmp_path, verb, inside):
         "prune": config(experts=3), "adapt": moesaic.AdaptConfig(method="top-p", window=64, samples=16),
         "finetune": moesaic.FinetuneConfig(window=64, samples=16, steps=1), "export": "auto",
     }  # fmt: skip
-    with pytest.raises(InputError, match="is the model that is read, '.*'; name another OUT"):
+    with pytest.raises(InputError, match=r"is the model that is read, '.*'; name another OUT"):
         getattr(moesaic, verb)(model, out, settings[verb], overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
 
