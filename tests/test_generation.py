@@ -13,7 +13,7 @@ import moesaic
 from moesaic import ConvertConfig, InputError
 from moesaic.evaluation import code_runner
 from moesaic.evaluation.agreement import agreement, share
-from moesaic.evaluation.continuations import continued, decoded
+from moesaic.evaluation.continuations import continued
 from moesaic.evaluation.exercises import (
     FUNCTION_STOPS,
     Function,
@@ -27,6 +27,7 @@ from moesaic.evaluation.exercises import (
     read_exercises,
 )
 from moesaic.evaluation.generation import continuations, encode, read_request
+from moesaic.models.tokenizer import decoded
 
 HEAD = 'def double(x):\n    """Twice x."""\n'
 TEST = "def check(candidate):\n    assert candidate(3) == 6\n"
@@ -365,7 +366,7 @@ def test_the_command_line_measures_generation(run, tmp_path):
         ([MBPP | {"test_list": []}], ["--allow-code-execution"], "'test_list' is empty"),
         ([HEADED | {"test": ["assert f(1)"], "entry_point": "f"}], ["--allow-code-execution"], "a text that tests it"),
         ([HEADED | {"test": "pass", "entry_point": "no name"}], ["--allow-code-execution"], "the name of a function"),
-        ([SUM], ["--answers", "nowhere/x.jsonl"], "in no folder that exists"),
+        ([SUM], ["--answers", "nowhere/x.jsonl"], "there is no folder"),
         ([SUM | {"answer": "five"}], [], "has no number in its answer 'five'"),
         ([{"text": "a"}], [], "name it: --reference DENSE"),
         ([{"body": 1}], [], ":1 is a JSON object with 'body'; --generate reads"),
