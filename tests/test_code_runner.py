@@ -76,6 +76,8 @@ def test_processor_time_is_limited_beside_the_clock():
     threads = "for _ in range(2): threading.Thread(target=loop).start()\ntime.sleep(600)"
     lower = "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 2))\n"
     assert "of the processor" in reason(busy + lower + threads)
+    later = "import resource\nassert resource.getrlimit(resource.RLIMIT_CPU)[0] > 20"
+    assert run_program(later, time_s=20).passed  # so that what one thread does is ended by the clock
 
 
 def test_output_without_end_is_not_kept():
