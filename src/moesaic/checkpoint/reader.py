@@ -187,7 +187,13 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """Hash the config, each file's size, and evenly spaced parts of it: SHA-256."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        return self._hash_weights(hashlib.sha256((self.folder / "config.json").read_bytes()))
+
+    def weights_fingerprint(self) -> str:
+        """Hash as `fingerprint` does without the config, in which versions of transformers write different things."""
+        return self._hash_weights(hashlib.sha256())
+
+    def _hash_weights(self, digest: hashlib._Hash) -> str:
         for path in self.paths():
             size = path.stat().st_size
             digest.update(f"{path.name}:{size}".encode())

@@ -35,8 +35,8 @@ from .siblings import Dense, add_sibling, check_siblings, place_rows
 from .speed import depth_speed, is_depth, shape_speed, sibling_speed
 
 RESULT = "frontier.json"
-WEIGHTS = "fingerprint"
-"""The setting that tells models of one name apart."""
+WEIGHTS = "weights_fingerprint"
+"""The setting that tells models of one name apart; results of older versions have none."""
 
 
 def frontier(
@@ -171,7 +171,7 @@ def _resume(model: str, output: Path, measurement: Measurement) -> FrontierResul
     if output.exists() and not output.is_dir():
         raise InputError(f"'{output}' is a file; choose another folder with --out")
     if not file.is_file():
-        setting |= {WEIGHTS: Checkpoint(resolve(model)).fingerprint()}
+        setting |= {WEIGHTS: Checkpoint(resolve(model)).weights_fingerprint()}
         return FrontierResult(
             setting=setting, versions=versions(), machine=machine(), rows=[], unfit={}, speeds=[], summary=[]
         )
@@ -184,9 +184,8 @@ def _resume(model: str, output: Path, measurement: Measurement) -> FrontierResul
         raise InputError(
             f"'{file}' was measured with another {', '.join(changed)}; choose another --out, or delete it to start anew"
         )
-    known = [row.fingerprint.get("model") for row in found.rows if row.fingerprint]
-    own = Checkpoint(resolve(model)).fingerprint()
-    if any(before != own for before in (found.setting.get(WEIGHTS), *known) if before):
+    before = found.setting.get(WEIGHTS)
+    if before and before != Checkpoint(resolve(model)).weights_fingerprint():
         raise InputError(
             f"'{file}' was measured on other weights, which were called '{model}' too; choose another --out, or delete "
             "it to start anew"
