@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .comparison.quantised import compare_quantised
     from .comparison.rows import Measurement
     from .config import AdaptConfig, ConvertConfig, FinetuneConfig, PruneConfig
+    from .config.describe import describe
     from .conversion.plans import plans
     from .effort import Estimate, convert, estimate
     from .errors import InputError, WorkError
@@ -60,6 +61,7 @@ PUBLIC = {
     "compare_quantised": "comparison.quantised",
     "complete": "serving.generate",
     "convert": "effort",
+    "describe": "config.describe",
     "estimate": "effort",
     "evaluate": "evaluation.evaluate",
     "export": "formats.export",
@@ -116,6 +118,7 @@ __all__ = [
     "compare_quantised",
     "complete",
     "convert",
+    "describe",
     "estimate",
     "evaluate",
     "export",

@@ -38,18 +38,22 @@ class Stage(NamedTuple):
     """One method a file."""
     base: str
     """`module:Class` that all of them derive from."""
+    options: str
+    """Of the command line, that take a method's name."""
 
 
 STAGES = {
-    "partition": Stage("moesaic.partition", "moesaic.partition.base:Partitioner"),
-    "router": Stage("moesaic.routing", "moesaic.routing.base:Router"),
-    "selection": Stage("moesaic.routing.selection", "moesaic.routing.selection.base:Selection"),
-    "recovery": Stage("moesaic.recovery", "moesaic.recovery.base:Recovery"),
-    "method": Stage("moesaic.training.methods", "moesaic.training.methods.base:Method"),
-    "learner": Stage("moesaic.adaptation.learners", "moesaic.adaptation.learners.base:Learner"),
-    "pruning": Stage("moesaic.pruning.methods", "moesaic.pruning.methods.base:PruningMethod"),
-    "cache": Stage("moesaic.store.policies", "moesaic.store.policies.base:Policy"),
-    "format": Stage("moesaic.formats.architectures", "moesaic.formats.base:Format"),
+    "partition": Stage("moesaic.partition", "moesaic.partition.base:Partitioner", "convert --partition"),
+    "router": Stage("moesaic.routing", "moesaic.routing.base:Router", "convert --router"),
+    "selection": Stage(
+        "moesaic.routing.selection", "moesaic.routing.selection.base:Selection", "adapt --method, convert --selection"
+    ),
+    "recovery": Stage("moesaic.recovery", "moesaic.recovery.base:Recovery", "convert --recovery"),
+    "method": Stage("moesaic.training.methods", "moesaic.training.methods.base:Method", "finetune --method"),
+    "learner": Stage("moesaic.adaptation.learners", "moesaic.adaptation.learners.base:Learner", "adapt --learner"),
+    "pruning": Stage("moesaic.pruning.methods", "moesaic.pruning.methods.base:PruningMethod", "prune --method"),
+    "cache": Stage("moesaic.store.policies", "moesaic.store.policies.base:Policy", "generate --cache"),
+    "format": Stage("moesaic.formats.architectures", "moesaic.formats.base:Format", "convert --format"),
 }
 """By the name of the option that chooses a method."""
 WITH_AUTO = {"partition", "format"}
@@ -232,7 +236,8 @@ def split(stage: str, text: str) -> tuple[str, str]:
     return name, arguments
 
 
-def _default(field: Field) -> object:
+def default(field: Field) -> object:
+    """Read an option's default."""
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
@@ -250,7 +255,7 @@ def spec(method: object) -> str:
     cls = type(method)
     name = spec_name(cls)
     options = [f for f in fields(cls) if f.init]  # pyrefly: ignore[bad-argument-type]
-    changed = ",".join(f"{f.name}={v!r}" for f in options if (v := getattr(method, f.name)) != _default(f))
+    changed = ",".join(f"{f.name}={v!r}" for f in options if (v := getattr(method, f.name)) != default(f))
     return f"{name}:{changed}" if changed else name
 
 

@@ -18,6 +18,7 @@ from . import (
     benchmark,
     convert,
     demo,
+    describe,
     evaluate,
     export,
     finetune,
@@ -40,7 +41,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for verb in (
-    plan, convert, finetune, adapt, prune, export, generate, serve, evaluate, benchmark, inspect, frontier, demo,
+    plan, convert, finetune, adapt, prune, export, generate, serve, evaluate, benchmark, inspect, frontier, describe,
+    demo,
 ):  # fmt: skip
     app.command()(getattr(verb, verb.__name__.rpartition(".")[2]))
 

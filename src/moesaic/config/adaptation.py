@@ -44,6 +44,8 @@ class AdaptConfig(Settings):
     """Whether to write a converted model with the selection in it, in place of an adapter: in moesaic's own format, or
     with `top-k` in the one that it has."""
     device: str = "auto"
+    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     dtype: str = "auto"
     """In which the model runs; what learns is float32."""
     seed: int = 0
+    """Of every draw: the same seed gives the same result on the same machine."""

@@ -57,8 +57,11 @@ class ConvertConfig(Settings):
     format: FormatField = "auto"
     """`moesaic` (which holds everything), `glm4_moe` and other stock architectures, or `auto`: the first that fits."""
     device: str = "auto"
+    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     dtype: str = "auto"
+    """Of what is written: `auto` (the checkpoint's), `bfloat16`, `float16`, `float32`, ..."""
     seed: int = 0
+    """Of every draw: the same seed gives the same result on the same machine."""
     collapse_ratio: float = 100.0
     """Perplexity above this many times the dense model's is a collapse."""
 

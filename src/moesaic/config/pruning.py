@@ -32,7 +32,9 @@ class PruneConfig(Settings):
     held_out_tokens: int = 4_096
     """Tokens of bundled held-out text for the perplexity before and after."""
     device: str = "auto"
+    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     seed: int = 0
+    """Of every draw: the same seed gives the same result on the same machine."""
     collapse_ratio: float = 100.0
     """Perplexity above this many times the source's is a collapse."""
 

@@ -62,7 +62,9 @@ class FinetuneConfig(Settings):
     shard: bool = False
     """Whether processes hold a part of each parameter (FSDP) instead of all of them (DDP)."""
     device: str = "auto"
+    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     seed: int = 0
+    """Of every draw: the same seed gives the same result on the same machine."""
 
     @classmethod
     def combine(cls, recipe: Json, settings: Json) -> Json:

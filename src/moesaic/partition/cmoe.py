@@ -31,7 +31,7 @@ class CMoE(Partitioner):
     default_router: ClassVar[str] = "representative"
 
     top_k: Annotated[int, Field(gt=0)] = 10
-    """CMoE's K_a."""
+    """Neurons of a token that count as active; CMoE's K_a."""
     iterations: Annotated[int, Field(gt=0)] = 4
     """Rounds of balanced k-means."""
     final_centroids: bool = False

@@ -32,6 +32,7 @@ class Upcycle(Partitioner):
     limits: ClassVar[Mapping[str, Limit]] = {"experts": Limit(2, MOST), "active": Limit(1, MOST)}
 
     experts: int = 4
+    """Copies of the FFN."""
     active: int = 2
     """Experts that run for one token."""
 

@@ -16,6 +16,7 @@ from .conversion import (
     Trial,
 )
 from .demo import DemoResult, LlamaCppSpeed, Typed
+from .description import DescribedEntry, Description
 from .evaluation import EvaluationResult, GenerationScore, TaskScore
 from .experts import (
     CacheHits,
@@ -42,6 +43,8 @@ __all__ = [
     "ConversionResult",
     "DemoResult",
     "DepthResult",
+    "DescribedEntry",
+    "Description",
     "EngineChoice",
     "EvaluationResult",
     "ExpertGroup",

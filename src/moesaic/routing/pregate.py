@@ -99,6 +99,7 @@ class Pregate(Router):
     width: Annotated[int, Field(ge=8)] = 512
     """Of the network; the model's hidden size if that is less."""
     heads: Annotated[int, Field(gt=0)] = 4
+    """Of the attention of its one layer."""
     importance: bool = False
     """Whether the teacher is each expert's share of `(h ‖Wd‖)²`, not the paper's graded overlap of top neurons."""
     signed: bool = False
@@ -106,6 +107,7 @@ class Pregate(Router):
     steps: Annotated[int, Field(gt=0)] = 300
     """Of AdamW, at most; they end when held-out calibration tokens gain nothing any more."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Of AdamW, at first."""
     batch: Annotated[int, Field(gt=0)] = 8
     """Sequences in a step."""
 

@@ -53,7 +53,7 @@ class Representative(Router):
     balance_rounds: Annotated[int, Field(ge=0)] = 0
     """Rounds of auxiliary-loss-free load balancing on the calibration tokens: `b += step * sign(mean load - load)`."""
     balance_step: Annotated[float, Field(gt=0)] = 1e-3
-    """CMoE's γ."""
+    """How far a bias moves in a round; CMoE's γ."""
 
     @property
     def has_bias(self) -> bool:

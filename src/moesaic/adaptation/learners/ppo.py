@@ -48,10 +48,11 @@ class PPO(Learner):
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount over layers: of `γ^(L - l)` in layer l of L."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """ε."""
+    """ε: how far the ratio r may leave 1."""
     epochs: Annotated[int, Field(ge=1)] = 2
+    """Passes over what was drawn."""
     price: Annotated[float, Field(gt=0)] = 3e-3
-    """λ at first."""
+    """λ at first, in nats an expert; then it is steered to the wanted number."""
     warm: Literal["p", "k", "none"] = "p"
     """Labels of the warm start: as many experts as reach a share p* of the router's mass (P-Warm), or all the default
     number (K-Warm)."""

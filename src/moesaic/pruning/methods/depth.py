@@ -24,6 +24,7 @@ class Depth(LayerPruner):
     """
 
     contiguous: bool = False
+    """Whether one run of layers goes, by the distance of Gromov et al."""
 
     def span(self, drop: int) -> int:
         return drop if self.contiguous else 1

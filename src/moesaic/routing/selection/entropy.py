@@ -20,6 +20,7 @@ class Entropy(Counting):
     reaches_zero: ClassVar[bool] = True
 
     scale: Annotated[float, Field(ge=0)] = 1.0
+    """How many experts run where the distribution's perplexity is 1."""
 
     def evidence(self, ranking: Ranking, hidden_TD: Tensor, parameters: Parameters) -> Tensor:
         share_TN = ranking.shares_TN / ranking.shares_TN.sum(-1, keepdim=True).clamp(min=1e-12)

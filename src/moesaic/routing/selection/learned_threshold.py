@@ -24,6 +24,7 @@ class LearnedThreshold(Learning):
     reaches_zero: ClassVar[bool] = True
 
     threshold: float = 0.0
+    """What `level` less the learnt part has to exceed; calibration sets it."""
 
     def parameters(self, config: SelectionSizes) -> Mapping[str, Tensor]:
         return {"weight": torch.zeros(config.num_experts, config.hidden_size), "bias": torch.zeros(config.num_experts)}

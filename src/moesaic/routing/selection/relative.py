@@ -18,7 +18,7 @@ class Relative(Counting):
     """
 
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """D2DMoE's τ."""
+    """Share of the greatest that an expert needs; D2DMoE's τ."""
 
     def evidence(self, ranking: Ranking, hidden_TD: Tensor, parameters: Parameters) -> Tensor:
         return ranking.shares_TN

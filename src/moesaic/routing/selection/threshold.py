@@ -17,6 +17,7 @@ class Threshold(Counting):
 
     at_least: Annotated[int, Field(ge=0)] = 0
     threshold: float = 0.5
+    """Score above which an expert runs; calibration sets it."""
 
     def evidence(self, ranking: Ranking, hidden_TD: Tensor, parameters: Parameters) -> Tensor:
         return ranking.scores_TN

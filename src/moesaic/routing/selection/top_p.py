@@ -18,6 +18,7 @@ class TopP(Counting):
     falling: ClassVar[bool] = False
 
     p: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """Share of the token that the experts have to reach."""
 
     def evidence(self, ranking: Ranking, hidden_TD: Tensor, parameters: Parameters) -> Tensor:
         share_TN = ranking.shares_TN / ranking.shares_TN.sum(-1, keepdim=True).clamp(min=1e-12)

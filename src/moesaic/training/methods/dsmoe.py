@@ -23,6 +23,7 @@ class DSMoE(Full):
     dynamic_top_k: ClassVar[bool] = True
 
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Sigmoid above which an expert opens."""
     sparsity: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the sparsity loss, in nats a token, over layers and experts alike (the paper's has 1)."""
 

@@ -21,7 +21,9 @@ class Lora(Method):
     copies_experts: ClassVar[bool] = True
 
     rank: Annotated[int, Field(gt=0)] = 8
+    """Of the adapters."""
     alpha: Annotated[int, Field(gt=0)] = 32
+    """The adapters' product counts alpha / rank."""
 
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         from peft import LoraConfig, get_peft_model  # slow to import
