@@ -1,6 +1,7 @@
 """Dense, siblings and ours in llama.cpp's types: sizes, perplexities of the very files, and what nothing else beats."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import gguf
@@ -15,6 +16,7 @@ from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.comparison.llama_cpp import take_turns
 from moesaic.comparison.quantised import compare_quantised, entries_of, on_front
+from moesaic.formats import gguf_support
 from moesaic.report.quantised import label_of, lines_of, write_quantised
 from moesaic.results import QuantisedRow, Rate
 from test_report import fake_llama_cpp  # noqa: F401  a fixture
@@ -80,6 +82,29 @@ def test_each_model_is_in_each_type(found, out, tmp_path):
     assert ours.perplexity == pytest.approx(whole.perplexity, rel=1e-3)
     assert (found.tokens, found.data_sha256) == (whole.tokens, whole.data_sha256)
     assert all(r.perplexity != f.perplexity and r.bytes < f.bytes for r, f in zip(rounded, found.rows, strict=False))
+
+
+def test_k_quants_are_made_of_dense_models_too(out, fake_llama_cpp, tmp_path, monkeypatch):  # noqa: F811
+    def compare():
+        return compare_quantised(
+            [out], fake_llama_cpp, outtypes=("q4_k_m",), window=64, max_tokens=256, prompt=8, new=4, rounds=1,
+            scratch=tmp_path / "files",
+        )  # fmt: skip
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "llama-quantize").write_text("#!/bin/sh\n[ $3 = Q4_K_M ] && /bin/cp $1 $2\n")
+    (tmp_path / "llama-quantize").chmod(0o755)
+    with pytest.raises(InputError, match=r"the width of experts, .* is no multiple"):
+        compare()
+    monkeypatch.setattr(gguf_support, "K_BLOCK", 8)
+    found = compare()  # that command changes nothing, so these are f16's
+    assert [(r.kind, r.outtype) for r in found.rows] == [("dense", "q4_k_m"), ("converted", "q4_k_m")]
+    assert not list((tmp_path / "files").glob("*.quantised"))
+    (tmp_path / "llama-quantize").unlink()
+    shutil.rmtree(tmp_path / "files")
+    with pytest.raises(InputError, match="llama-quantize, which is not on the PATH"):
+        compare()
+    assert not list((tmp_path / "files").glob("*")), "refused before anything is written"
 
 
 def test_the_chart_has_a_line_for_each_model(found, tmp_path):

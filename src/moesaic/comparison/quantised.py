@@ -24,7 +24,7 @@ from ..evaluation.cost import mean_share
 from ..evaluation.inspect import prompt_tokens
 from ..evaluation.perplexity import MeasuredPerplexity, check_protocol, perplexity
 from ..formats.converted import Converted, dense_origin
-from ..formats.gguf_support import block_size
+from ..formats.gguf_support import K_QUANTS, block_size, check_k_quant, find_quantiser, gguf_format
 from ..given import check, optional_path
 from ..machine import free_memory, give_back_memory, machine, versions
 from ..models.integrity import read_config
@@ -110,12 +110,13 @@ def compare_quantised(
     check(max_tokens=max_tokens, prompt=prompt, new=new, rounds=rounds)
     entries = entries_of(list(map(str, converted)), against, siblings)
     quality = Quality(optional_path(text), window_within(entries, window), max_tokens)
-    check_asked(quality, outtypes)
+    check_asked(entries, quality, outtypes)
     report, threads = progress or unheard, torch.get_num_threads()
     steps = len(entries) * len(outtypes)
     tokens = prompt_tokens(load_tokenizer(entries[0].folder), prompt)[0].tolist()
     with tempfile.TemporaryDirectory(prefix="moesaic-quantised-") as own:
         place = scratch or Path(own)
+        place.mkdir(parents=True, exist_ok=True)
         check_space(place / "files", sum(4 * Checkpoint(entry.folder).size() for entry in entries))
         found = write_all(entries, outtypes, place, quality, lambda done, what: report(done, steps, what))
         report(len(found), steps, "speed in llama.cpp")
@@ -160,16 +161,22 @@ def window_within(entries: Sequence[Entry], window: int | None) -> int:
     return window
 
 
-def check_asked(quality: Quality, outtypes: Sequence[str]) -> None:
+def check_asked(entries: Sequence[Entry], quality: Quality, outtypes: Sequence[str]) -> None:
     """Check before any work what is asked for.
 
     Raises:
-        InputError: gguf is not installed, bad text, or no such type.
+        InputError: gguf is not installed, bad text, no such type, or a K-quant that cannot be made of a model.
     """
     check_gguf()
+    from ..formats.gguf.writer import widths
+
     check_protocol(quality.text, "gptq", quality.window, quality.max_tokens)
     for outtype in outtypes:
         block_size(outtype)
+        if outtype in K_QUANTS:
+            find_quantiser(outtype)
+            for source in (Converted(entry.folder) for entry in entries if entry.kind == "converted"):
+                check_k_quant(outtype, *widths(source, gguf_format(source.config, source.has_bias())))
 
 
 class Timed(NamedTuple):

@@ -48,6 +48,15 @@ def check_k_quant(outtype: str, expert_width: int, shared_width: int) -> str:
                 f"{outtype} has blocks of {K_BLOCK}, and the width of {what}, {width}, is no multiple of it; take q8_0 "
                 f"or another type without k, or convert with a plan that 'moesaic plan' marks for K-quants"
             )
+    return find_quantiser(outtype)
+
+
+def find_quantiser(outtype: str) -> str:
+    """Find llama.cpp's `llama-quantize`, which makes K-quants; returns its path.
+
+    Raises:
+        InputError: it is not installed.
+    """
     found = shutil.which("llama-quantize")
     if not found:
         raise InputError(

@@ -15,9 +15,10 @@ from ...models.families import ATTENTION, HEAD, LAYERS
 from ...models.integrity import read_config
 from ...models.tokenizer import load_tokenizer
 from ..gguf_names import OUTER, RENAMED, interleaved
+from ..gguf_support import K_QUANTS, find_quantiser
 from .config import write_rope
 from .vocabulary import write_vocabulary
-from .writer import OUTTYPES, kind_of
+from .writer import OUTTYPES, kind_of, quantise
 
 ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama"}
 """llama.cpp's name of a family."""
@@ -28,9 +29,19 @@ NAMES = RENAMED | FFN | {"post_attention_layernorm.weight": "ffn_norm.weight"}
 def write_dense_gguf(folder: Path, path: Path, outtype: str) -> None:
     """Write the dense model in `folder` to `path`, its matrices in `outtype`.
 
+    K-quants are made of f16 by `llama-quantize`.
+
     Raises:
-        InputError: a family that this writer does not know.
+        InputError: a family that this writer does not know, or a K-quant without `llama-quantize`.
+        WorkError: `llama-quantize` failed.
     """
+    quantiser = find_quantiser(outtype) if outtype in K_QUANTS else None
+    _write(folder, path, "f16" if quantiser else outtype)
+    if quantiser:
+        quantise(quantiser, path, outtype)
+
+
+def _write(folder: Path, path: Path, outtype: str) -> None:
     config, checkpoint = read_config(folder), Checkpoint(folder)
     if config.model_type not in ARCHITECTURES:
         families = ", ".join(ARCHITECTURES)

@@ -69,7 +69,7 @@ def write_gguf(
         try:
             fallbacks = _write(source, format, partial, "f16" if quantiser else outtype, report)
             if quantiser:
-                fallbacks = _quantise(quantiser, partial, outtype)
+                fallbacks = quantise(quantiser, partial, outtype)
             check_file(output, overwrite)
             partial.replace(real_path(output))
         except OSError as error:
@@ -90,7 +90,7 @@ def widths(source: Converted, format: Format) -> tuple[int, int]:
     )
 
 
-def _quantise(command: str, path: Path, outtype: str) -> int:
+def quantise(command: str, path: Path, outtype: str) -> int:
     """Replace the file by a quantised one; returns how many matrices got no K-quant."""
     made = path.with_name(path.name + ".quantised")
     try:
