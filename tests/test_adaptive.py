@@ -91,6 +91,25 @@ def test_detached_without_a_trace(name):
     assert not any(block.router._forward_hooks for block in find_blocks(model))
 
 
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_a_token_runs_no_expert_only_where_a_shared_one_runs(name):
+    """A rule that no score passes is a smaller fixed number: 0 beside a shared expert, else 1."""
+    model = model_of(name)
+    shared = all(block.shared_experts for block in find_blocks(model))
+    with attach(model, Threshold(threshold=1e9)):
+        assert set(mean_experts(model, lambda: model(TOKENS)).by_layer) == {0.0 if shared else 1.0}
+        found = model(TOKENS).logits
+    if shared:
+        with attach(model, TopP(p=0.0, at_least=0)):
+            torch.testing.assert_close(model(TOKENS).logits, found)
+        return
+    with attach(model, TopK(k=1)):
+        torch.testing.assert_close(model(TOKENS).logits, found)
+    with pytest.raises(InputError, match="at_least=0 needs a shared expert in each layer"):
+        attach(model, TopP(p=0.5, at_least=0))
+
+
 @pytest.mark.parametrize("name", [name for name in UNDERSTOOD if name != "ours"])
 @pytest.mark.parametrize("count", [1, 3])
 @torch.no_grad()
