@@ -24,7 +24,7 @@ from moesaic.adaptation.policy import make_policy
 from moesaic.calibration.text import bundled
 from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.formats.adapter import build_selection
-from moesaic.models.moe_block import Routing, find_blocks
+from moesaic.models.moe_block import Routing, find_blocks, routing_groups
 from moesaic.models.router_scores import router_scores
 from moesaic.moe.adaptive import BlockRanker, Decision, attach, decided_by
 from moesaic.moe.counting import mean_experts
@@ -323,13 +323,17 @@ def test_ppos_gain_and_loss_equal_an_example_by_hand():
     ratio, advantage = torch.tensor([1.5, 0.5, 1.5, 0.5]), torch.tensor([1.0, 1.0, -1.0, -1.0])
     assert clipped_gain(ratio, advantage, 0.2).tolist() == pytest.approx([1.2, 0.5, -1.5, -0.8])
     zeros, ranker = {"weight": torch.zeros(2, 3)}, SimpleNamespace(ranks=2)
-    policy = SimpleNamespace(parameters=[zeros, zeros], rankers=[ranker, ranker])
+    policy = SimpleNamespace(parameters=[zeros, zeros], rankers=[ranker, ranker], selection=AdaK(), default=2)
     hidden, half = torch.ones(2, 3), torch.full((2,), math.log(0.5))
-    drawn = [Drawn(hidden, torch.tensor([0, 1]), half)] * 2
+    drawn = [Drawn(hidden, torch.tensor([0, 1]), half, torch.tensor([1, 2]))] * 2
     loss, mean = PPO(gamma=0.5).loss(policy, drawn, torch.tensor([0.3, -0.1]), torch.ones(2), price=0.01)
     assert mean == pytest.approx(1.5)
     # ratios are 1; advantages are halved in the first of two layers: mean of -(0.3 - 0.1) / 2 times 0.5 and 1
     assert loss.item() == pytest.approx(-0.1 * (0.5 + 1) / 2 + 0.01 * 1.5)
+    policy.selection = AdaK(at_most=1)  # both numbers run one expert, and that is what the price is of
+    loss, mean = PPO(gamma=0.5).loss(policy, drawn, torch.tensor([0.3, -0.1]), torch.ones(2), price=0.01)
+    assert mean == pytest.approx(1)
+    assert loss.item() == pytest.approx(-0.1 * (0.5 + 1) / 2 + 0.01)
 
 
 def test_before_an_update_the_ratio_is_1_with_groups_of_experts_too():
@@ -344,7 +348,7 @@ def test_before_an_update_the_ratio_is_1_with_groups_of_experts_too():
     def draw(number, ranking, hidden):
         logits = policy.selection.evidence(ranking, hidden, policy.parameters[number])
         first = torch.zeros(len(hidden), dtype=torch.long)
-        seen.append(Drawn(hidden, first, logits.log_softmax(-1)[:, 0]))
+        seen.append(Drawn(hidden, first, logits.log_softmax(-1)[:, 0], first + 1))
         return Decision(first + 1)
 
     with torch.no_grad():
@@ -355,6 +359,17 @@ def test_before_an_update_the_ratio_is_1_with_groups_of_experts_too():
     loss, mean = PPO(gamma=1.0).loss(policy, seen, ones, ones, price=0.0)
     assert loss.item() == pytest.approx(-1)
     assert 1 < mean <= max(ranks)
+
+
+@torch.no_grad()
+def test_groups_that_a_router_does_not_look_at_limit_nothing():
+    """DeepSeek-V2-Lite's: it has groups of experts, and takes the best of all."""
+    config_class, fields, *_ = STOCK["deepseek-v2"]
+    groups = {"n_group": EXPERTS // 2, "topk_group": 1, "topk_method": "greedy", "num_experts_per_tok": 2}
+    model = AutoModelForCausalLM.from_config(config_class(**SIZES | fields | groups)).eval()
+    assert routing_groups(find_blocks(model)[0].router) == 1
+    with attach(model, TopK(k=EXPERTS)):
+        assert mean_experts(model, lambda: model(TOKENS)).by_layer == [EXPERTS] * len(find_blocks(model))
 
 
 def test_the_price_is_steered_to_the_budget():
@@ -370,7 +385,9 @@ def test_the_price_is_steered_to_the_budget():
 def test_a_bandit_learns_which_number_is_best():
     """The arms are numbers of experts: the reward of one kind of token is highest for 1, of the other for 3."""
     weight = torch.nn.Parameter(torch.zeros(4, 2))
-    policy = SimpleNamespace(parameters=[{"weight": weight}], rankers=[SimpleNamespace(ranks=4)])
+    policy = SimpleNamespace(
+        parameters=[{"weight": weight}], rankers=[SimpleNamespace(ranks=4)], selection=AdaK(), default=4
+    )  # fmt: skip
     hidden = torch.eye(2).repeat(64, 1)
     best = torch.tensor([0, 2]).repeat(64)
     optimizer = torch.optim.AdamW(policy.parameters[0].values(), lr=0.05)
@@ -379,7 +396,7 @@ def test_a_bandit_learns_which_number_is_best():
         with torch.no_grad():
             log_probs = (hidden @ policy.parameters[0]["weight"].T).log_softmax(-1)
             index = log_probs.exp().multinomial(1, generator=generator)
-        drawn = [Drawn(hidden, index[:, 0], log_probs.gather(1, index)[:, 0])]
+        drawn = [Drawn(hidden, index[:, 0], log_probs.gather(1, index)[:, 0], 1 + index[:, 0])]
         reward = -(index[:, 0] - best).abs().float()
         for _ in range(method.epochs):
             loss, _ = method.loss(policy, drawn, reward, torch.ones(128), price=1e-3)

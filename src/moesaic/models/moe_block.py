@@ -156,6 +156,12 @@ class MoEBlock:
             handle.remove()
 
 
+def routing_groups(router: nn.Module) -> int:
+    """Count the groups of experts that a stock router chooses among first, as DeepSeek's do; 1 where it chooses freely."""
+    greedy = getattr(router, "topk_method", "") == "greedy"  # DeepSeek-V2's, which has groups and looks at none
+    return 1 if greedy else int(getattr(router, "num_group", None) or 1)
+
+
 def read_routing(output: tuple[Tensor, ...]) -> Routing:
     """Read a router's output: `Routing`, (logits, weights, index) of stock routers, or Llama-4's scores of all E."""
     if isinstance(output, Routing):

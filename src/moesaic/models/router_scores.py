@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .moe_block import MoEBlock, Routing, read_routing
+from .moe_block import MoEBlock, Routing, read_routing, routing_groups
 
 PROBE_TOKENS, TOLERANCE, SMALLEST = 64, 0.02, 1e-6
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -84,7 +84,7 @@ def router_scores(block: MoEBlock) -> RouterScores:
     output = router.forward(x_TD.to(weight.device, weight.dtype))  # as it is, whatever rule is attached to it
     index_TK, weights_TK = read_routing(output)
     bias_E = getattr(router, "e_score_correction_bias", None)
-    grouped = (getattr(router, "num_group", None) or 1) > 1
+    grouped = routing_groups(router) > 1
     for function in FUNCTIONS.values():
         share_TK = function(router_logits(output).float()).gather(-1, index_TK)
         for renormalised in (True, False) if block.num_experts_per_tok > 1 else (False, True):

@@ -32,7 +32,7 @@ from ..formats.fields import is_stock
 from ..models.families import decoder_layers
 from ..models.integrity import model_on_meta
 from ..models.layerwise import LayerwiseModel
-from ..models.moe_block import MoEBlock, find_block
+from ..models.moe_block import MoEBlock, find_block, routing_groups
 from ..moe.modeling import DEFAULT_EXPERTS, MODEL_TYPE
 from ..results import Json
 from ..routing.base import Gate
@@ -80,9 +80,7 @@ class Source(ABC):
     @cached_property
     def groups(self) -> int:
         """Groups of experts that its routers choose among first, as DeepSeek's do; 1 where there are none."""
-        router = self.block.router
-        groups = getattr(router, "num_group", None) or 1
-        return 1 if getattr(router, "topk_method", "") == "greedy" else int(groups)
+        return routing_groups(self.block.router)
 
     @abstractmethod
     def pruned_model(self, keep: int) -> PreTrainedModel:

@@ -29,8 +29,11 @@ class Drawn(NamedTuple):
     """What one layer's policy drew."""
 
     hidden_TD: Tensor
-    count_T: Tensor
+    index_T: Tensor
+    """Of the policy's numbers of experts, which are 1, 2, ..."""
     log_prob_T: Tensor
+    ran_T: Tensor
+    """Experts that ran: that number within `at_least` and `at_most`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +116,9 @@ class PPO(Learner):
             logits_TN = policy.selection.evidence(ranking, hidden_TD, policy.parameters[number])
             index_T1 = logits_TN.softmax(-1).cpu().multinomial(1, generator=batch.generator).to(logits_TN.device)
             log_prob_T = logits_TN.log_softmax(-1).gather(-1, index_T1)[:, 0]
-            drawn.append(Drawn(hidden_TD, index_T1[:, 0], log_prob_T))
-            return Decision(policy.selection.within(1 + index_T1[:, 0], logits_TN.shape[1], policy.default))
+            ran_T = policy.selection.within(1 + index_T1[:, 0], logits_TN.shape[1], policy.default)
+            drawn.append(Drawn(hidden_TD, index_T1[:, 0], log_prob_T, ran_T))
+            return Decision(ran_T)
 
         with torch.no_grad():
             base = likelihoods(policy.logits(batch.tokens_NL, None), batch.tokens_NL)
@@ -133,7 +137,7 @@ class PPO(Learner):
             expected = mean
         steering.price = steer(price, expected, steering.mean)
         gap = -float(won_T.sum() / scored_T.sum().clamp(min=1))
-        ran = float(torch.stack([1 + d.count_T.double().mean() for d in drawn]).mean())
+        ran = float(torch.stack([d.ran_T.double().mean() for d in drawn]).mean())
         return Outcome(loss.item(), ran, gap)
 
     def loss(
@@ -146,10 +150,12 @@ class PPO(Learner):
             logits_TN = torch.nn.functional.linear(layer.hidden_TD.float(), weight_ND)
             log_probs_TN = logits_TN[:, : policy.rankers[number].ranks].log_softmax(-1)
             advantage_T = self.gamma ** (depth - 1 - number) * won_T
-            ratio_T = (log_probs_TN.gather(-1, layer.count_T[:, None])[:, 0] - layer.log_prob_T).exp()
+            ratio_T = (log_probs_TN.gather(-1, layer.index_T[:, None])[:, 0] - layer.log_prob_T).exp()
             gain_T = clipped_gain(ratio_T, advantage_T, self.clip)
             terms.append(-(gain_T * scored_T).sum() / scored_T.sum().clamp(min=1))
-            number_N = torch.arange(1, log_probs_TN.shape[1] + 1, device=log_probs_TN.device)
+            ranks = log_probs_TN.shape[1]
+            number_N = torch.arange(1, ranks + 1, device=log_probs_TN.device)
+            number_N = policy.selection.within(number_N, ranks, policy.default)
             expected.append((log_probs_TN.exp() * number_N).sum(-1).mean())
         mean = torch.stack(expected).mean()
         return torch.stack(terms).mean() + price * mean, mean.item()
