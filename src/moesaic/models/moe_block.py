@@ -157,7 +157,7 @@ class MoEBlock:
 
 
 def routing_groups(router: nn.Module) -> int:
-    """Count the groups of experts that a stock router chooses among first, as DeepSeek's do; 1 where it chooses freely."""
+    """Count the groups of experts that a stock router chooses among first, as DeepSeek's do; 1 without them."""
     greedy = getattr(router, "topk_method", "") == "greedy"  # DeepSeek-V2's, which has groups and looks at none
     return 1 if greedy else int(getattr(router, "num_group", None) or 1)
 
