@@ -26,7 +26,7 @@ class Room(NamedTuple):
     resident: frozenset[int] = frozenset()
     """Experts that are in fast memory."""
     experts: int | None = None
-    """Distinct experts that fast memory holds; None: all."""
+    """Distinct experts that a batch is kept within, those that fast memory holds; None: any number."""
 
 
 class Order(NamedTuple):

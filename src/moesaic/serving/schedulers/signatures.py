@@ -59,7 +59,7 @@ class Signatures(Protocol):
         ...
 
     def most(self) -> int | None:
-        """Tell how many distinct experts fast memory holds, of those that signatures number; None: all."""
+        """Tell how many distinct experts, as signatures number them, a batch is kept within; None: any number."""
         ...
 
     def close(self) -> None:
@@ -179,7 +179,7 @@ class PrefillSignatures:
         return frozenset(offset + e for number, offset in enumerate(offsets) for e in self._store.resident(number))
 
     def most(self) -> int | None:
-        return None if self._store is None else self._store.size.capacity
+        return None  # what a prefill ran often is a guess at what its next tokens run: too little to keep any back
 
     def _count(self, number: int) -> Callable[[Tensor, Routing], None]:
         experts = self._blocks[number].num_experts
