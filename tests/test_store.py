@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,10 +128,36 @@ def test_expected_use_is_the_order_of_layers_and_then_the_share_of_passes():
             cache.admit(key)
         cache.use(key)
     # layer 0 has just run: layer 1 comes next, layer 2 then, layer 0 after a whole cycle
-    assert cache.expected([ExpertKey(layer, 0) for layer in (1, 2, 0)]) == pytest.approx([1, 2, 3])
-    assert cache.expected([ExpertKey(1, 7)]) == math.inf
+    assert cache.expected(np.array([1, 2, 0]), np.array([0, 0, 0])) == pytest.approx([1, 2, 3])
+    assert cache.expected(np.array([1]), np.array([7])) == math.inf
     cache.begin(1)  # does without its expert: of two passes, of which the last counts double, a third used it
-    assert cache.expected([ExpertKey(1, 0)]) == pytest.approx(3 + 3 * (3 - 1))
+    assert cache.expected(np.array([1]), np.array([0])) == pytest.approx(3 + 3 * (3 - 1))
+
+
+def test_look_ahead_takes_the_victim_that_a_scan_of_all_takes():
+    """`max over resident, not busy, nothing known: expected`, the one used longest ago among equals."""
+    generator, size = random.Random(1), CacheSize(12, 3, 8)
+    cache = LookAhead().cache(size)
+    for number in range(400):
+        cache.begin(number % 3)
+        for expert in sorted(generator.sample(range(8), 3)):
+            key = ExpertKey(number % 3, expert)
+            if key not in cache.resident:
+                if cache.full(key):
+                    busy = set(generator.sample(list(cache.resident), generator.randrange(12)))
+                    known = {k: float(generator.randrange(9)) for k in cache.resident if generator.random() < 0.6}
+                    future = lambda k, known=known: known.get(k, math.inf)  # noqa: E731
+                    able = [k for k in cache.resident if k not in busy]
+                    expected = {k: cache.expected(*np.array([k]).T)[0] for k in able}
+                    unknown = [k for k in able if k not in known]
+                    by_known = max(sorted(able, key=expected.__getitem__, reverse=True), key=future)
+                    wanted = max(unknown, key=expected.__getitem__) if unknown else by_known
+                    assert cache.victim(key, busy, future) == wanted
+                    cache.evict(wanted)
+                cache.admit(key)
+            if generator.random() < 0.8:  # what comes early may not be used
+                cache.use(key)
+    assert cache.victim(ExpertKey(0, 0), set(cache.resident)) is None
 
 
 def drawn(layers, experts, used, tokens):

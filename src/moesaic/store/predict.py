@@ -157,7 +157,7 @@ class StoredBlock:
         def meanwhile() -> None:
             self.store.prefetch(ahead.keys[:most], ahead.future)
 
-        return self.store.visit(self.layer, experts, ahead.future, meanwhile if self.prefetch and ahead.keys else None)
+        return self.store.visit(self.layer, experts, ahead.future, meanwhile if self.prefetch else None)
 
 
 VIEW = "stored_block"

@@ -48,6 +48,7 @@ class ExpertStore:
         self.cache = policy.cache(self.size)
         self.slots = make_slots(capacity, like, device)
         self.entries: dict[ExpertKey, Entry] = {}
+        self._in_layer: list[set[int]] = [set() for _ in range(source.num_layers)]
         self._pinned: set[ExpertKey] = set()
         self._early: set[ExpertKey] = set()
         self._reading: set[ExpertKey] = set()
@@ -161,6 +162,7 @@ class ExpertStore:
         self.entries[key] = Entry(slot, self._readers.submit(lambda: self._read(slot, key), early=early), early=early)
         self.slots.free.pop()
         self._reading.add(key)
+        self._in_layer[key.layer].add(key.expert)
         if early:
             self._early.add(key)
         self.cache.admit(key)
@@ -180,6 +182,7 @@ class ExpertStore:
 
     def _drop(self, key: ExpertKey) -> None:
         entry = self.entries.pop(key)
+        self._in_layer[key.layer].discard(key.expert)
         self._early.discard(key)
         self.cache.evict(key)
         self.slots.free.append(entry.slot)
@@ -248,7 +251,7 @@ class ExpertStore:
     def resident(self, layer: int) -> list[int]:
         """List the experts of a layer that are in the fast tier or on their way, ascending."""
         with self._changed:
-            return sorted(key.expert for key in self.entries if key.layer == layer)
+            return sorted(self._in_layer[layer])
 
     def report(self) -> dict[str, float]:
         """Give the counts so far by name, the share of hits, and the bytes of the fast tier and of all experts."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar, NamedTuple
 
 
@@ -73,18 +74,26 @@ class Cache(ABC):
         """Tell whether one has to leave before `incoming` can come."""
         return len(self.resident) >= self.size.capacity
 
+    @abstractmethod
     def victim(self, incoming: ExpertKey, busy: Collection[ExpertKey], future: Future = unknown) -> ExpertKey | None:
         """Choose which expert leaves for `incoming`; None if all that might are busy."""
-        able = [key for key in self.candidates(incoming) if key not in busy]
-        return self.choose(able, future) if able else None
+
+
+class ScannedCache(Cache):
+    """Goes through the experts that may leave, one by one: what most rules need."""
+
+    def victim(self, incoming: ExpertKey, busy: Collection[ExpertKey], future: Future = unknown) -> ExpertKey | None:
+        able = (key for key in self.candidates(incoming) if key not in busy)
+        first = next(able, None)
+        return None if first is None else self.choose(chain((first,), able), future)
 
     def candidates(self, incoming: ExpertKey) -> Iterable[ExpertKey]:
         """List the experts whose place `incoming` may take, the one that was used last being last."""
         return self.resident
 
     @abstractmethod
-    def choose(self, able: list[ExpertKey], future: Future) -> ExpertKey:
-        """Choose among those that may leave, the one that was used last being last."""
+    def choose(self, able: Iterator[ExpertKey], future: Future) -> ExpertKey:
+        """Choose among those that may leave, of which there is one at least, the one that was used last being last."""
 
 
 @dataclass(frozen=True, kw_only=True)

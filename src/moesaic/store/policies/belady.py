@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Cache, CacheSize, ExpertKey, Future, Policy
+from .base import Cache, CacheSize, ExpertKey, Future, Policy, ScannedCache
 
 
-class BeladyCache(Cache):
+class BeladyCache(ScannedCache):
     """Asks the future only."""
 
-    def choose(self, able: list[ExpertKey], future: Future) -> ExpertKey:
+    def choose(self, able: Iterator[ExpertKey], future: Future) -> ExpertKey:
         return max(able, key=future)
 
 

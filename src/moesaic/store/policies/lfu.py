@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
 
-from .base import Cache, CacheSize, ExpertKey, Future, Policy
+from .base import Cache, CacheSize, ExpertKey, Future, Policy, ScannedCache
 
 
-class LFUCache(Cache):
+class LFUCache(ScannedCache):
     """Counts uses, of experts that have left too; all counts are halved after every `half_life` uses."""
 
     def __init__(self, size: CacheSize, half_life: int) -> None:
@@ -26,7 +27,7 @@ class LFUCache(Cache):
         if self.half_life and self.uses % self.half_life == 0:
             self.counts = Counter({key: count // 2 for key, count in self.counts.items() if count > 1})
 
-    def choose(self, able: list[ExpertKey], future: Future) -> ExpertKey:
+    def choose(self, able: Iterator[ExpertKey], future: Future) -> ExpertKey:
         return min(able, key=self.counts.__getitem__)  # the first of equal ones was used longest ago
 
 

@@ -7,9 +7,8 @@ was used: one that a share p of the passes through its layer use is expected in 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from .base import Cache, CacheSize, ExpertKey, Future, Policy
+from .base import Cache, CacheSize, ExpertKey, Future, Policy, unknown
 
 LONGEST = 4_096
 """Passes after which nothing more fades."""
@@ -49,12 +48,19 @@ class RunningShare:
 
 
 class LookAheadCache(Cache):
-    """Remembers how often each expert was used lately, and over a longer time."""
+    """Remembers how often each expert was used lately, and over a longer time.
+
+    What is resident is in arrays [layers, experts] too: one of thousands leaves in less time than it takes to read one.
+    """
 
     def __init__(self, size: CacheSize, rates: tuple[float, ...]) -> None:
         super().__init__(size)
         self.passes = np.zeros(size.num_layers, dtype=np.int64)
         self.memories = [RunningShare(size, rate) for rate in rates]
+        self.here = np.zeros((size.num_layers, size.num_experts), dtype=bool)
+        self.used = np.zeros((size.num_layers, size.num_experts), dtype=np.int64)
+        """When each came or was used last, as its place in the order of all that came or were used."""
+        self.uses = 0
 
     def begin(self, layer: int) -> None:
         super().begin(layer)
@@ -62,26 +68,54 @@ class LookAheadCache(Cache):
 
     def use(self, key: ExpertKey) -> None:
         super().use(key)
+        self._note(key)
         for memory in self.memories:
             memory.use(key, int(self.passes[key.layer]))
 
-    def expected(self, keys: Sequence[ExpertKey]) -> Numbers:
+    def admit(self, key: ExpertKey) -> None:
+        super().admit(key)
+        self._note(key)
+        self.here[key] = True
+
+    def evict(self, key: ExpertKey) -> None:
+        super().evict(key)
+        self.here[key] = False
+
+    def _note(self, key: ExpertKey) -> None:
+        self.uses += 1
+        self.used[key] = self.uses
+
+    def expected(self, layer: Integers, expert: Integers) -> Numbers:
         """Estimate in how many layer steps experts are used next: their layer's turn, and 1 / p - 1 rounds more."""
         layers = self.size.num_layers
-        layer, expert = np.fromiter(itertools.chain.from_iterable(keys), np.int64, 2 * len(keys)).reshape(-1, 2).T
         shares = [memory.shares(layer, expert, self.passes) for memory in self.memories]
         share: Numbers = sum(shares[1:], shares[0]) / len(shares)
         steps = (layer - self.layer - 1) % layers + 1
         with np.errstate(divide="ignore"):
             return steps + layers * (1 / share - 1)  # what came early was never used, and so is never expected
 
-    def choose(self, able: list[ExpertKey], future: Future) -> ExpertKey:
+    def victim(self, incoming: ExpertKey, busy: Collection[ExpertKey], future: Future = unknown) -> ExpertKey | None:
+        able = self.here.copy()
+        for key in busy:
+            able[key] = False
+        layer, expert = np.nonzero(able)
+        if not len(layer):
+            return None
+        sooner, used = -self.expected(layer, expert), self.used[layer, expert]
         known = {}
-        for place in np.argsort(-self.expected(able), kind="stable").tolist():
-            known[place] = future(able[place])
-            if known[place] == math.inf:  # of those that nothing is known of, the last one expected
-                return able[place]
-        return able[max(known, key=known.__getitem__)]
+        for place in least_first(sooner, used):
+            key = ExpertKey(int(layer[place]), int(expert[place]))
+            known[key] = future(key)
+            if known[key] == math.inf:  # of those that nothing is known of, the last one expected
+                return key
+        return max(known, key=known.__getitem__)
+
+
+def least_first(one: Numbers, other: Integers) -> Iterator[int]:
+    """Give places as `np.lexsort((other, one))` does, and sort only if more than the first is asked for."""
+    tied = np.flatnonzero(one == one.min())
+    yield int(tied[other[tied].argmin()])
+    yield from np.lexsort((other, one))[1:].tolist()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ...errors import InputError
-from .base import Cache, CacheSize, ExpertKey, Future, Policy
+from .base import Cache, CacheSize, ExpertKey, Future, Policy, ScannedCache
 
 
-class LRUCache(Cache):
+class LRUCache(ScannedCache):
     """One queue for all layers."""
 
-    def choose(self, able: list[ExpertKey], future: Future) -> ExpertKey:
-        return able[0]
+    def choose(self, able: Iterator[ExpertKey], future: Future) -> ExpertKey:
+        return next(able)
 
 
 class LayerLRUCache(LRUCache):
@@ -42,7 +42,7 @@ class LayerLRUCache(LRUCache):
         return self.held[incoming.layer] >= self.shares[incoming.layer]
 
     def candidates(self, incoming: ExpertKey) -> Iterable[ExpertKey]:
-        return [key for key in self.resident if key.layer == incoming.layer]
+        return (key for key in self.resident if key.layer == incoming.layer)
 
 
 @dataclass(frozen=True, kw_only=True)

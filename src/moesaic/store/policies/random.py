@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random as Generator
 from typing import Annotated
 
 from pydantic import Field
 
-from .base import Cache, CacheSize, ExpertKey, Future, Policy
+from .base import Cache, CacheSize, ExpertKey, Future, Policy, ScannedCache
 
 
-class RandomCache(Cache):
+class RandomCache(ScannedCache):
     """Draws from its own generator."""
 
     def __init__(self, size: CacheSize, seed: int) -> None:
         super().__init__(size)
         self.generator = Generator(seed)
 
-    def choose(self, able: list[ExpertKey], future: Future) -> ExpertKey:
-        return self.generator.choice(able)
+    def choose(self, able: Iterator[ExpertKey], future: Future) -> ExpertKey:
+        return self.generator.choice(list(able))
 
 
 @dataclass(frozen=True, kw_only=True)
