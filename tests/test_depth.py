@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 import moesaic
 from conftest import FAMILIES, QUICK, SMALL, random_sample, small_model
 from moesaic import InputError, PruneConfig
-from moesaic.calibration.layers import tapped
+from moesaic.calibration.layers import relative_weights, tapped
 from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.writer import ResumableOutput
@@ -22,7 +22,7 @@ from moesaic.evaluation.cost import active_weights
 from moesaic.models.families import decoder_layers, gated_ffn, text_tower
 from moesaic.models.layerwise import LayerwiseModel
 from moesaic.models.norms import ffn_norm
-from moesaic.pruning.depth.heal import fitted_gain, heal, say, stream_weights
+from moesaic.pruning.depth.heal import fitted_gain, heal, say
 from moesaic.pruning.depth.prepare import distances
 from moesaic.pruning.methods import LayerPruner
 from moesaic.pruning.methods.depth import Depth
@@ -135,13 +135,13 @@ def test_healing_a_layer_is_refit_towards_what_the_gap_left_out(folders):
         before, seen = ffn.down_DF.clone(), tapped(layerwise, 1, layer, p["calibration"])
         target = d["calibration"].flatten(0, 1)
         rows = Rows(
-            seen.input_TD, target - seen.after_NLD.flatten(0, 1) + seen.output_TD, stream_weights(target)
+            seen.input_TD, target - seen.after_NLD.flatten(0, 1) + seen.output_TD, relative_weights(target)
         )  # fmt: skip
         expected = refit(ffn.hidden, before, rows)
         assert heal(layerwise, 1, layer, p, d) == ["mlp.down_proj.weight"]
         torch.testing.assert_close(ffn.down_DF, expected, rtol=1e-4, atol=1e-5)
         assert not torch.equal(ffn.down_DF, before)
-        weight = stream_weights(target)[:, None]
+        weight = relative_weights(target)[:, None]
         after = layerwise.run(1, layer, p["calibration"]).flatten(0, 1)
         assert ((after - target) * weight).norm() < ((seen.after_NLD.flatten(0, 1) - target) * weight).norm()
 
@@ -158,7 +158,7 @@ def test_healing_never_worsens_what_it_fits_and_changes_nothing_but_what_it_says
         state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
         changed = heal(layerwise, 0, layer, p, d)
         after = layerwise.run(0, layer, p["calibration"])
-        weight = stream_weights(d["calibration"].flatten(0, 1)).view(3, 40, 1)
+        weight = relative_weights(d["calibration"].flatten(0, 1)).view(3, 40, 1)
 
         def error(found):
             return ((found - d["calibration"]) * weight).norm()

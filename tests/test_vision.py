@@ -12,9 +12,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from conftest import QUICK
 from moesaic import ConvertConfig, InputError, convert, export, load, plans
 from moesaic.calibration.documents import Document, Message, document
-from moesaic.calibration.layers import weighed
+from moesaic.calibration.layers import relative_weights, tapped, weighed
 from moesaic.calibration.pictured import aligned, encoded, together
 from moesaic.checkpoint.reader import Checkpoint
+from moesaic.conversion.prepare import prepare
+from moesaic.conversion.states import embed
 from moesaic.files import read_json
 from moesaic.models.layerwise import LayerwiseModel
 from moesaic.models.pictured import joined, plain
@@ -243,12 +245,36 @@ def convert_layer_of():
 
 def test_errors_and_loads_are_told_by_modality(folder_of, tmp_path):
     result = convert(folder_of("llava"), tmp_path / "out", QUICK.model_copy(update={"plan": "S2A2E8", "tokens": 2_048}))
-    for record in result.layers:
-        errors, loads = record.error_by_modality, record.expert_tokens_by_modality
-        assert min(errors.values()) <= record.error * (1 + 1e-5)
-        assert record.error <= max(errors.values()) * (1 + 1e-5)
-        assert [sum(pair) for pair in zip(loads["text"], loads["image"], strict=True)] == record.expert_tokens
+    assert_told_by_modality(result)
     assert (tmp_path / "out" / "metrics.json").read_text().count('"image":') == 2 * len(result.layers)
+
+
+def assert_told_by_modality(result):
+    """Of held-out data: each token of either kind runs two experts, and errors are those of a lossy cut."""
+    tokens = {name: {sum(r.expert_tokens_by_modality[name]) for r in result.layers} for name in ("text", "image")}
+    assert all(len(found) == 1 and min(found) > 0 and min(found) % 2 == 0 for found in tokens.values())
+    for record in result.layers:
+        assert record.error_by_modality.keys() == {"text", "image"}
+        assert all(0 < error < 2 for error in record.error_by_modality.values())
+
+
+def test_errors_by_modality_are_those_of_the_written_blocks(folder_of, tmp_path):
+    """`sqrt(sum (w ‖y - ŷ‖)² / sum (w ‖y‖)²)`, w = 1 / ‖y‖, of the first layer, which sees what the dense one sees."""
+    folder, config = folder_of("llava"), QUICK.model_copy(update={"plan": "S2A2E8", "partition": "random"})
+    result = convert(folder, tmp_path / "out", config)
+    ours = load(tmp_path / "out", dtype=torch.float32)[0].get_decoder().layers[0].mlp
+    conversion = prepare(folder, config, torch.float32)
+    held, layerwise = conversion.tokens.pictured["held_out"], conversion.layerwise
+    layerwise.load_embeddings_and_head()
+    states = embed(layerwise, conversion.tokens)
+    with layerwise.layer(0) as layer:
+        seen = tapped(layerwise, 0, layer, states.converted, text="held_out")
+    for name, pick in (("text", ~held.is_image_NL), ("image", held.is_image_NL)):
+        part = (pick & ~held.is_padding_NL).flatten()
+        wanted = seen.output_TD[part]
+        weight = relative_weights(seen.output_TD)[part, None]
+        error = ((ours(seen.input_TD[part]) - wanted) * weight).norm() / (wanted * weight).norm()
+        assert result.layers[0].error_by_modality[name] == pytest.approx(error.item(), rel=1e-3)
 
 
 def test_text_alone_can_calibrate_and_says_so(folder_of, tmp_path, caplog):
@@ -258,7 +284,7 @@ def test_text_alone_can_calibrate_and_says_so(folder_of, tmp_path, caplog):
     result = convert(folder_of("llava"), tmp_path / "out", config)
     assert not result.pictures.calibrated
     assert "calibrated on text alone" in caplog.text
-    assert result.layers[0].error_by_modality.keys() == {"text"}
+    assert_told_by_modality(result)
 
 
 def test_padding_is_left_out_and_pictures_are_weighed(random_layer_sample, picture, folder_of):

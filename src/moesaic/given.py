@@ -44,7 +44,7 @@ LIMITS = {
     "tokens": Limit(1, TOKENS),
     "window": Limit(2, COUNT),
     "first_tokens": Limit(0, TOKENS),
-    "image_weight": Limit(0, 1_000, whole=False),
+    "image_weight": Limit(0, 1_000, whole=False, open=True),
     "held_out_tokens": Limit(1, TOKENS),
     "max_tokens": Limit(1, 10 * TOKENS),
     "items": Limit(1, TOKENS),

@@ -186,15 +186,11 @@ def tapped(
     return Tapped(torch.cat(tap.inputs), torch.cat(tap.outputs), after_NLD)
 
 
-def errors_by_modality(sample: LayerActivations, output_TD: Tensor) -> dict[str, float] | None:
-    """Measure `relative_error` over tokens of text and of pictures apart; None where there are no pictures."""
-    if sample.is_image_T is None:
-        return None
-    found = {}
-    for name, pick_T in (("text", ~sample.is_image_T), ("image", sample.is_image_T)):
-        if pick_T.any():
-            found[name] = relative_error(sample.take(pick_T), output_TD[pick_T])
-    return found
+def relative_weights(target_TD: Tensor) -> Tensor:
+    """Weigh tokens by `1 / ‖target‖`, mean 1: an error counts relative to what was to come out."""
+    norm_T = target_TD.float().norm(dim=1)
+    weight_T = norm_T.clamp(min=max(MIN_NORM * norm_T.median().item(), 1e-30)).reciprocal()
+    return weight_T / weight_T.mean()
 
 
 def relative_error(sample: LayerActivations, output_TD: Tensor) -> float:

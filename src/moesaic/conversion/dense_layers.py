@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .layer import ConvertedLayer, ExpertLoads, StageTimer, layer_record, stream_error
+from .layer import ConvertedLayer, StageTimer, layer_record, stream_error
 from .prepare import Conversion
 from .states import HiddenStates, run_dense
 
@@ -24,5 +24,5 @@ def keep_layer(conversion: Conversion, index: int, states: HiddenStates) -> Conv
         after = run_dense(layerwise, index, layer, states)
         tensors = {name: t.to("cpu", conversion.dtype) for name, t in layerwise.layer_tensors(index).items()}
     done("run_dense")
-    stream, no_loads = stream_error(after, conversion.tokens.pictured), ExpertLoads(torch.zeros(0), None)
+    stream, no_loads = stream_error(after, conversion.tokens.pictured), torch.zeros(0)
     return ConvertedLayer(tensors, after, layer_record(index, (0.0, 0.0), stream, no_loads, [], done))

@@ -20,7 +20,6 @@ from ..calibration.layers import (
     StreamError,
     Tap,
     calibrate,
-    errors_by_modality,
     relative_error,
     replaced_ffn,
     residual_stream_error,
@@ -35,6 +34,7 @@ from ..partition import Partition
 from ..results import LayerRecord
 from ..routing.base import unit_scores
 from .ahead import LookedAhead, following
+from .modality import by_modality, expert_loads
 from .prepare import Conversion
 from .states import TEXTS, HiddenStates
 
@@ -114,19 +114,25 @@ def convert_layer(
             calibration_NLD = layerwise.run(index, layer, states.calibration, "calibration")
         output_TD = kept(torch.cat(tap.outputs), pictured.get("calibration"))
         error = relative_error(sample, output_TD)
+        held_out = Tap(moe)
+        held_TK = ahead.of("converted", index) if ahead else None
+        with replaced_ffn(layer, held_out if "held_out" in pictured else moe), following(moe, held_TK):
+            converted_NLD = layerwise.run(index, layer, states.converted, TEXTS["converted"])
         with replaced_ffn(layer, moe):
             after = replace(
                 run_converted(layerwise, index, layer, states, moe, ahead),
-                calibration=calibration_NLD, dense=dense,
+                calibration=calibration_NLD, converted=converted_NLD, dense=dense,
                 dense_opening=None if opening is None else opening.dense_after_M1D,
             )  # fmt: skip
             tensors = written_tensors(layer, moe, index == conversion.layers[0], conversion.dtype)
-    loads = expert_loads(moe, sample)
-    rates = few.activation_rates()
+    loads_E, rates = expert_loads(moe, sample), few.activation_rates()
+    parts = by_modality(moe, sample, held_out, pictured["held_out"], held_TK) if held_out.inputs else None
     give_back_memory()
     done("run_converted")
-    record = layer_record(index, (split_error, error), stream_error(after, pictured), loads, rates, done)
-    return ConvertedLayer(tensors, after, replace(record, error_by_modality=errors_by_modality(sample, output_TD)))
+    record = layer_record(index, (split_error, error), stream_error(after, pictured), loads_E, rates, done)
+    if parts is not None:
+        record = replace(record, error_by_modality=parts.error, expert_tokens_by_modality=parts.expert_tokens)
+    return ConvertedLayer(tensors, after, record)
 
 
 def kept(output_TD: Tensor, pictured: Pictured | None) -> Tensor:
@@ -135,7 +141,7 @@ def kept(output_TD: Tensor, pictured: Pictured | None) -> Tensor:
 
 
 def layer_record(
-    index: int, errors: tuple[float, float], stream: StreamError | None, loads: ExpertLoads, rates: list[float],
+    index: int, errors: tuple[float, float], stream: StreamError | None, loads_E: Tensor, rates: list[float],
     done: StageTimer,
 ) -> LayerRecord:  # fmt: skip
     """Say how the conversion of a layer went; `errors` are those of the FFN as cut and after recovery."""
@@ -145,9 +151,8 @@ def layer_record(
         error=errors[1],
         residual_error=stream.residual_error if stream else None,
         sink_norm=stream.sink_norm if stream else None,
-        expert_tokens=loads.all_E.tolist(),
-        expert_tokens_by_modality=loads.by_modality,
-        unreached_experts=(loads.all_E == 0).nonzero().flatten().tolist(),
+        expert_tokens=loads_E.tolist(),
+        unreached_experts=(loads_E == 0).nonzero().flatten().tolist(),
         activation_rates=rates,
         seconds=sum(done.seconds.values()),
         stage_seconds=done.seconds,
@@ -158,9 +163,9 @@ def layer_record(
 def run_converted(
     layerwise: LayerwiseModel, index: int, layer: nn.Module, states: HiddenStates, moe: MoE, ahead: LookedAhead | None
 ) -> HiddenStates:
-    """Run a converted layer on the texts that it is not fitted to, and on those that open one; others stay."""
+    """Run a converted layer on validation text and on what opens a text, by which it is not measured; others stay."""
     found = states.tensors()
-    for text in ("converted", "validation", "opening"):
+    for text in ("validation", "opening"):
         if text in found:
             with following(moe, ahead.of(text, index) if ahead else None):
                 found[text] = layerwise.run(index, layer, found[text], TEXTS[text])
@@ -235,32 +240,3 @@ def self_test(moe: MoE, sample: LayerActivations, partition: Partition, index: i
         total_T1 = moe.gate(x_TD, moe.experts).top_k_weights.float().sum(-1, keepdim=True)
         if differs(moe(x_TD).float() / total_T1, 2 * eps * math.sqrt(1 + moe.gate.num_experts_per_tok)):
             raise WorkError(f"self-test failed in layer {index}: copies of the dense FFN do not give its output")
-
-
-class ExpertLoads(NamedTuple):
-    """How many of the sample's tokens run each routed expert."""
-
-    all_E: Tensor
-    by_modality: dict[str, list[int]] | None
-    """Of tokens of `text` and of pictures (`image`); None where there are no pictures."""
-
-
-@torch.no_grad()
-def expert_loads(moe: MoE, sample: LayerActivations) -> ExpertLoads:
-    """Count the sample's tokens that run each routed expert."""
-    if moe.gate is None or moe.experts is None:
-        return ExpertLoads(torch.zeros(0, dtype=torch.int64), None)
-    count = moe.experts.num_experts
-    index_TK = sample.chosen_TK
-    if index_TK is None:
-        chosen = [moe.gate(x_CD, moe.experts).top_k_index for x_CD in sample.input_TD.split(CHUNK_TOKENS)]
-        index_TK = torch.cat(chosen)
-
-    def load(index_TK: Tensor) -> Tensor:
-        return torch.bincount(index_TK.flatten().cpu(), minlength=count + 1)[:count]
-
-    if sample.is_image_T is None:
-        return ExpertLoads(load(index_TK), None)
-    picks = {"text": ~sample.is_image_T, "image": sample.is_image_T}
-    found = {name: load(index_TK[pick_T]).tolist() for name, pick_T in picks.items() if pick_T.any()}
-    return ExpertLoads(load(index_TK), found)

@@ -49,7 +49,7 @@ def _tokenise(
     processor, longest = Processor(source, config), config.get_text_config().max_position_embeddings
     named = text.read(source, bundle=bundled_both)
     if not any(one.pictures for one in named):
-        log.warning("calibrated on text alone: 'errors by modality' in the result say what that costs on pictures")
+        log.warning("calibrated on text alone: the errors by modality say what that costs on held-out pictures")
     found = mixed(named, processor, text.tokens, window, longest)
     spare = torch.arange(len(found.tokens_NL)) % VALIDATION == VALIDATION - 1
     half = held_out // PICTURES_SHARE

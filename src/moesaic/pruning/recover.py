@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..calibration.layers import MIN_NORM
+from ..calibration.layers import relative_weights
 from ..models.moe_block import MoEBlock
 from ..recovery.closed_form import HELD_OUT, RIDGES, ridge_change
 
@@ -24,7 +24,7 @@ def best_ridge(block: MoEBlock, input_TD: Tensor, target_TD: Tensor, weight_TN: 
     """
     judge_T = torch.arange(len(input_TD), device=input_TD.device) % HELD_OUT == HELD_OUT - 1
     fit, judge = ([part[pick] for part in (input_TD, target_TD, weight_TN)] for pick in (~judge_T, judge_T))
-    value_T, judged_TD = token_weights(judge[1]), judge[1].float()
+    value_T, judged_TD = relative_weights(judge[1]), judge[1].float()
     errors = []
     for ridge in RIDGES:
         found_NDI = recover(block, fit[0], fit[1], fit[2], ridge, sweeps=1)
@@ -32,13 +32,6 @@ def best_ridge(block: MoEBlock, input_TD: Tensor, target_TD: Tensor, weight_TN: 
         wrong_TD = sum(said, start=-judged_TD) * value_T[:, None]
         errors.append(wrong_TD.square().sum().item())
     return RIDGES[errors.index(min(errors))]
-
-
-def token_weights(target_TD: Tensor) -> Tensor:
-    """Compute the weight of each token's error, 1 / ‖y‖ as in a conversion, of mean 1."""
-    norm_T = target_TD.float().norm(dim=1)
-    value_T = norm_T.clamp(min=max(MIN_NORM * norm_T.median().item(), 1e-30)).reciprocal()
-    return value_T / value_T.mean()
 
 
 def features(block: MoEBlock, expert: int, input_TD: Tensor, weight_TN: Tensor) -> Tensor:
@@ -67,7 +60,7 @@ def recover(
         ridge: relative to each neuron's energy.
         sweeps: turns of each expert.
     """
-    own_NDI, value_T = block.down_proj.float(), token_weights(target_TD)
+    own_NDI, value_T = block.down_proj.float(), relative_weights(target_TD)
     found_NDI, tokens = own_NDI.clone(), [column.nonzero().squeeze(1) for column in weight_TN.T]
 
     def own_features(expert: int) -> Tensor:

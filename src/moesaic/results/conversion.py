@@ -33,7 +33,7 @@ class LayerRecord(Result):
     stage_peak_rss_bytes: dict[str, int]
     """The process's largest resident set so far, after each stage."""
     error_by_modality: dict[str, float] | None = None
-    """`error` over tokens of `text` and of pictures (`image`) apart; None where there are no pictures."""
+    """As `error`, over held-out tokens of `text` and of pictures (`image`) apart; None where there are no pictures."""
     expert_tokens_by_modality: dict[str, list[int]] | None = None
     """`expert_tokens` likewise."""
     residual_error: float | None = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ...calibration.layers import MIN_NORM, tapped
+from ...calibration.layers import relative_weights, tapped
 from ...calibration.sinks import ffn_factor
 from ...models.families import GatedFFN, ffn_layout, ffn_name, gated_ffn
 from ...models.layerwise import LayerwiseModel
@@ -61,7 +61,7 @@ def heal(layerwise: LayerwiseModel, index: int, layer: nn.Module, hidden: Stream
     assert layout is not None
     seen = see(layerwise, index, layer, hidden)
     target_TD = torch.cat([target[text].flatten(0, 1) for text in hidden])
-    weight_T, ffn = stream_weights(target_TD), gated_ffn(module)
+    weight_T, ffn = relative_weights(target_TD), gated_ffn(module)
     down = f"{name}.{layout.down}.weight"
     if norm is not None:
         changed = heal_normed(ffn, norm, seen, target_TD, weight_T)
@@ -86,13 +86,6 @@ def see(layerwise: LayerwiseModel, index: int, layer: nn.Module, hidden: Streams
         torch.cat([one.input_TD for one in found]), torch.cat([one.output_TD for one in found]),
         torch.cat([one.after_NLD.flatten(0, 1) for one in found]),
     )  # fmt: skip
-
-
-def stream_weights(target_TD: Tensor) -> Tensor:
-    """Compute each token's weight `1 / ‖d‖`, of mean 1: the next layer's norm sees relative errors."""
-    norm_T = target_TD.float().norm(dim=1)
-    weight_T = norm_T.clamp(min=max(MIN_NORM * norm_T.median().item(), 1e-30)).reciprocal()
-    return weight_T / weight_T.mean()
 
 
 def say(ffn: GatedFFN, rows: Rows, down_DF: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import registry
+from ...calibration.layers import relative_weights
 from ...calibration.text import bundled, text_hash
 from ...checkpoint.facts import copy_terms, origin
 from ...checkpoint.writer import ResumableOutput
@@ -30,7 +31,7 @@ from ...progress import Progress
 from ...results import DepthResult, HealedLayer, Json, PerplexityProtocol
 from ..finish import RESULT_FILE, finish_stock, parameters, stock_error
 from ..prepare import check_room
-from .heal import Streams, heal, stream_weights
+from .heal import Streams, heal
 from .prepare import DepthPruning, distances, prepare
 
 DISTANCE = "distance {:05d}"
@@ -157,7 +158,7 @@ def calibrated(states: dict[str, Tensor], path: str) -> Streams:
 def stream_error(found: Streams, wanted: Streams) -> float:
     """Measure `sqrt(sum w² ‖d - p‖² / sum w² ‖d‖²)` over all tokens, d the wanted stream, p the found one, w 1/‖d‖."""
     found_TD, wanted_TD = (torch.cat([s.flatten(0, 1) for s in streams.values()]) for streams in (found, wanted))
-    weight_T1 = stream_weights(wanted_TD)[:, None]
+    weight_T1 = relative_weights(wanted_TD)[:, None]
     wrong = ((wanted_TD.float() - found_TD.float()) * weight_T1).square().sum()
     return (wrong / (wanted_TD.float() * weight_T1).square().sum().clamp(min=1e-30)).sqrt().item()
 
