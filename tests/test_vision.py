@@ -1,7 +1,9 @@
 """Vision-language models: their layers one by one, calibration on pictures, conversion, and every way back."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from conftest import QUICK
-from moesaic import ConvertConfig, InputError, convert, export, load, plans
+from moesaic import ConvertConfig, InputError, WorkError, convert, export, load, plans
 from moesaic.calibration.documents import Document, Message, document
 from moesaic.calibration.layers import relative_weights, tapped, weighed
 from moesaic.calibration.pictured import aligned, encoded, together
@@ -275,6 +277,20 @@ def test_errors_by_modality_are_those_of_the_written_blocks(folder_of, tmp_path)
         weight = relative_weights(seen.output_TD)[part, None]
         error = ((ours(seen.input_TD[part]) - wanted) * weight).norm() / (wanted * weight).norm()
         assert result.layers[0].error_by_modality[name] == pytest.approx(error.item(), rel=1e-3)
+
+
+def test_answers_about_pictures_can_collapse_alone(folder_of, tmp_path):
+    config = QUICK.model_copy(update={"plan": "S2A2E8", "partition": "random", "tokens": 512})
+    result = convert(folder_of("llava"), tmp_path / "out", config)
+    text, answers = result.perplexity / result.perplexity_dense, result.pictures
+    assert result.worst_ratio() == max(text, answers.perplexity / answers.perplexity_dense)
+    assert replace(result, pictures=None).worst_ratio() == text
+    for perplexity in (3_000 * answers.perplexity_dense, math.nan):
+        blind = replace(result, pictures=replace(answers, perplexity=perplexity))
+        assert not blind.worst_ratio() <= config.collapse_ratio
+    limit = config.model_copy(update={"collapse_ratio": 0.999 * result.worst_ratio()})
+    with pytest.raises(WorkError, match=r"collapsed: perplexity .*, of answers about pictures .* times"):
+        convert(folder_of("llava"), tmp_path / "no", limit)
 
 
 def test_text_alone_can_calibrate_and_says_so(folder_of, tmp_path, caplog):

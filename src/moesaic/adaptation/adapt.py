@@ -278,8 +278,9 @@ def remeasured(run: Adaptation, policy: Policy, found: Found, known: ConversionR
             pictures = answers_of(policy.model, Processor(folder, policy.model.config), pictures, held_out)
     now = perplexity(run, policy, found, known.perplexity_protocol)
     method, _, _ = registry.spec(found.calibrated.selection).partition(":")
-    return replace(
-        known.changed("adapted", method, f"{found.measured.experts_per_token:.2f} of {policy.default} routed experts "
-                      "run for a token, on average", now),
-        pictures=pictures, collapsed=not now / known.perplexity_dense <= ConvertConfig().collapse_ratio,
+    changed = known.changed(
+        "adapted", method, f"{found.measured.experts_per_token:.2f} of {policy.default} routed experts run for a "
+        "token, on average", now,
     )  # fmt: skip
+    changed = replace(changed, pictures=pictures)
+    return replace(changed, collapsed=not changed.worst_ratio() <= ConvertConfig().collapse_ratio)

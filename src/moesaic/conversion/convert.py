@@ -232,11 +232,12 @@ def measure(
         trials=trials,
         logit_factor=temperature.logit_factor,
         seconds=time.monotonic() - start,
-        collapsed=not converted / dense <= conversion.config.collapse_ratio,
+        collapsed=False,
         engines=engines_of(conversion.format, conversion.whole_config),
         engine=conversion.engine,
         pictures=compared(conversion, said, says) if said and says else None,
     )
+    result = replace(result, collapsed=not result.worst_ratio() <= conversion.config.collapse_ratio)
     if not registry.build("selection", conversion.model_config.selection).dynamic_top_k:
         return result
     loads = [sum(layers[index].expert_tokens) for index in conversion.layers]
@@ -257,16 +258,16 @@ def perplexity(conversion: Conversion, hidden_NLD: Tensor) -> float:
 
 
 def check_collapse(result: ConversionResult, config: ConvertConfig, partial: ResumableOutput, force: bool) -> None:
-    """Check that the converted model still has its language.
+    """Check that the converted model still has its language, and its eyes if it had any.
 
     Raises:
         WorkError: it has lost it, and `force` does not accept that.
     """
-    ratio = result.perplexity / result.perplexity_dense
     if result.collapsed and not force:
+        seen = f", of answers about pictures {result.pictures.perplexity:.4g}" if result.pictures else ""
         raise WorkError(
-            f"the converted model collapsed: perplexity {result.perplexity:.4g} is {ratio:.4g} times the dense "
-            f"model's {result.perplexity_dense:.4g}. Give it more active neurons or use --recovery closed-form; "
+            f"the converted model collapsed: perplexity {result.perplexity:.4g}{seen}, {result.worst_ratio():.4g} "
+            "times the dense model's. Give it more active neurons or use --recovery closed-form; "
             f"'{partial.folder}' is kept, and the same command with --force accepts the result"
         )
 

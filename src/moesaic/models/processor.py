@@ -46,7 +46,7 @@ class Processor:
         except Exception as error:  # transformers raises many unrelated types for what a file may hold
             raise InputError(
                 f"no usable processor in '{folder}' ({first_line(error)}); put the model's processor files there, or "
-                "install what it asks for: pip install 'moesaic[vision]'"
+                "install what it asks for (of many: pip install torchvision)"
             ) from error
         self.tokenizer: PreTrainedTokenizerBase = getattr(self.own, "tokenizer", self.own)
         self.image_token_id: int = image_token_id(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
@@ -174,6 +175,13 @@ class ConversionResult(Result):
     """Of a conversion for llama.cpp."""
     changes: list[LaterChange] | None = None
     """In their order; errors of layers and the plot of them are from before."""
+
+    def worst_ratio(self) -> float:
+        """Compute perplexity over the dense model's, of text or of answers about pictures, whichever is more."""
+        ratios = [self.perplexity / self.perplexity_dense]
+        if self.pictures is not None:
+            ratios.append(self.pictures.perplexity / self.pictures.perplexity_dense)
+        return max(ratios, key=lambda ratio: math.inf if math.isnan(ratio) else ratio)
 
     def changed(self, verb: str, method: str, what: str, perplexity: float) -> Self:
         """Note what was done to the model later, and what its perplexity is now."""

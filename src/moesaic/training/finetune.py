@@ -254,8 +254,9 @@ def write(run: Finetuning, trained: PreTrainedModel, result: FinetuneResult, sta
     shutil.copyfile(run.folder.path / LOG, made / LOG)
     metrics = replace(
         active(run, trained, known, result), output=str(run.output), finetune=result, perplexity=found,
-        pictures=pictures, collapsed=not found / known.perplexity_dense <= ConvertConfig().collapse_ratio,
+        pictures=pictures,
     )  # fmt: skip
+    metrics = replace(metrics, collapsed=not metrics.worst_ratio() <= ConvertConfig().collapse_ratio)
     write_json(made / METRICS_FILE, metrics.to_dict())
     written = export_as(made, run.output, chosen, run.overwrite)
     drop(run.output)
