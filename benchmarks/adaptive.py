@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import moesaic
-from moesaic import AdaptConfig
+from moesaic import AdaptConfig, StoreOptions
 from moesaic.calibration.text import read_documents, text_hash
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.checkpoint.sources import resolve
@@ -56,9 +56,14 @@ def split_web(source: Path, out: Path) -> tuple[Path, Path]:
     return train, held
 
 
+def store(arguments: argparse.Namespace) -> StoreOptions | None:
+    """Where experts are kept, if not all of them are loaded."""
+    return StoreOptions(arguments.expert_memory) if arguments.expert_memory else None
+
+
 def scores(arguments: argparse.Namespace, held: Path, **rule: Any) -> dict[str, Any]:
     """Perplexities, accuracies and experts a token of the model under a rule."""
-    model, tokenizer = moesaic.load(arguments.model, **rule)
+    model, tokenizer = moesaic.load(arguments.model, store=store(arguments), **rule)
     found: dict[str, Any] = {}
     for name, text in (("web", held), ("wikitext2", arguments.text)):
         kept: list[moesaic.evaluate] = []
@@ -90,7 +95,9 @@ def row_of(
         method=name, learner=learner, target_active=share, data=(str(train),), seed=seed, minutes=minutes,
         tokens=arguments.tokens, samples=arguments.samples, window=arguments.window, batch=arguments.batch,
     )  # fmt: skip
-    result = moesaic.adapt(arguments.model, adapter, config, overwrite=True, clock=time.process_time)
+    result = moesaic.adapt(
+        arguments.model, adapter, config, store=store(arguments), overwrite=True, clock=time.process_time
+    )
     found = scores(arguments, held, adapter=adapter)
     return {
         "method": method,
@@ -160,7 +167,7 @@ def summary(out: Path) -> list[dict[str, Any]]:
 
 def speeds(arguments: argparse.Namespace) -> None:
     """Time decoding of every adapter and fixed number against the model's own number, in alternation."""
-    base, tokenizer = moesaic.load(arguments.model)
+    base, tokenizer = moesaic.load(arguments.model, store=store(arguments))
     prompt = prompt_tokens(tokenizer, 256)
     rules: dict[str, dict[str, Any]] = {
         path.name: {"adapter": path} for path in sorted((arguments.out / "adapters").glob("*-0")) if path.is_dir()
@@ -174,7 +181,7 @@ def speeds(arguments: argparse.Namespace) -> None:
     )
     for name, rule in rules.items():
         if name not in found:
-            model, _ = moesaic.load(arguments.model, **rule)
+            model, _ = moesaic.load(arguments.model, store=store(arguments), **rule)
             found[name] = decode_speed(model, base, prompt, new=48, rounds=7).to_dict()
             write_json(path, found)
             print(f"{name}: {found[name]['speedup']:.3f} of {found[name]['limit']:.3f}", flush=True)
@@ -198,6 +205,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=65_536)
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--expert-memory", help="for a model that does not fit, such as 30%%; not with what learns by distilling"
+    )
     parser.add_argument("--speed", action="store_true")
     arguments = parser.parse_args()
     if arguments.threads:

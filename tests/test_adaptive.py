@@ -523,6 +523,40 @@ def snapshot(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("method", ["top-p", "threshold", "layer-k", "skip", "top-k", "ada-k"])
+def test_an_adapter_is_the_same_where_experts_come_and_go(folder, tmp_path, run, method):
+    """With two fifths of the experts in memory the same rule is found, to the last bit."""
+    config = AdaptConfig(method=method, steps=3, device="cpu", **QUICK)
+    whole = moesaic.adapt(folder, tmp_path / "whole", config)
+    asked = ["--samples", 64, "--window", 32, "--tokens", 1024, "--batch", 2, "--target-active", 0.5, "--steps", 3]
+    (tmp_path / "r.yaml").write_text("held_out: 4\n")
+    code, out, err = run("adapt", folder, tmp_path / "out", "--method", method, *asked, "--recipe", tmp_path / "r.yaml",
+                         "--expert-memory", "40%", "--cache", "lru", "--device", "cpu", "--json")  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["experts_per_token"] == whole.experts_per_token
+    first, second = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "out"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("whole", "out")]
+    assert configs[0]["moesaic_selection"] == configs[1]["moesaic_selection"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--expert-memory", "30%"), "--method learned-threshold is trained by gradients through the experts"),
+        (("--expert-memory", "30%", "--method", "top-p", "--inside"), "--inside writes the whole model"),
+        (("--expert-memory", "none", "--method", "top-p"), "--expert-memory"),
+        (("--cache", "lru", "--method", "top-p"), "--cache lru has no use without --expert-memory"),
+        (("--expert-memory", "30%", "--cache", "lrv", "--method", "top-p"), "Did you mean 'lru'?"),
+    ],
+)
+def test_what_does_not_go_with_experts_that_come_and_go(folder, tmp_path, run, arguments, says):
+    code, _, err = run("adapt", folder, tmp_path / "out", *arguments)
+    assert (code, says in " ".join(err.split())) == (2, True), err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("method", ["top-p", "layer-k", "skip", "learned-threshold", "ada-k"])
 def test_an_adapter_comes_back_as_it_was_made(folder, tmp_path, method):
     before = snapshot(folder)

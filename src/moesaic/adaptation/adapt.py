@@ -40,6 +40,7 @@ from ..report.passage import write_heat_map, write_passage_page
 from ..report.plots import write_adaptation
 from ..results import AdaptResult, AdaptStep, ConversionResult, PerplexityProtocol
 from ..routing.selection.top_k import TopK
+from ..store.opening import StoreOptions
 from ..training.data import Samples
 from ..training.pictures import remeasured as answers_of
 from ..training.state import LOG, claimed_training, drop
@@ -58,6 +59,7 @@ def adapt(
     output: str | Path,
     config: AdaptConfig | None = None,
     *,
+    store: StoreOptions | None = None,
     resume: bool = True,
     overwrite: bool = False,
     clock: Callable[[], float] = time.monotonic,
@@ -72,6 +74,8 @@ def adapt(
         model: a stock Mixture-of-Experts or a converted model: hub id, folder or built-in name.
         output: the folder to make; it appears only when whole.
         config: what to do; by default a threshold that is learnt, at 70 per cent of the model's own number of experts.
+        store: how much memory experts get while the model runs, as `load` takes it; for rules that do not learn, and
+            the learner `ppo`. None: all are loaded.
         resume: go on with an unfinished training of the same model, text and configuration.
         overwrite: replace `output` if it exists.
         clock: what `minutes` go by, in seconds.
@@ -84,7 +88,7 @@ def adapt(
     output = path(output)
     check_apart(model, output)
     with claimed_training(output, overwrite):
-        run = prepare(place(str(model)), output, config or AdaptConfig(), resume=resume, overwrite=overwrite)
+        run = prepare(place(str(model)), output, config or AdaptConfig(), store, resume=resume, overwrite=overwrite)
         try:
             return run_adaptation(run, clock, progress)
         except torch.OutOfMemoryError as error:

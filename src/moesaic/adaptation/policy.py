@@ -74,7 +74,9 @@ def make_policy(model: PreTrainedModel, selection: Counting) -> Policy:
     blocks = moe_blocks_of(model)
     parameters = [
         {
-            name: nn.Parameter(value.float().to(block.down_proj.device), requires_grad=value.is_floating_point())
+            name: nn.Parameter(
+                value.float().to(next(block.router.parameters()).device), requires_grad=value.is_floating_point()
+            )
             for name, value in selection.parameters(block).items()
         }
         for block in blocks

@@ -29,6 +29,7 @@ from ..routing.base import Gate
 from ..routing.selection.base import Counting, Learning
 from ..serving.loading import load
 from ..serving.own_text import TRAINING_TOKENS, bundled_text, documents_of
+from ..store.opening import StoreOptions
 from ..training.data import Samples, make_samples
 from ..training.pictures import make_pictured_samples
 from ..training.prepare import make_accelerator, training_dtype
@@ -56,10 +57,11 @@ class Adaptation:
     accelerator: Accelerator
     folder: RunFolder[AdaptState]
     dtype: torch.dtype
+    store: StoreOptions | None
 
     def load(self) -> PreTrainedModel:
         """Load the model."""
-        model, _ = load(self.checkpoint.folder, dtype=self.dtype, device=self.accelerator.device)
+        model, _ = load(self.checkpoint.folder, dtype=self.dtype, device=self.accelerator.device, store=self.store)
         return model
 
     def calibration(self) -> Samples:
@@ -68,7 +70,9 @@ class Adaptation:
         return self.train.take(torch.arange(min(len(self.train), max(1, self.config.tokens // length))))
 
 
-def prepare(model: str | Path, output: Path, config: AdaptConfig, *, resume: bool, overwrite: bool) -> Adaptation:
+def prepare(
+    model: str | Path, output: Path, config: AdaptConfig, store: StoreOptions | None, *, resume: bool, overwrite: bool
+) -> Adaptation:
     """Resolve and check everything that an adaptation needs.
 
     Raises:
@@ -77,6 +81,8 @@ def prepare(model: str | Path, output: Path, config: AdaptConfig, *, resume: boo
     """
     check_output(output, overwrite)
     selection, learner = choose_methods(config)
+    if store is not None:
+        check_with_store(config, learner, store)
     check_dtype(config.dtype)
     device = choose_device(config.device)
     checkpoint = Checkpoint(resolve(str(model)))
@@ -97,8 +103,27 @@ def prepare(model: str | Path, output: Path, config: AdaptConfig, *, resume: boo
     accelerator.wait_for_everyone()
     return Adaptation(
         str(model), checkpoint, output, overwrite, config, selection, learner, tokenizer, train, held, accelerator,
-        folder, dtype,
+        folder, dtype, store,
     )  # fmt: skip
+
+
+def check_with_store(config: AdaptConfig, learner: Learner | None, store: StoreOptions) -> None:
+    """Check that an adaptation does with experts that come and go.
+
+    Raises:
+        InputError: it needs them all at once: gradients go through them, or they are to be written.
+    """
+    store.policy()
+    if learner is not None and learner.through_experts:
+        method = registry.text("selection", config.method).partition(":")[0]
+        raise InputError(
+            f"--method {method} is trained by gradients through the experts, which --expert-memory lets come and go; "
+            "take a rule that is calibrated, such as top-p, or --method ada-k --learner ppo"
+        )
+    if config.inside:
+        raise InputError("--inside writes the whole model, which --expert-memory does not hold; leave one of them out")
+    if store.cache_bias:
+        raise InputError("--cache-bias changes which experts run, and so what is adapted; leave it out")
 
 
 def adaptation_samples(

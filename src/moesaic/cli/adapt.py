@@ -44,6 +44,9 @@ def adapt(
     inside: Annotated[
         bool | None, typer.Option("--inside", help="write a converted model with it in place of an adapter")
     ] = None,
+    expert_memory: options.ExpertMemory = None,
+    cache: options.Cache = None,
+    prefetch: options.Prefetch = True,
     recipe: options.Recipe = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ... [default: auto]")] = None,
     dtype: Annotated[str | None, typer.Option(help="in which the model runs [default: auto]")] = None,
@@ -64,8 +67,9 @@ def adapt(
         "seed": seed,
     }  # fmt: skip
     config = AdaptConfig.read(recipe, {name: value for name, value in given.items() if value is not None})
+    store = options.store_options(expert_memory, cache, prefetch, 0.0)
     options.set_threads(threads)
     with progress(stderr, "adapting", "per cent", "") as tick:
-        result = run(model, out, config, resume=resume, overwrite=overwrite, progress=tick)
+        result = run(model, out, config, store=store, resume=resume, overwrite=overwrite, progress=tick)
     if result.output is not None:  # the others of several processes have nothing to say
         print_result(result, as_json, lambda: tables.show_adaptation(stderr, result))

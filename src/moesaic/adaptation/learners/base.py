@@ -61,6 +61,8 @@ class Learner(ABC):
     weight_decay: ClassVar[float] = 0.0
     decays: ClassVar[bool] = True
     """Whether the learning rate falls as a cosine; else it is constant."""
+    through_experts: ClassVar[bool] = False
+    """Whether gradients go through the experts, so that their weights must stay where they are."""
     trains_on_budget: ClassVar[bool] = True
     """Whether the selection is at its budget while it learns, so that training begins with a calibration."""
 

@@ -49,6 +49,7 @@ class Distill(Learner):
     """
 
     learning_rate: ClassVar[float] = 1e-3
+    through_experts: ClassVar[bool] = True
 
     temperature: Annotated[float, Field(gt=0)] = 0.3
     """Width of the margin in which ranks learn, in standard deviations of the evidence."""
