@@ -34,7 +34,7 @@ from ..partition import Partition
 from ..results import LayerRecord
 from ..routing.base import unit_scores
 from .ahead import LookedAhead, following
-from .modality import by_modality, expert_loads
+from .modality import ByModality, by_modality, expert_loads
 from .prepare import Conversion
 from .states import TEXTS, HiddenStates
 
@@ -114,10 +114,7 @@ def convert_layer(
             calibration_NLD = layerwise.run(index, layer, states.calibration, "calibration")
         output_TD = kept(torch.cat(tap.outputs), pictured.get("calibration"))
         error = relative_error(sample, output_TD)
-        held_out = Tap(moe)
-        held_TK = ahead.of("converted", index) if ahead else None
-        with replaced_ffn(layer, held_out if "held_out" in pictured else moe), following(moe, held_TK):
-            converted_NLD = layerwise.run(index, layer, states.converted, TEXTS["converted"])
+        converted_NLD, apart = run_held_out(conversion, index, layer, states.converted, moe, sample, ahead)
         with replaced_ffn(layer, moe):
             after = replace(
                 run_converted(layerwise, index, layer, states, moe, ahead),
@@ -126,13 +123,10 @@ def convert_layer(
             )  # fmt: skip
             tensors = written_tensors(layer, moe, index == conversion.layers[0], conversion.dtype)
     loads_E, rates = expert_loads(moe, sample), few.activation_rates()
-    parts = by_modality(moe, sample, held_out, pictured["held_out"], held_TK) if held_out.inputs else None
     give_back_memory()
     done("run_converted")
     record = layer_record(index, (split_error, error), stream_error(after, pictured), loads_E, rates, done)
-    if parts is not None:
-        record = replace(record, error_by_modality=parts.error, expert_tokens_by_modality=parts.expert_tokens)
-    return ConvertedLayer(tensors, after, record)
+    return ConvertedLayer(tensors, after, record if apart is None else replace(record, **apart._asdict()))
 
 
 def kept(output_TD: Tensor, pictured: Pictured | None) -> Tensor:
@@ -158,6 +152,18 @@ def layer_record(
         stage_seconds=done.seconds,
         stage_peak_rss_bytes=done.peak_rss_bytes,
     )
+
+
+def run_held_out(
+    conversion: Conversion, index: int, layer: nn.Module, hidden_NLD: Tensor, moe: MoE, sample: LayerActivations,
+    ahead: LookedAhead | None,
+) -> tuple[Tensor, ByModality | None]:  # fmt: skip
+    """Run a converted layer on held-out data, and see how it does on text and pictures apart if there are any."""
+    pictured, tap = conversion.tokens.pictured.get("held_out"), Tap(moe)
+    chosen_TK = ahead.of("converted", index) if ahead else None
+    with replaced_ffn(layer, moe if pictured is None else tap), following(moe, chosen_TK):
+        after_NLD = conversion.layerwise.run(index, layer, hidden_NLD, TEXTS["converted"])
+    return after_NLD, None if pictured is None else by_modality(moe, sample, tap, pictured, chosen_TK)
 
 
 def run_converted(

@@ -19,8 +19,8 @@ from ..moe.block import MoE
 class ByModality(NamedTuple):
     """Errors and loads of one layer over held-out tokens of `text` and of pictures (`image`)."""
 
-    error: dict[str, float]
-    expert_tokens: dict[str, list[int]]
+    error_by_modality: dict[str, float]
+    expert_tokens_by_modality: dict[str, list[int]]
 
 
 @torch.no_grad()
