@@ -16,6 +16,7 @@ from .options import print_result, stderr
 
 if TYPE_CHECKING:
     from ..serving.server.serve import Server
+    from ..store.opening import StoreOptions
 
 KEY = "MOESAIC_API_KEY"
 Key = Annotated[str | None, typer.Option(envvar=KEY, help="clients must send it [default: none]")]
@@ -70,6 +71,7 @@ def serve(
         loaded, tokenizer = options.load_model(
             model, device, dtype, threads, experts, adapter=adapter, select=select, store=store
         )
+        warn_of_changed_routing(store)
         server = Server(loaded, tokenizer, config, listener)
         if dry_run:
             print_result(server.facts(), as_json, lambda: None)
@@ -93,6 +95,12 @@ def introduce(server: Server, as_json: bool) -> None:
         """-d '{"prompt": "The first", "max_tokens": 16}'""",
         soft_wrap=True, markup=False,
     )  # fmt: skip
+
+
+def warn_of_changed_routing(store: StoreOptions | None) -> None:
+    """Say so where answers are not quite those of the checkpoint."""
+    if store is not None and store.cache_bias:
+        stderr.print(f"note: --cache-bias {store.cache_bias:g} changes which experts run, and so the answers")
 
 
 def warn_of_other_machines(server: Server) -> None:

@@ -22,6 +22,8 @@ def show_store(console: Console, report: Mapping[str, float]) -> None:
         vain = report["prefetched_in_vain"] / report["prefetched"]
         table.add_row("read a layer early", f"{report['prefetched']:,.0f}, {vain:.0%} in vain")
     table.add_row("layers waited", f"{report['waited_seconds']:.2f} s")
+    if report["cache_bias"]:
+        table.add_row("routing", f"changed: prefers what is in memory, --cache-bias {report['cache_bias']:g}")
     console.print(table)
     if report["hit_ratio"] < LITTLE:
         say(console, "Most uses had to wait for a read; more --expert-memory helps most.")

@@ -67,6 +67,7 @@ def prefer_resident(model: PreTrainedModel, store: ExpertStore, bias: float) -> 
                 "together; leave it out"
             )
         block.router.register_forward_hook(_hook(ranker, store, layer, bias))
+    store.cache_bias = bias
 
 
 def _hook(ranker: BlockRanker, store: ExpertStore, layer: int, bias: float) -> Callable[..., tuple[Tensor, ...]]:

@@ -54,6 +54,8 @@ class ExpertStore:
         self._reading: set[ExpertKey] = set()
         """Those that may be on their way still."""
         self.counts = Counts()
+        self.cache_bias = 0.0
+        """How much routers prefer what is here (`store.bias`); above 0 the model is not quite the checkpoint's."""
         self.trace: list[tuple[int, tuple[int, ...]]] | None = None
         """Layers and the experts that they asked for, if it is a list; for whoever wants to replay them."""
         self._changed = threading.Condition(threading.RLock())
@@ -259,6 +261,7 @@ class ExpertStore:
             held, all_experts = self.size.capacity, self.size.num_layers * self.size.num_experts
             return asdict(self.counts) | {
                 "hit_ratio": self.counts.hit_ratio,
+                "cache_bias": self.cache_bias,
                 "memory_bytes": held * self.expert_bytes,
                 "all_bytes": all_experts * self.expert_bytes,
             }
