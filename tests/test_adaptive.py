@@ -563,6 +563,7 @@ def test_an_adapter_comes_back_as_it_was_made(folder, tmp_path, method):
     result = moesaic.adapt(folder, tmp_path / "out", AdaptConfig(method=method, steps=3, **QUICK))
     assert snapshot(folder) == before  # the model's files are never changed
     assert result.experts_per_token == pytest.approx(2.0, rel=0.1)
+    assert result.calibrated_experts_per_token == pytest.approx(2.0, rel=0.02 if method != "layer-k" else 0.3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     model, tokenizer = moesaic.load(folder, adapter=tmp_path / "out", dtype=torch.float32)
     found = moesaic.evaluate(model, tokenizer, window=128, max_tokens=512)

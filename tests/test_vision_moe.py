@@ -1,9 +1,12 @@
 """Vision-language Mixtures of Experts: trained lightly, adapted by modality, pruned, with a store of experts."""
 
+import io
 import json
+import re
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
 
@@ -28,6 +31,7 @@ from moesaic.models.modality import IS_IMAGE, tell_modality
 from moesaic.models.processor import Processor
 from moesaic.moe.adaptive import attach
 from moesaic.moe.counting import mean_experts
+from moesaic.report.tables import show_adaptation
 from moesaic.routing.selection.modality_threshold import ModalityThreshold
 from moesaic.routing.selection.threshold import Threshold
 from moesaic.training import written
@@ -137,6 +141,9 @@ def test_adapt_meets_the_budget_and_the_share_of_pictures(converted, tmp_path):
     assert result.active == pytest.approx(0.7, abs=0.1)  # on other pictures than those that it was met on
     experts = result.experts_by_modality
     assert experts["image"] / experts["text"] == pytest.approx(0.6, abs=0.2)
+    console = Console(record=True, width=80, file=io.StringIO())
+    show_adaptation(console, result)
+    assert re.search(rf"the same on pictures +│ +\d+ │ +{experts['image']:.2f} │", console.export_text())
     load(converted, adapter=tmp_path / "adapter")
 
 

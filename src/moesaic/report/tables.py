@@ -21,7 +21,7 @@ from ..results import (
 from .console import command, here, offer, share
 from .grid import grid as _grid
 from .grid import say as _say
-from .modality import answer_rows, load_range, say_errors, show_modalities, show_picture_speed
+from .modality import answer_rows, load_range, name_of, say_errors, show_modalities, show_picture_speed
 
 BUDGET_TOLERANCE = 0.02
 WHOLE = {"top-k": "one whole number of experts for all tokens", "layer-k": "a whole number of experts in each layer"}
@@ -132,6 +132,8 @@ def show_adaptation(console: Console, a: AdaptResult) -> None:
     """How many experts run, and what that costs."""
     grid = _grid(f"{a.output}: {a.method.partition(':')[0]}, {a.active:.0%} of its experts run", "", "own", "adapted")
     grid.add_row("experts a token", f"{a.default_experts_per_token}", f"{a.experts_per_token:.2f}")
+    for modality, count in (a.experts_by_modality or {}).items():
+        grid.add_row(f"the same on {name_of(modality)}", f"{a.default_experts_per_token}", f"{count:.2f}")
     grid.add_row("held-out loss (nats a token)", f"{a.held_out_loss_default:.4f}", f"{a.held_out_loss:.4f}")
     ratio = math.exp(min(700.0, a.held_out_loss - a.held_out_loss_default))
     grid.add_row("perplexity ratio", "1", f"{ratio:.4f}")
@@ -147,7 +149,9 @@ def show_adaptation(console: Console, a: AdaptResult) -> None:
     name, _, options = a.method.partition(":")
     if abs(off) > BUDGET_TOLERANCE:
         why = f"{name} runs {WHOLE[name]}" if name in WHOLE else "more --tokens make that smaller"
-        _say(console, f"{off:+.1%} from the budget on held-out text; {why}", "yellow")
+        fitted = a.calibrated_experts_per_token
+        near = "" if fitted is None else f" ({fitted:.2f} experts on the calibration tokens)"
+        _say(console, f"{off:+.1%} from the budget on held-out text{near}; {why}", "yellow")
     if name == "relative":
         fields = dict(part.split("=") for part in options.split(",") if part)
         most = int(fields.get("at_most", 0)) or a.num_experts

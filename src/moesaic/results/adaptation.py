@@ -33,7 +33,7 @@ class AdaptResult(Result):
     """What `adapt` found."""
 
     omitted_when_none: ClassVar[frozenset[str]] = frozenset(
-        {"output", "peak_rss_bytes", "versions", "machine", "experts_by_modality"}
+        {"output", "peak_rss_bytes", "versions", "machine", "experts_by_modality", "calibrated_experts_per_token"}
     )
 
     method: str
@@ -46,6 +46,8 @@ class AdaptResult(Result):
     """Share that runs on held-out text."""
     experts_per_token: float
     """Routed experts that a token runs on held-out text, mean over layers."""
+    calibrated_experts_per_token: float | None = None
+    """The same on the calibration tokens, by which the rule was brought to the budget."""
     default_experts_per_token: int
     num_experts: int
     experts_by_layer: list[float]
