@@ -8,7 +8,8 @@ folder, converted or not, or built in; it runs on a GPU where there is one. Rule
 on four fifths of the web text; perplexity is measured on the rest and on WikiText-2 (`gptq`). `fixed` runs the whole
 numbers of experts around each budget; between two of them its perplexity is interpolated (log-linearly) at the mean
 that a rule really ran. Resumable: a finished row is a file in `<out>/rows`. Minutes are the processor's. `--speed`
-times decoding under each finished adapter of the first seed against the model's own number, on a quiet machine.
+times decoding under each finished adapter of the first seed against the model's own number, on a quiet machine;
+`--oracle` sets each beside the best number of experts for every token, found by trying all (small models).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from moesaic.formats.converted import without_weights
 from moesaic.machine import machine, versions
 from moesaic.moe.adaptive import moe_blocks_of
 from moesaic.moe.counting import mean_experts
+from moesaic.results import AdaptResult
 
 LEARNED = {
     "ada-k": ("ada-k", "ppo"), "ada-k-distill": ("ada-k", "distill"),
@@ -88,6 +90,21 @@ def row_of(
 ) -> dict[str, Any]:
     """Calibrate or train one rule to one budget and measure it."""
     started = time.time()
+    adapter, result = adapted(arguments, method, share, seed, train)
+    found = scores(arguments, held, adapter=adapter)
+    return {
+        "method": method,
+        "share": share,
+        "seed": seed,
+        "adapt": result.to_dict(),
+        "seconds": time.time() - started,
+    } | found
+
+
+def adapted(
+    arguments: argparse.Namespace, method: str, share: float, seed: int, train: Path
+) -> tuple[Path, AdaptResult]:
+    """Calibrate or train one rule to one budget."""
     name, learner = LEARNED.get(method, (method, None))
     adapter = arguments.out / "adapters" / f"{method}-{share:g}-{seed}"
     minutes = arguments.minutes if method in LEARNED else None
@@ -98,14 +115,26 @@ def row_of(
     result = moesaic.adapt(
         arguments.model, adapter, config, store=store(arguments), overwrite=True, clock=time.process_time
     )
-    found = scores(arguments, held, adapter=adapter)
-    return {
-        "method": method,
-        "share": share,
-        "seed": seed,
-        "adapt": result.to_dict(),
-        "seconds": time.time() - started,
-    } | found
+    return adapter, result
+
+
+def oracles(arguments: argparse.Namespace, train: Path, held: Path) -> None:
+    """Set each rule of the first seed beside the best number of experts for every token."""
+    path, seed = arguments.out / "oracle.json", arguments.seeds[0]
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
+    for share, method in itertools.product(arguments.shares, arguments.methods):
+        if any((row["method"], row["share"]) == (method, share) for row in rows):
+            continue
+        adapter = arguments.out / "adapters" / f"{method}-{share:g}-{seed}"
+        if not adapter.is_dir():
+            adapted(arguments, method, share, seed, train)
+        model, tokenizer = moesaic.load(arguments.model, adapter=adapter, store=store(arguments))
+        found = moesaic.inspect_oracle(model, tokenizer, text=held)
+        rows.append({"method": method, "share": share, "seed": seed} | found.to_dict())
+        facts = {"model": arguments.model, "minutes": arguments.minutes, "threads": torch.get_num_threads()}
+        write_json(path, facts | {"machine": machine(), "versions": versions(), "rows": rows})
+        closed = "none" if found.gap_closed is None else f"{found.gap_closed:.1%}"
+        print(f"{method} {share:g}: {closed} of the gap to the oracle closed", flush=True)
 
 
 def fixed_rows(arguments: argparse.Namespace, held: Path) -> None:
@@ -128,6 +157,14 @@ def interpolated(fixed: list[dict[str, Any]], text: str, experts: float) -> floa
         if x0 <= experts <= x1:
             return math.exp(y0 + (y1 - y0) * (experts - x0) / (x1 - x0))
     return math.exp(min(points, key=lambda p: abs(p[0] - experts))[1])
+
+
+def machines(out: Path) -> str:
+    """Name the machines of all rows; rows of before they were noted are of those that the summary had."""
+    path = out / "adaptive.json"
+    before = [json.loads(path.read_text())["machine"]] if path.is_file() else []
+    rows = [json.loads(row.read_text()) for row in sorted((out / "rows").glob("*.json"))]
+    return "; ".join(dict.fromkeys(before + [row["machine"] for row in rows if "machine" in row]))
 
 
 def summary(out: Path) -> list[dict[str, Any]]:
@@ -209,6 +246,7 @@ def main() -> None:
         "--expert-memory", help="for a model that does not fit, such as 30%%; not with what learns by distilling"
     )
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--oracle", action="store_true")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -217,16 +255,18 @@ def main() -> None:
         return speeds(arguments)
     with tempfile.TemporaryDirectory() as folder:
         train, held = split_web(arguments.web, Path(folder))
+        if arguments.oracle:
+            return oracles(arguments, train, held)
         fixed_rows(arguments, held)
         for seed, share, method in itertools.product(arguments.seeds, arguments.shares, arguments.methods):
             path = arguments.out / "rows" / f"{method}-{share:g}-{seed}.json"
             if path.is_file():
                 continue
-            row = row_of(arguments, method, share, seed, train, held)
+            row = row_of(arguments, method, share, seed, train, held) | {"machine": machine()}
             write_json(path, row)
             print(f"{path.stem}: web {row['web']['perplexity']:.3f} at {row['web']['experts']:.3f}", flush=True)
         facts = {
-            "model": arguments.model, "machine": machine(), "versions": versions(),
+            "model": arguments.model, "machine": machines(arguments.out), "versions": versions(),
             "threads": torch.get_num_threads(), "minutes": arguments.minutes, "window": WINDOW,
             "protocol": "gptq", "max_tokens": arguments.max_tokens,
             "web_sha256": text_hash(read_documents([str(train)])),
