@@ -1,7 +1,6 @@
 """One dial: how much calibration and training a conversion gets."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,7 +205,7 @@ def test_another_effort_or_model_than_the_one_that_stopped_begins_anew(short, tm
 
 
 def test_a_training_that_will_not_fit_is_refused_before_the_conversion(short, tmp_path, monkeypatch):
-    monkeypatch.setattr("moesaic.training.prepare.virtual_memory", lambda: SimpleNamespace(available=1e6))
+    monkeypatch.setattr("moesaic.training.prepare.free_memory", lambda device: 1e6)
     monkeypatch.setattr(effort.converting, "convert", full)
     with pytest.raises(InputError, match="training would need about"):
         moesaic.convert("tiny", tmp_path / "out", CONFIG, effort="good")

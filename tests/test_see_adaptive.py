@@ -193,7 +193,7 @@ def test_the_oracle_of_a_model_is_brute_force(name, tokenizer):
 def test_a_fixed_number_closes_no_gap(tokenizer):
     ticks = []
     found = moesaic.inspect_oracle(
-        mixture("qwen3-moe"), tokenizer, **FEW, progress=lambda done, count: ticks.append((done, count))
+        mixture("qwen3-moe"), tokenizer, **FEW, progress=lambda done, count, _: ticks.append((done, count))
     )
     assert found.counts == [1, 2]
     assert found.loss == pytest.approx(found.fixed_loss, rel=1e-6)

@@ -423,7 +423,7 @@ def test_committed_trace_has_its_cliff():
 def test_hits_are_those_of_a_replay_and_grow_with_the_memory():
     trace = read_trace(ROOT / "tests" / "data" / "tiny-moe-routes.csv.gz")
     told = []
-    found = cache_hits(trace, lambda done, count: told.append((done, count)))
+    found = cache_hits(trace, lambda done, count, _: told.append((done, count)))
     assert [(one.share, one.capacity) for one in found] == [(0.1, 9), (0.2, 19), (0.3, 28), (0.5, 48), (0.7, 67)]
     assert told == [(n, 15) for n in range(1, 16)]
     size = CacheSize(28, 6, 16)

@@ -538,9 +538,8 @@ def test_bad_input_is_refused_before_any_work(converted, tmp_path, folders):
 
 
 def test_a_training_that_does_not_fit_in_memory_is_refused(converted, tmp_path, monkeypatch):
-    from types import SimpleNamespace
 
-    monkeypatch.setattr("moesaic.training.prepare.virtual_memory", lambda: SimpleNamespace(available=10_000_000))
+    monkeypatch.setattr("moesaic.training.prepare.free_memory", lambda device: 10_000_000)
     with pytest.raises(InputError, match=r"would need about [\d.]+ GB of memory, 0.0 GB are free"):
         moesaic.finetune(converted, tmp_path / "out", SHORT)
 

@@ -15,7 +15,8 @@ from conftest import QUICK
 from moesaic import ConvertConfig, InputError, WorkError, convert, export, load, plans
 from moesaic.calibration.documents import Document, Message, document
 from moesaic.calibration.layers import relative_weights, tapped, weighed
-from moesaic.calibration.pictured import aligned, encoded, together
+from moesaic.calibration.mixture import mixed
+from moesaic.calibration.pictured import aligned, encoded, spread, together
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.conversion.prepare import prepare
 from moesaic.conversion.states import embed
@@ -301,6 +302,20 @@ def test_text_alone_can_calibrate_and_says_so(folder_of, tmp_path, caplog):
     assert not result.pictures.calibrated
     assert "calibrated on text alone" in caplog.text
     assert_told_by_modality(result)
+
+
+def test_pictures_give_their_share_of_the_tokens_however_long_the_first_is(picture, folder_of, caplog):
+    folder = folder_of("llava")
+    processor = Processor(folder, AutoModelForImageTextToText.from_pretrained(folder).config)
+    long, short = (asked(picture, answer="two halves " * times) for times in (30, 1))
+    sizes = [len(encoded(one, processor).tokens_L) for one in (long, short)]
+    wanted = 12 * sizes[1] + sizes[0]
+    found = [len(one.tokens_L) for one in spread([long, *[short] * 40], processor, wanted, 1_000)]
+    assert 0.9 * wanted <= sum(found) <= wanted + sizes[0]
+    mixed([long, *[short] * 40], processor, wanted, 64, 1_000)
+    assert not caplog.records
+    mixed([long, short], processor, wanted, 64, 1_000)
+    assert "documents with pictures give" in caplog.text
 
 
 def test_padding_is_left_out_and_pictures_are_weighed(random_layer_sample, picture, folder_of):

@@ -87,7 +87,7 @@ def demo(
     tokens_BL = prompt_tokens(tokenizer, PROMPT)
     speed = benchmark(
         converted, dense, tokens_BL, new=16, rounds=ROUNDS,
-        progress=lambda done, count: steps.report("speed", done / count, "speed in transformers"),
+        progress=lambda done, count, _: steps.report("speed", done / count, "speed in transformers"),
     )  # fmt: skip
     typed = []
     for i, (prompt, new) in enumerate(PROMPTS.items()):

@@ -35,7 +35,7 @@ from ..machine import machine, peak_rss_bytes, versions
 from ..models.processor import Processor
 from ..moe.adaptive import attach
 from ..moe.modeling import MODEL_TYPE
-from ..progress import unheard
+from ..progress import Progress, unheard
 from ..report.passage import write_heat_map, write_passage_page
 from ..report.plots import write_adaptation
 from ..results import AdaptResult, AdaptStep, ConversionResult, PerplexityProtocol
@@ -63,7 +63,7 @@ def adapt(
     resume: bool = True,
     overwrite: bool = False,
     clock: Callable[[], float] = time.monotonic,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
 ) -> AdaptResult:
     """Make the number of experts vary by token in any Mixture-of-Experts, and write that as an adapter to `output`.
 
@@ -79,7 +79,7 @@ def adapt(
         resume: go on with an unfinished training of the same model, text and configuration.
         overwrite: replace `output` if it exists.
         clock: what `minutes` go by, in seconds.
-        progress: called with (done, all, note) after each step.
+        progress: called with (per cent done, 100, a note) after each step.
 
     Raises:
         InputError: something given cannot work; nothing costly was done.
@@ -105,7 +105,7 @@ class Found(NamedTuple):
     state: AdaptState | None
 
 
-def run_adaptation(run: Adaptation, clock: Callable[[], float], progress: Callable[..., None] | None) -> AdaptResult:
+def run_adaptation(run: Adaptation, clock: Callable[[], float], progress: Progress | None) -> AdaptResult:
     """Train or calibrate what was prepared, and write it."""
     report = progress or unheard
     begun = clock()
@@ -130,7 +130,7 @@ def calibrate_only(run: Adaptation, policy: Policy) -> Found:
     return Found(found, measured, measured.loss, True, None)
 
 
-def learn(run: Adaptation, policy: Policy, clock: Callable[[], float], report: Callable[..., None]) -> Found:
+def learn(run: Adaptation, policy: Policy, clock: Callable[[], float], report: Progress) -> Found:
     """Train a selection, bring it to the budget, and take it if it is better there than it started."""
     assert run.learner is not None
     mean = run.config.target_active * policy.default

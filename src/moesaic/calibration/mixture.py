@@ -5,6 +5,7 @@ Shapes: N sequences, L tokens in one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,10 +18,11 @@ from ..errors import InputError
 from ..models.pictured import Pictured, joined, plain
 from ..models.processor import Processor
 from .documents import Document
-from .pictured import Encoded, spread, together
+from .pictured import ENOUGH, Encoded, spread, together
 from .text import bundled, by_domain, read_file
 from .windows import labelled_windows
 
+log = logging.getLogger(__name__)
 LEAST_WINDOW = 128
 """Tokens of a window of text beside pictures, at least: sequences with small pictures are shorter."""
 
@@ -63,6 +65,10 @@ def mixed(
         for number, domain in enumerate(of_domain)
         for part in spread(domain, processor, share // len(of_domain), longest)
     ]
+    given = sum(len(part.tokens_L) for _, part in parts)
+    if shown and enough and given < ENOUGH * share:
+        log.warning("documents with pictures give %s of the %s tokens that are theirs; name more of them",
+                    f"{given:,}", f"{share:,}")  # fmt: skip
     length = max((len(part.tokens_L) for _, part in parts), default=window)
     if not text:
         tokens_NL, pictured = together([part for _, part in parts], processor, length)

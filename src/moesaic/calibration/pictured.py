@@ -17,9 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import InputError
 from ..models.pictured import Pictured
 from ..models.processor import Processor, open_picture
-from .chat import Piece, pieces, rendered
-from .documents import Document, Message
+from .chat import Piece, pieces
+from .documents import Document
 from .windows import bos, encode
+
+ENOUGH = 0.9
+"""Of the tokens that documents are to give: they are taken whole, so that few give just so many."""
 
 
 class Encoded(NamedTuple):
@@ -94,17 +97,6 @@ def check_template(processor: Processor) -> None:
         raise InputError("the model's processor has no chat template, which says where pictures stand in a text")
 
 
-def question(processor: Processor, text: str, pictures: int) -> str:
-    """Write a question about pictures by the model's template, opened for its answer.
-
-    Raises:
-        InputError: there is no template.
-    """
-    check_template(processor)
-    opening = processor.tokenizer.bos_token if bos(processor.tokenizer) else ""
-    return rendered([Message("user", text, pictures)], processor, opening, opened=True)
-
-
 def together(parts: Sequence[Encoded], processor: Processor, length: int) -> tuple[Tensor, Pictured]:
     """Pad documents at their end to one length: tokens [N, length], and what comes with them."""
     filler = processor.tokenizer.pad_token_id
@@ -128,7 +120,7 @@ def widened(tensor: Tensor, part: Encoded, length: int) -> Tensor:
 
 
 def spread(documents: Sequence[Document], processor: Processor, tokens: int, longest: int) -> list[Encoded]:
-    """Encode documents evenly spaced over all, of so many tokens in all, at least one.
+    """Encode documents evenly spaced over all, of so many tokens in all if there are as many, at least one.
 
     Raises:
         InputError: a document is longer than `longest` tokens.
@@ -137,12 +129,14 @@ def spread(documents: Sequence[Document], processor: Processor, tokens: int, lon
     wanted = min(len(documents), max(1, round(tokens / len(first.tokens_L))))
     found: list[Encoded] = []
     count = 0
-    for number in range(wanted):
-        one = checked(documents[number * len(documents) // wanted], processor, longest)
+    even = [number * len(documents) // wanted for number in range(wanted)]
+    others = range(len(documents))  # which are needed where the first is longer than most
+    for place, number in enumerate(dict.fromkeys([*even, *others])):
+        if count >= (tokens if place < wanted else ENOUGH * tokens):
+            break
+        one = checked(documents[number], processor, longest)
         found.append(one)
         count += len(one.tokens_L)
-        if count >= tokens:
-            break
     return found
 
 

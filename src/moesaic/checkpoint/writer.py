@@ -71,7 +71,7 @@ def check_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed + HEADROOM_BYTES:
         raise InputError(
-            f"the disk of '{output}' has {free / 1e9:.2f} GB free, the conversion needs {needed / 1e9:.2f} GB; free "
+            f"the disk of '{output}' has {free / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB are needed; free "
             "some or choose another folder"
         )
 

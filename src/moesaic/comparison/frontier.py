@@ -22,6 +22,7 @@ from ..given import check, optional_path, path, place
 from ..machine import machine, versions
 from ..models.families import settle_width
 from ..plan import parse_plan
+from ..progress import Progress, unheard
 from ..report.frontier_page import write_frontier_page
 from ..report.frontier_plot import write_frontier
 from ..report.frontier_tasks import write_tasks
@@ -50,7 +51,7 @@ def frontier(
     siblings: Sequence[str] = (),
     measurement: Measurement | None = None,
     html: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> FrontierResult:
     """Convert and measure `model` with every method at every budget; rows are kept in `output/frontier.json`.
 
@@ -88,7 +89,7 @@ def frontier(
     points, unfit = _points(model, active, memory_factors, methods, seeds, measurement)
     result = replace(_resume(model, output, measurement), unfit=unfit)
     with claim(output, working=False):  # another one would write over our rows
-        result = _fill(result, model, points, family, measurement, output, progress or (lambda *_: None))
+        result = _fill(result, model, points, family, measurement, output, progress or unheard)
     write_frontier(result.summary, known_as(model), output, result.siblings)
     write_tasks(result, known_as(model), output)
     if html:
@@ -103,7 +104,7 @@ def _fill(
     family: Sequence[Dense],
     measurement: Measurement,
     output: Path,
-    report: Callable[[int, int, str], None],
+    report: Progress,
 ) -> FrontierResult:
     """Measure what is not measured yet, each row stored when it is there."""
     if result.dense is None:

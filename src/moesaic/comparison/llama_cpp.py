@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_space
 from ..errors import InputError, WorkError
-from ..progress import unheard
+from ..progress import Progress, unheard
 from ..results import Json, LlamaCppSpeed, Rate
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
@@ -104,7 +104,7 @@ def llama_cpp_speed(
     new: int = 32,
     rounds: int = 3,
     outtype: str = "f16",
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> LlamaCppSpeed:
     """Write both models as GGUF for a while, then measure decode and prefill with as many threads as torch has.
 

@@ -22,6 +22,7 @@ from ..machine import machine, peak_rss_bytes, versions
 from ..models.families import decoder_layers
 from ..models.moe_block import Routing, find_block
 from ..models.processor import Processor
+from ..progress import Progress, unheard
 from ..results import BenchmarkResult, Speed
 from .clock import now
 from .cost import active_block_weights, active_weights, body_weights, ffn_of
@@ -48,7 +49,7 @@ def benchmark(
     rounds: int = 5,
     processor: Processor | None = None,
     images: Sequence[str | Path | Image] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> BenchmarkResult:
     """Time decoding and prefill in tokens a second, each as the median of alternating runs after a warm-up.
 
@@ -69,7 +70,7 @@ def benchmark(
         rounds: timed runs of each.
         processor: of a vision-language model, from `load_processor`; with `images` a question about them is timed too.
         images: pictures or their files.
-        progress: called with (finished, all) measurements.
+        progress: called with (finished, all) measurements, and a note.
 
     Raises:
         InputError: the models have different dtypes, a number is out of its limits, prompts and new tokens are beyond
@@ -79,7 +80,7 @@ def benchmark(
     if model.dtype != dense.dtype:
         raise InputError(f"the models have different dtypes, {model.dtype} and {dense.dtype}; choose one with --dtype")
     shown = picture_inputs(model, processor, images, new) if images else None
-    found = _measure_all(model, dense, tokens_BL, new, batches, rounds, progress or (lambda done, count: None))
+    found = _measure_all(model, dense, tokens_BL, new, batches, rounds, progress or unheard)
     picture = None
     if processor and shown:
         picture = picture_speed(model, dense, shown, processor.image_token_id, new, rounds)
@@ -107,7 +108,7 @@ def _protocol(rounds: int, prompt: int, new: int, batches: Sequence[int]) -> str
 
 def _measure_all(
     model: PreTrainedModel, dense: PreTrainedModel, tokens_BL: Tensor, new: int, batches: Sequence[int], rounds: int,
-    report: Callable[[int, int], None],
+    report: Progress,
 ) -> dict[str, dict[str, Speed]]:  # fmt: skip
     """Measure all cases, by kind and size."""
     length = tokens_BL.shape[1]
@@ -115,9 +116,9 @@ def _measure_all(
     cases += [("block", min(t, length)) for t in BLOCK_TOKENS]
     found: dict[str, dict[str, Speed]] = {"decode": {}, "prefill": {}, "block": {}}
     for done, (kind, size) in enumerate(cases):
-        report(done, len(cases))
+        report(done, len(cases), "")
         found[kind][str(size)] = CASES[kind](model, dense, tokens_BL, size, new).measure(model.dtype.itemsize, rounds)
-    report(len(cases), len(cases))
+    report(len(cases), len(cases), "")
     return found
 
 

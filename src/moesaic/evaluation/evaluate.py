@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Unpack
 
@@ -13,7 +12,7 @@ from ..errors import InputError
 from ..given import check, optional_path
 from ..machine import versions
 from ..models.processor import Processor
-from ..progress import unheard
+from ..progress import Progress, unheard
 from ..results import EvaluationResult, Json, TaskScore
 from ..serving.questions import Words, load_processor, tokenizer_of
 from .generation import Files, Generating, check_model, evaluate_generation, read_request, reference_continuations
@@ -37,7 +36,7 @@ def evaluate(
     answer_tokens: int = ANSWER_TOKENS,
     harness: str | None = None,
     generate: Files | None = None,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
     **generating: Unpack[Generating],
 ) -> EvaluationResult:
     """Measure perplexity (see `perplexity`), a task file (see `evaluate_tasks`), lm-eval tasks, and what models write.
@@ -54,7 +53,7 @@ def evaluate(
         answer_tokens: of an answer that is written out, at most so many.
         harness: names of lm-eval's tasks, separated by commas.
         generate: files of exercises (see `read_exercises`) that the model writes greedily.
-        progress: called with (finished, all) measurements.
+        progress: called with (finished, all) parts of a measurement, and its name.
         generating: how; `allow_code_execution`, `reference` and the other fields of `Generating`.
 
     Raises:
@@ -74,11 +73,11 @@ def evaluate(
         max_tokens = 2 * window
     found = perplexity(
         model, tokenizer_of(tokenizer), text=text, protocol=protocol, window=window, max_tokens=max_tokens,
-        progress=lambda done, count: report(done, count, "perplexity"),
+        progress=report,
     )  # fmt: skip
     scores: dict[str, TaskScore] = {}
     if questions:
-        scores = evaluate_tasks(model, tokenizer, questions, partial(report, note="tasks"), answer_tokens)
+        scores = evaluate_tasks(model, tokenizer, questions, report, answer_tokens)
     if run_harness and harness:
         scores |= run_harness(model, tokenizer_of(tokenizer), harness.split(","))
     wrote = evaluate_generation(request, model, tokenizer, theirs, report)

@@ -26,6 +26,7 @@ from ..given import check, optional_path
 from ..models.families import embedding_rows
 from ..models.moe_block import MoEBlock, Routing
 from ..moe.adaptive import moe_blocks_of
+from ..progress import Progress
 from ..results import ExpertGroup, ExpertsInspection, Passage, PassageToken
 from .perplexity import check_losses, window_losses
 from .tokens import KINDS, TokenText, token_texts
@@ -61,7 +62,7 @@ def inspect_experts(
     text: str | Path | None = None,
     tokens: int | None = None,
     window: int = 256,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
 ) -> ExpertsInspection:
     """Count the routed experts that each token runs: by layer, kind of token, domain and difficulty.
 
@@ -71,7 +72,7 @@ def inspect_experts(
         text: a file of text or rows; None is the bundled held-out text of six domains.
         tokens: how many to look at; None is 4,096, or all of a shorter `text`.
         window: tokens in a window.
-        progress: called with (finished, all) windows.
+        progress: called with (finished, all) windows, and a note.
 
     Raises:
         InputError: the model is dense, no such text, text shorter than one window, or a window beyond the model's.
@@ -83,7 +84,7 @@ def inspect_experts(
         runs.append(run_window(model, blocks, tokens_L))
         texts.append(token_texts(tokens_L[:-1].tolist(), tokenizer))
         if progress:
-            progress(done + 1, len(cut.tokens_NL))
+            progress(done + 1, len(cut.tokens_NL), "")
     counts_TB, losses_T = (torch.cat(parts) for parts in zip(*runs, strict=True))
     kind_T = torch.tensor([KINDS.index(token.kind) for window_texts in texts for token in window_texts])
     domain_T = cut.domain_N.repeat_interleave(window - 1)

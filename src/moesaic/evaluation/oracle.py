@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..given import Limit, number
 from ..moe.adaptive import BlockRanker, Decision, Ranked, decided_by, moe_blocks_of
+from ..progress import Progress
 from ..results import OracleInspection
 from ..routing.selection.base import Ranking
 from .experts import default_count, make_windows, read_text, run_window
@@ -45,7 +46,7 @@ class Runs:
     model: PreTrainedModel
     rankers: Sequence[BlockRanker]
     tokens_NL: Tensor
-    tell: Callable[..., None] | None
+    tell: Progress | None
     done: int = 0
     count: int = 0
     """Of all runs of a window."""
@@ -63,7 +64,7 @@ class Runs:
             check_losses(found[-1], "the text", self.model.dtype)
             self.done += 1
             if self.tell:
-                self.tell(self.done, self.count)
+                self.tell(self.done, self.count, "")
         return torch.cat(found)
 
 
@@ -76,7 +77,7 @@ def inspect_oracle(
     window: int = 128,
     at_most: int | None = None,
     by_layer: bool = False,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
 ) -> OracleInspection:
     """Compare a model's numbers of experts with the best ones, found by trying all: Duo-LLM (arXiv 2410.10846).
 
@@ -95,7 +96,7 @@ def inspect_oracle(
         window: tokens in a window.
         at_most: the greatest number that is tried; None is the model's own, or the policy's mean if that is more.
         by_layer: whether to go on from the oracle's numbers with a number for each layer (`greedy`).
-        progress: called with (finished, all) runs of a window.
+        progress: called with (finished, all) runs of a window, and a note.
 
     Raises:
         InputError: as `inspect_experts`, or `at_most` is less than what runs on average or more than can run.

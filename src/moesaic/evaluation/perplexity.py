@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
@@ -23,10 +23,10 @@ from ..calibration.text import bundled, text_hash
 from ..calibration.windows import bos, check_tokens, token_windows
 from ..errors import InputError, WorkError
 from ..models.families import embedding_rows
+from ..progress import Progress
 from .text_bytes import text_bytes
 
 PROTOCOLS = ("gptq", "llama.cpp", "lm-eval")
-Progress = Callable[[int, int], None]
 
 
 class MeasuredPerplexity(NamedTuple):
@@ -103,7 +103,7 @@ def perplexity(
         check_losses(losses, f"window {done + 1} of {len(cut.windows)}", model.dtype)
         total, count = total + losses.double().sum().item(), count + len(losses)
         if progress:
-            progress(done + 1, len(cut.windows))
+            progress(done + 1, len(cut.windows), "perplexity")
     assert count == scored.tokens
     return MeasuredPerplexity(
         perplexity=math.exp(min(700.0, total / (max(1, cut.words) if protocol == "lm-eval" else count))),

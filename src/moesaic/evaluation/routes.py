@@ -51,7 +51,7 @@ def inspect_routes(
         prompt: tokens of each prompt.
         new: forward passes of one token that follow; 0 is the prompt alone.
         name: what the trace calls the model.
-        progress: called with (finished, all) requests, then with (finished, all, "simulating caches").
+        progress: called with (finished, all) requests, then simulations of caches, and which of them.
 
     Raises:
         InputError: the model is dense, no such text, too little of it, or a file that cannot or must not be written.
@@ -75,7 +75,7 @@ def inspect_routes(
         model=name or str(model.config.model_type), expert_bytes=expert_bytes(blocks[0]),
     )  # fmt: skip
     write_trace(place, trace)
-    caches = cache_hits(trace, lambda done, count: tick(done, count, "caches, simulated"))
+    caches = cache_hits(trace, tick)
     found = summary(trace, place, [block.layer for block in blocks], cut.name, cut.data_sha256, prompt, new)
     return replace(found, caches=caches)
 

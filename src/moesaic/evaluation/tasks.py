@@ -9,7 +9,7 @@ continuation is the same (winogrande); `{ctx, cont}` where the greedy continuati
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from os.path import isfile
@@ -26,6 +26,7 @@ from ..calibration.windows import check_tokens
 from ..errors import InputError
 from ..models.families import embedding_rows
 from ..models.processor import Processor, check_picture
+from ..progress import Progress
 from ..results import TaskScore
 from ..serving.questions import Words, asked, tokenizer_of
 from .continuations import Scored, predictions
@@ -157,7 +158,7 @@ def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: Words,
     items: list[Item],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     answer_tokens: int = ANSWER_TOKENS,
 ) -> dict[str, TaskScore]:
     """Score each task, and the mean over tasks.
@@ -169,7 +170,7 @@ def evaluate_tasks(
         model: a dense or converted model.
         tokenizer: the model's; for items with pictures its processor.
         items: as `read_tasks` gives them.
-        progress: called with (finished, all) items.
+        progress: called with (finished, all) items, and `tasks`.
         answer_tokens: of an answer, at most.
 
     Raises:
@@ -184,7 +185,7 @@ def evaluate_tasks(
             judge = _asked if is_asked else _continued
             right.setdefault(task, []).extend(judge(model, tokenizer, group, answer_tokens))
             if progress:
-                progress(sum(map(len, right.values())), len(items))
+                progress(sum(map(len, right.values())), len(items), "tasks")
     results = {task: _summary(hits) for task, hits in sorted(right.items())}
     return results | {MEAN: _mean(list(results.values()))}
 

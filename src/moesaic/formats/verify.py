@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from psutil import virtual_memory
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoint.reader import Checkpoint
 from ..errors import WorkError, first_line
+from ..machine import free_memory
 from ..models.families import auto_class
 from ..results import Check
 from .converted import Converted, shortened
@@ -99,7 +99,7 @@ def layers_that_fit(source: Converted) -> int:
     outside = sum(size for name, size in sizes.items() if not name.startswith(source.outside.layers))
     if source.config.router == "pregate":  # which decides for all layers at once
         return count
-    return min(count, LAYERS, max(2, (virtual_memory().available // 2 - outside) // layer))
+    return min(count, LAYERS, max(2, (free_memory(torch.device("cpu")) // 2 - outside) // layer))
 
 
 def logits(model: PreTrainedModel, tokens_NL: Tensor) -> Tensor:

@@ -226,8 +226,8 @@ class ConvertedSource(Source):
             self.converted.format.check(config, self.converted.has_bias())
         except InputError as error:
             raise InputError(
-                f"{error} (with {keep} experts); keep another number, or prune the working form: moesaic export "
-                f"{self.checkpoint.folder.name} WORKING --format {MODEL_TYPE}"
+                f"{error} (with {keep} experts); keep another number, or prune it in moesaic's own format, "
+                f"which holds any: moesaic export {self.checkpoint.folder.name} OWN --format {MODEL_TYPE}"
             ) from error
         return whole
 

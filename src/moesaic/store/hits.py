@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from .. import registry
+from ..progress import Progress
 from ..results import CacheHits
 from .memory import expert_memory_bytes
 from .policies.base import CacheSize
@@ -25,7 +24,7 @@ STEPS = 8_192
 """Layer steps that are replayed at most: large models take a while for each."""
 
 
-def cache_hits(trace: RouteTrace, progress: Callable[[int, int], None] | None = None) -> list[CacheHits]:
+def cache_hits(trace: RouteTrace, progress: Progress | None = None) -> list[CacheHits]:
     """Replay a trace's decoding, one request at a time, with room for some shares of all experts.
 
     `hit_ratio[policy] = replay(steps, policy, capacity).hit_ratio`. Shares that do not hold the experts of one token in
@@ -33,7 +32,7 @@ def cache_hits(trace: RouteTrace, progress: Callable[[int, int], None] | None = 
 
     Args:
         trace: what a model used.
-        progress: called with (finished, all) replays.
+        progress: called with (finished, all) simulations, and what they are.
     """
     most = max(1, STEPS // trace.num_layers)
     passes = [each for request in trace.passes() for each in request if each.phase == DECODE][:most]
@@ -52,7 +51,7 @@ def cache_hits(trace: RouteTrace, progress: Callable[[int, int], None] | None = 
             ratios[name] = replay(steps, registry.build("cache", name), size, in_flight=IN_FLIGHT).hit_ratio
             done += 1
             if progress:
-                progress(done, len(sizes) * len(POLICIES))
+                progress(done, len(sizes) * len(POLICIES), "caches, simulated")
         read = round(uses * (1 - ratios[POLICIES[0]]) * trace.expert_bytes) if trace.expert_bytes else None
         found.append(CacheHits(share=share, capacity=capacity, hit_ratio=ratios, bytes_read_per_token=read))
     return found

@@ -28,7 +28,7 @@ from ..formats.companions import copy_companions
 from ..given import optional_path, path, place
 from ..machine import machine, peak_rss_bytes, versions
 from ..moe.modeling import moe_blocks
-from ..progress import unheard
+from ..progress import Progress, unheard
 from ..report.plots import write_training
 from ..results import ConversionResult, ExpertLoad, FinetuneResult, LoadChange, PerplexityProtocol
 from . import parameters as parts
@@ -53,7 +53,7 @@ def finetune(
     overwrite: bool = False,
     teacher_cache: str | Path | None = None,
     clock: Callable[[], float] = time.monotonic,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
 ) -> FinetuneResult:
     """Train a converted model a little and write it to `output`, in the format it had; never worse than it came.
 
@@ -68,7 +68,7 @@ def finetune(
         overwrite: replace `output` if it exists.
         teacher_cache: a folder for the teacher's logits, to be used by later trainings on the same text.
         clock: what `minutes` go by, in seconds; `time.process_time` counts the processor's.
-        progress: called with (done, all, note) after each step.
+        progress: called with (per cent done, 100, a note) after each step.
 
     Raises:
         InputError: something given cannot work; nothing costly was done.
@@ -84,7 +84,7 @@ def finetune(
         return run_training(run, clock, progress)
 
 
-def run_training(run: Finetuning, clock: Callable[[], float], progress: Callable[..., None] | None) -> FinetuneResult:
+def run_training(run: Finetuning, clock: Callable[[], float], progress: Progress | None) -> FinetuneResult:
     """Train what was prepared, and write the best."""
     student = run.load()
     before = measure(student, run)
@@ -105,7 +105,7 @@ def train(
     trainer: Trainer,
     state: TrainingState,
     clock: Callable[[], float],
-    progress: Callable[..., None] | None,
+    progress: Progress | None,
 ) -> TrainingState:
     """Train to the end, showing every step to the caller and to trackers.
 
@@ -218,7 +218,7 @@ def restore(run: Finetuning, trainer: Trainer, before: float) -> TrainingState:
     return trainer.restore(found)
 
 
-def tell(run: Finetuning, report: Callable[..., None], row: StepRecord, done: float, held_out: float) -> None:
+def tell(run: Finetuning, report: Progress, row: StepRecord, done: float, held_out: float) -> None:
     """Say what a step did: to the caller, and to trackers that are installed."""
     losses = {"loss": row.loss} | ({} if row.held_out is None else {"held_out": row.held_out})
     run.accelerator.log(losses, step=row.step)

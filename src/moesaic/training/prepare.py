@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
-from psutil import virtual_memory
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import registry
@@ -29,6 +28,7 @@ from ..errors import InputError
 from ..evaluation.cost import sizes
 from ..formats.base import block_config
 from ..formats.converted import Converted, dense_origin
+from ..machine import free_memory
 from ..models.devices import choose_device, compute_dtype
 from ..models.families import empty
 from ..models.processor import Processor
@@ -273,7 +273,7 @@ def check_memory(
     needed = weights + 16 * learning + activations + logits
     if method.copies_experts:
         needed += 3 * c.num_hidden_layers * c.num_experts * c.moe_intermediate_size * c.hidden_size * itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else virtual_memory().available
+    free = free_memory(device)
     if needed > free:
         raise InputError(
             f"training would need about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; use --method "
