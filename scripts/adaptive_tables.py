@@ -63,6 +63,34 @@ def fixed(row: dict[str, Any], shares: list[float]) -> list[str]:
     ]
 
 
+def oracle(model: str) -> str:
+    """How much of the gap between a fixed number and the best number for each token a rule closes."""
+    file = f"adaptive-{model}/oracle.json"
+    d = read(file)
+    shares = sorted({row["share"] for row in d["rows"]}, reverse=True)
+    found = {(row["method"], row["share"]): row for row in d["rows"]}
+    rows = []
+    for method, label in RULES.items():
+        at = [(share, found[method, share]) for share in shares if (method, share) in found]
+        rows += [
+            [
+                label, f"{share:.0%}", f"{r['experts_per_token']:.2f}", f"{r['loss']:.3f}", f"{r['fixed_loss']:.3f}",
+                f"{r['oracle_loss_together']:.3f} to {r['oracle_loss']:.3f}", f"{r['gap_closed']:.0%}",
+            ]
+            for share, r in at
+        ]  # fmt: skip
+    head = ["", "budget", "experts a token", "loss", "fixed number", "oracle", "gap closed"]
+    first = d["rows"][0]
+    facts = [
+        f"Losses in nats a token, of {first['tokens']:,} tokens of held-out web text in windows of {first['window']}; the "
+        "fixed number is interpolated to the rule's mean, the oracle has that mean at most, chosen by each next token: "
+        "its choices at work in one run, and each token's loss from the run of its number",
+        f"Model: {d['model']}; seed {first['seed']}; learners {d['minutes']:g} minutes of one core",
+    ]
+    command = f"python benchmarks/adaptive.py --oracle --model {model} --web calibration.jsonl --text wiki.test.raw"
+    return grid(head, rows) + "\n\n" + measured(file, command, *facts)
+
+
 def adaptive_speed() -> str:
     """Decode speed over the model's own number of experts, beside what the bytes allow."""
     file = "adaptive-speed.json"

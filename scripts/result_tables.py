@@ -201,6 +201,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training-settings": training_tables.settings,
     "training-siblings": lambda: training_tables.beside_siblings("demo-1.5b"),
     "adaptive-tiny-moe": lambda: adaptive_tables.adaptive("tiny-moe"),
+    "adaptive-oracle": lambda: adaptive_tables.oracle("tiny-moe"),
     "adaptive-speed": adaptive_tables.adaptive_speed,
     "adaptive-demo": lambda: adaptive_tables.adaptive("demo"),
     "adaptive-gemma-270m": lambda: adaptive_tables.adaptive("gemma-270m"),
