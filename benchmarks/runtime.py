@@ -36,7 +36,7 @@ from moesaic.evaluation.cost import active_block_weights
 from moesaic.evaluation.inspect import prompt_tokens
 from moesaic.machine import machine, versions
 from moesaic.moe.block import Experts, MoE
-from moesaic.moe.kernels import experts_forward, turn_down
+from moesaic.moe.kernels import experts_forward, lay_down_column_major
 
 SHAPES = {"demo": (896, 4_864), "demo-1.5b": (1_536, 8_960), "llama-2-7b": (4_096, 11_008)}
 """(hidden size, FFN neurons)."""
@@ -138,7 +138,7 @@ def measure_blocks(shape: str, plan: str, device: str, rounds: int) -> list[dict
     converted: list[Any] = many(lambda: block(hidden, width, PLANS[plan]), device)
     loaded = copy.deepcopy(converted)
     for module in loaded if device == "cpu" else ():
-        turn_down(module)  # as `moesaic.load` does
+        lay_down_column_major(module)  # as `moesaic.load` does
     rows = []
     for tokens in TOKENS:
         x_TD = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)

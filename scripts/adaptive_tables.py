@@ -82,8 +82,8 @@ def oracle(model: str) -> str:
     head = ["", "budget", "experts a token", "loss", "fixed number", "oracle", "gap closed"]
     first = d["rows"][0]
     facts = [
-        f"Losses in nats a token, of {first['tokens']:,} tokens of held-out web text in windows of {first['window']}; the "
-        "fixed number is interpolated to the rule's mean, the oracle has that mean at most, chosen by each next token: "
+        f"Losses in nats a token, of {first['tokens']:,} tokens of held-out web text in windows of {first['window']}; "
+        "the fixed number is interpolated to the rule's mean; the oracle has that mean at most, chosen by next tokens: "
         "its choices at work in one run, and each token's loss from the run of its number",
         f"Model: {d['model']}; seed {first['seed']}; learners {d['minutes']:g} minutes of one core",
     ]

@@ -22,7 +22,7 @@ from moesaic.evaluation.cost import active_weights
 from moesaic.models.families import decoder_layers, gated_ffn, text_tower
 from moesaic.models.layerwise import LayerwiseModel
 from moesaic.models.norms import ffn_norm
-from moesaic.pruning.depth.heal import fitted_gain, heal, say
+from moesaic.pruning.depth.heal import ffn_output, fitted_gain, heal
 from moesaic.pruning.depth.prepare import distances
 from moesaic.pruning.methods import LayerPruner
 from moesaic.pruning.methods.depth import Depth
@@ -121,7 +121,7 @@ def test_refit_is_least_squares(ridge):
     expected = torch.linalg.lstsq(torch.cat([z, root]), torch.cat([y, root @ own])).solution.T
     found = refit(sample.ffn.hidden, sample.ffn.down_DF, rows, ridge)
     torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-4)
-    assert weighted_error(rows, say(sample.ffn, rows, found)) < weighted_error(rows, sample.output_TD)
+    assert weighted_error(rows, ffn_output(sample.ffn, rows, found)) < weighted_error(rows, sample.output_TD)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from moesaic.comparison.speed import shaped
 from moesaic.conversion.auto import candidates
 from moesaic.evaluation.cost import active_weights, ffn_of
 from moesaic.models.families import decoder_layers, ffn_name, gated_ffn
-from moesaic.moe.kernels import is_turned
+from moesaic.moe.kernels import is_column_major
 from moesaic.moe.modeling import moe_blocks
 from moesaic.plan import Plan
 from moesaic.results import FrontierRow
@@ -122,7 +122,7 @@ def test_a_shape_reads_the_bytes_of_a_conversion_and_is_dense_outside_its_ffns(f
     assert model.model.embed_tokens.weight.data_ptr() == dense.model.embed_tokens.weight.data_ptr()
     assert model(torch.arange(9)[None]).logits.isfinite().all()
     downs = [block.experts.down_proj for block in moe_blocks(model) if block.experts is not None]
-    assert all(map(is_turned, downs))  # as a conversion that is loaded
+    assert all(map(is_column_major, downs))  # as a conversion that is loaded
 
 
 def test_bad_requests_are_refused_before_any_work(tmp_path):

@@ -18,7 +18,7 @@ from moesaic.conversion.prepare import prepare
 from moesaic.evaluation.cost import active_block_weights
 from moesaic.models.moe_block import MoEBlock, Routing
 from moesaic.moe import kernels
-from moesaic.moe.kernels import down_product, is_turned, rows_product, turn_down, turned
+from moesaic.moe.kernels import column_major, down_product, is_column_major, lay_down_column_major, rows_product
 from moesaic.serving.loading import choose_experts
 
 
@@ -158,7 +158,7 @@ def test_our_experts_equal_the_naive_loop_for_any_choice(poisoned, tokens, choic
     moe.requires_grad_(False)
     monkeypatch.setattr(kernels, "FEW_TOKENS", few)
     if turn:
-        turn_down(moe)
+        lay_down_column_major(moe)
     x = sample.input_TD[:tokens]
     g = torch.Generator().manual_seed(0)
     index = {
@@ -181,9 +181,9 @@ def test_a_product_with_turned_weights_is_the_product(dtype, tokens, monkeypatch
     """Of few tokens it is a sum of columns, of more a product: `h Wd^T` either way."""
     g = torch.Generator().manual_seed(0)
     down_EDI, hidden_CI = torch.randn(3, 32, 12, generator=g).to(dtype), torch.randn(tokens, 12, generator=g).to(dtype)
-    laid = turned(down_EDI)
-    assert is_turned(laid)
-    assert not is_turned(down_EDI)
+    laid = column_major(down_EDI)
+    assert is_column_major(laid)
+    assert not is_column_major(down_EDI)
     assert torch.equal(laid, down_EDI)
     expected = hidden_CI.double() @ down_EDI[1].double().T
     exact = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
@@ -200,7 +200,7 @@ def test_a_loaded_model_is_turned_and_saves_what_it_was(tmp_path):
     model, _ = moesaic.load("tiny-moe", device="cpu")
     downs = [name for name, _ in model.named_parameters() if name.endswith("down_proj")]
     assert downs
-    assert all(is_turned(model.get_parameter(name)) for name in downs)
+    assert all(is_column_major(model.get_parameter(name)) for name in downs)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=model.dtype)
     for name, parameter in again.named_parameters():
@@ -215,7 +215,7 @@ def test_gradients_reach_turned_experts():
     grads = []
     for turn in (False, True):
         if turn:
-            turn_down(moe)
+            lay_down_column_major(moe)
         for tokens in (1, 7):
             moe.zero_grad()
             moe(sample.input_TD[:tokens]).square().sum().backward()

@@ -1,4 +1,4 @@
-"""Text that a model writes itself: kept, gone on with, shared out, and what it is calibrated on."""
+"""CalibrationText that a model writes itself: kept, gone on with, shared out, and what it is calibrated on."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from moesaic.calibration.windows import labelled_windows, shares
 from moesaic.checkpoint.builtin import tiny_folder
 from moesaic.comparison.rows import Measurement, hashed_name
 from moesaic.conversion.prepare import prepare
-from moesaic.conversion.tokens import Text
+from moesaic.conversion.tokens import CalibrationText
 from moesaic.serving import own_text as writing
 from moesaic.serving.own_text import documents_of, write
 
@@ -316,11 +316,11 @@ def test_a_change_of_the_prompts_is_seen(tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"prompt": "a"}\n')
     config = ConvertConfig(calibration=(f"self:{file}",))
-    before = Text.of(config)
+    before = CalibrationText.of(config)
     os.utime(file, ns=(1, 1))
-    assert Text.of(config) != before
-    assert Text.of(config.model_copy(update={"seed": 5})) != Text.of(config)
-    assert Text.of(ConvertConfig(seed=5)) == Text.of(ConvertConfig())
+    assert CalibrationText.of(config) != before
+    assert CalibrationText.of(config.model_copy(update={"seed": 5})) != CalibrationText.of(config)
+    assert CalibrationText.of(ConvertConfig(seed=5)) == CalibrationText.of(ConvertConfig())
 
 
 def test_a_frontier_knows_prompts_by_their_content_and_writes_nothing_before_its_checks(cache, monkeypatch, tmp_path):

@@ -23,7 +23,7 @@ from moesaic.partition.paths import captured, projected
 from moesaic.routing._distil import distillation_loss, graded, lesson_of, overlap, teach
 from moesaic.routing._network import causal
 from moesaic.routing.pregate import group_of, network_from
-from moesaic.training.load import judged
+from moesaic.training.load import selection_loss
 from moesaic.training.locality import kept_experts, locality_loss
 from moesaic.training.methods.read_me import lessons
 
@@ -481,8 +481,8 @@ def test_locality_is_a_price_for_the_best_state():
     load = moesaic.results.ExpertLoad(
         coefficient_of_variation=0, dead_experts=0, experts_per_token=1, kept_experts=0.75
     )
-    assert judged(3.0, load, 0.2) == pytest.approx(3.05)
-    assert judged(3.0, load, 0.0) == 3.0
+    assert selection_loss(3.0, load, 0.2) == pytest.approx(3.05)
+    assert selection_loss(3.0, load, 0.0) == 3.0
 
 
 def test_rounds_alternate_and_rates_fall():

@@ -16,7 +16,7 @@ from conftest import small_model
 from moesaic import InputError
 from moesaic.calibration.text import bundled
 from moesaic.checkpoint.builtin import tiny_folder
-from moesaic.evaluation.experts import Text, inspect_passage, make_windows
+from moesaic.evaluation.experts import InspectedText, inspect_passage, make_windows
 from moesaic.evaluation.oracle import OwnRanker, choose, interpolate, run_counts
 from moesaic.evaluation.perplexity import window_losses
 from moesaic.evaluation.tokens import KINDS, token_kind, token_texts
@@ -100,7 +100,7 @@ def test_means_are_those_of_the_model(name, tokenizer):
     model = mixture(name)
     with attach(model, RULE):
         found = moesaic.inspect_experts(model, tokenizer, tokens=256, window=32)
-        cut = make_windows(model, tokenizer, Text(bundled("heldout"), "", 256, False), 32).tokens_NL
+        cut = make_windows(model, tokenizer, InspectedText(bundled("heldout"), "", 256, False), 32).tokens_NL
         means = mean_experts(model, lambda: [model(input_ids=tokens_L[None, :-1]) for tokens_L in cut]).by_layer
         loss = torch.cat([window_losses(model, tokens_L) for tokens_L in cut]).mean().item()
     assert found.experts_by_layer == pytest.approx(means)
@@ -174,7 +174,7 @@ def test_the_oracle_of_a_model_is_brute_force(name, tokenizer):
     with attach(model, RULE):
         found = moesaic.inspect_oracle(model, tokenizer, tokens=7, window=7, at_most=5)
         policy = moesaic.inspect_experts(model, tokenizer, tokens=7, window=7)
-        tokens_L = make_windows(model, tokenizer, Text(bundled("heldout"), "", 7, False), 7).tokens_NL[0]
+        tokens_L = make_windows(model, tokenizer, InspectedText(bundled("heldout"), "", 7, False), 7).tokens_NL[0]
     assert found.counts == [1, 2, 3, 4, 5]
     columns = []
     for count in found.counts:
@@ -209,7 +209,7 @@ def test_a_number_for_each_layer_is_the_best_one_layer_after_the_other(tokenizer
     """One token: its loss in the window is what a search by hand finds."""
     model = mixture("qwen3-moe")
     found = moesaic.inspect_oracle(model, tokenizer, tokens=2, window=2, at_most=EXPERTS, by_layer=True)
-    tokens_L = make_windows(model, tokenizer, Text(bundled("heldout"), "", 2, False), 2).tokens_NL[0]
+    tokens_L = make_windows(model, tokenizer, InspectedText(bundled("heldout"), "", 2, False), 2).tokens_NL[0]
     rankers = [OwnRanker(block) for block in find_blocks(model)]
 
     def loss(*counts):

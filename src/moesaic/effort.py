@@ -193,7 +193,7 @@ def convert(
                 converting.convert(model, made, config, overwrite=True, force=force, gguf=False, **options)
             options["progress"] = training_progress or progress
             finetune(made, trained, training_of(made, model, config, minutes), overwrite=True, **options)
-        result = told(trained, output, config, progress or unheard)
+        result = write_final_metrics(trained, output, config, progress or unheard)
         take_place(trained, output)
         remove(work)
     return result
@@ -241,7 +241,7 @@ def training_of(made: Path, model: str, config: ConvertConfig, minutes: float) -
     )
 
 
-def told(trained: Path, output: Path, config: ConvertConfig, report: Progress) -> ConversionResult:
+def write_final_metrics(trained: Path, output: Path, config: ConvertConfig, report: Progress) -> ConversionResult:
     """Write metrics and card of a trained model as those of OUT, and before them the GGUF if it is for llama.cpp."""
     known = saved_result(trained)
     assert known.finetune is not None

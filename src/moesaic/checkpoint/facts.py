@@ -85,7 +85,7 @@ def copy_terms(source: Path, made: Path) -> None:
             shutil.copyfile(path, made / path.name)
 
 
-def called(model: str | Path, source: Path) -> str:
+def display_name(model: str | Path, source: Path) -> str:
     """Name a model; a folder by its name only, with a stroke to tell it from a built-in model."""
     return f"{source.name}/" if Path(model).is_dir() else str(model)
 

@@ -51,7 +51,7 @@ ONLY_HERE = (
 ONLY_LLAMA_CPP = ("siblings", "outtypes", "text", "max_tokens", "llama_cpp")
 
 
-def no_say(context: typer.Context, names: Iterable[str], why: str) -> None:
+def refuse_options(context: typer.Context, names: Iterable[str], why: str) -> None:
     """Check that options are left out of a command line.
 
     Raises:
@@ -70,9 +70,9 @@ def check_heard(context: typer.Context, engine: str | None) -> None:
         InputError: one is given that has no say.
     """
     if engine is None:
-        no_say(context, ONLY_LLAMA_CPP, "is for --for llama.cpp alone; give both, or drop it")
+        refuse_options(context, ONLY_LLAMA_CPP, "is for --for llama.cpp alone; give both, or drop it")
     else:
-        no_say(context, ONLY_HERE, f"has no say in {engine}; drop it, or --for {engine}")
+        refuse_options(context, ONLY_HERE, f"has no say in {engine}; drop it, or --for {engine}")
 
 
 def in_llama_cpp(engine: str, models: Models, asked: Asked, as_json: bool) -> None:

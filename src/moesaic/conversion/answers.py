@@ -47,7 +47,7 @@ def answers(conversion: Conversion, hidden_NLD: Tensor) -> Answers | None:
     return Answers(torch.cat(losses).mean().item(), torch.cat(first)) if losses else None
 
 
-def compared(conversion: Conversion, dense: Answers, converted: Answers) -> PictureResult:
+def compare_answers(conversion: Conversion, dense: Answers, converted: Answers) -> PictureResult:
     """Say what the conversion does to the answers."""
     pictured = conversion.tokens.pictured["calibration"]
     losses = torch.tensor([dense.loss, converted.loss], dtype=torch.float64).clamp(max=700).exp()

@@ -27,7 +27,7 @@ from ..results import Trial
 from .layer import convert_layer
 from .prepare import Conversion, prepare
 from .states import embed, run_dense
-from .tokens import Text
+from .tokens import CalibrationText
 
 CANDIDATES = (("specialists", False), ("coactivation", False), ("coactivation", True))
 """Partitions and whether they are cut fine, which is tried where the configuration says `fine`."""
@@ -96,7 +96,7 @@ def write_text(model: str, config: ConvertConfig, progress: Progress | None = No
     if (check := unwritten(config)) is not config:
         candidates(model, check)
         folder = resolve(model)
-        Text.of(config).read(folder, progress=progress)
+        CalibrationText.of(config).read(folder, progress=progress)
 
 
 def unwritten(config: ConvertConfig) -> ConvertConfig:

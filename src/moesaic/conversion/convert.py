@@ -38,14 +38,14 @@ from ..progress import Progress, unheard
 from ..report.plots import write_plots
 from ..results import ConversionResult, Json, LayerRecord, PerplexityProtocol, Trial
 from .ahead import LookedAhead, look_ahead
-from .answers import answers, compared, is_text
+from .answers import answers, compare_answers, is_text
 from .auto import candidates, choose, write_text
 from .dense_layers import keep_layer
 from .engines import GGUF, for_output
 from .gguf import write_checked_gguf
 from .layer import convert_layer
 from .prepare import Conversion, fingerprint
-from .states import HiddenStates, embed, know
+from .states import HiddenStates, embed, relearn_layer_calls
 from .temperature import Temperature, fit
 
 
@@ -131,7 +131,7 @@ def convert_layers(
         partial.start(states.tensors())
     else:
         states = HiddenStates.from_tensors(found)
-        know(layerwise, tokens)
+        relearn_layer_calls(layerwise, tokens)
     count = len(layerwise.layers)
     for index in range(len(records), count):
         report(index, count, f"layer error {records[-1].error:.3f}" if records else "")
@@ -235,7 +235,7 @@ def measure(
         collapsed=False,
         engines=engines_of(conversion.format, conversion.whole_config),
         engine=conversion.engine,
-        pictures=compared(conversion, said, says) if said and says else None,
+        pictures=compare_answers(conversion, said, says) if said and says else None,
     )
     result = replace(result, collapsed=not result.worst_ratio() <= conversion.config.collapse_ratio)
     if not registry.build("selection", conversion.model_config.selection).dynamic_top_k:

@@ -17,7 +17,7 @@ from ..calibration.windows import token_windows
 from ..config import ConvertConfig
 from ..models.integrity import read_config
 from ..models.processor import Processor
-from .tokens import VALIDATION, ConversionTokens, Text
+from .tokens import VALIDATION, CalibrationText, ConversionTokens
 
 PICTURES_SHARE = 2
 """One in so many tokens of held-out data is in a sequence with a picture."""
@@ -34,13 +34,13 @@ def tokenise_pictures(source: Path, config: ConvertConfig, window: int) -> Conve
         InputError: a file or picture that is missing or cannot be read, less text than is asked for, or no processor.
     """
     opening = config.first_tokens if registry.text("recovery", config.recovery) != "none" else 0
-    return _tokenise(source, Text.of(config), window, opening, config.held_out_tokens)
+    return _tokenise(source, CalibrationText.of(config), window, opening, config.held_out_tokens)
 
 
 @lru_cache(maxsize=2)
 def _tokenise(
     source: Path,
-    text: Text,
+    text: CalibrationText,
     window: int,
     opening: int | None,
     held_out: int,

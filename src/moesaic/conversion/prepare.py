@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .. import registry
 from ..calibration.windows import check_tokens
-from ..checkpoint.facts import called
+from ..checkpoint.facts import display_name
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_space, partial_folder
 from ..compat import set_experts_implementation
@@ -187,8 +187,8 @@ def prepare(
     check_tokens(tokens.all(), layerwise.config.vocab_size, tokenizer)
     check_enough(tokens, plan)
     return Conversion(
-        model=called(model, source), source=source, config=config, plan=plan, partitioner=partitioner, router=router,
-        recovery=recovery, layerwise=layerwise, dtype=dtype, whole_config=whole, format=format,
+        model=display_name(model, source), source=source, config=config, plan=plan, partitioner=partitioner,
+        router=router, recovery=recovery, layerwise=layerwise, dtype=dtype, whole_config=whole, format=format,
         format_reason=format_reason, engine=engine, tokenizer=tokenizer, tokens=tokens,
     )  # fmt: skip
 

@@ -74,7 +74,7 @@ def run_dense(layerwise: LayerwiseModel, index: int, layer: torch.nn.Module, sta
     return HiddenStates.from_tensors(after)
 
 
-def know(layerwise: LayerwiseModel, tokens: ConversionTokens) -> None:
+def relearn_layer_calls(layerwise: LayerwiseModel, tokens: ConversionTokens) -> None:
     """Let a model know how it calls its layers on texts that were embedded in another process."""
     texts = {"calibration": tokens.calibration_NL, "validation": tokens.validation_NL, "held_out": tokens.held_out_NL}
     for name, tokens_NL in (texts | {"opening": tokens.opening_M1}).items():

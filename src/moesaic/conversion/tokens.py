@@ -120,10 +120,10 @@ def tokenise(source: Path, config: ConvertConfig, window: int) -> ConversionToke
         InputError: a file that is missing or not text, or less text than is asked for.
     """
     opening = config.first_tokens if registry.text("recovery", config.recovery) != "none" else 0
-    return _tokenise(source, Text.of(config), window, opening, config.held_out_tokens)
+    return _tokenise(source, CalibrationText.of(config), window, opening, config.held_out_tokens)
 
 
-class Text(NamedTuple):
+class CalibrationText(NamedTuple):
     """What text a conversion is calibrated on."""
 
     sources: tuple[str, ...]
@@ -137,7 +137,7 @@ class Text(NamedTuple):
     """Where it writes that."""
 
     @classmethod
-    def of(cls, config: ConvertConfig) -> Text:
+    def of(cls, config: ConvertConfig) -> CalibrationText:
         """Find what a configuration asks for."""
         sources = config.calibration
         own = [own_text(name) for name in sources]
@@ -153,7 +153,7 @@ class Text(NamedTuple):
 @lru_cache(maxsize=4)
 def _tokenise(
     source: Path,
-    text: Text,
+    text: CalibrationText,
     window: int,
     opening: int | None,
     held_out: int,

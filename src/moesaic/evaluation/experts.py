@@ -116,12 +116,14 @@ def inspect_passage(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     """
     blocks = moe_blocks_of(model)
     window = min(PASSAGE_TOKENS + 1, longest(model) or PASSAGE_TOKENS + 1)
-    tokens_L = make_windows(model, tokenizer, Text(bundled("heldout"), BUNDLED, window, False), window).tokens_NL[0]
+    tokens_L = make_windows(
+        model, tokenizer, InspectedText(bundled("heldout"), BUNDLED, window, False), window
+    ).tokens_NL[0]
     return make_passage(blocks, run_window(model, blocks, tokens_L), token_texts(tokens_L[:-1].tolist(), tokenizer))
 
 
 @dataclass(frozen=True)
-class Text:
+class InspectedText:
     """Documents that were read, and how many tokens of them are wanted."""
 
     documents: Sequence[Document]
@@ -131,7 +133,7 @@ class Text:
     """Whether a text that has fewer tokens will do."""
 
 
-def read_text(text: str | Path | None, tokens: int | None, window: int, default: int = 4_096) -> Text:
+def read_text(text: str | Path | None, tokens: int | None, window: int, default: int = 4_096) -> InspectedText:
     """Read the text to look at, before any costly work.
 
     Raises:
@@ -143,13 +145,15 @@ def read_text(text: str | Path | None, tokens: int | None, window: int, default:
         raise InputError(f"--tokens {tokens} is less than one window of {window}; lower --window")
     wanted = max(default, window) if tokens is None else tokens
     if given is None:
-        return Text(bundled("heldout"), BUNDLED, wanted, or_less=False)
+        return InspectedText(bundled("heldout"), BUNDLED, wanted, or_less=False)
     if not isfile(given):
         raise InputError(f"no text file '{given}'")
-    return Text(read_documents([str(given)]), given.name, wanted, or_less=tokens is None)
+    return InspectedText(read_documents([str(given)]), given.name, wanted, or_less=tokens is None)
 
 
-def make_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, window: int) -> Windows:
+def make_windows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: InspectedText, window: int
+) -> Windows:
     """Cut a text into windows.
 
     Raises:

@@ -24,7 +24,7 @@ from ..models.layerwise import EXPERT
 from ..moe.modeling import MODEL_TYPE, MoesaicConfig
 from ..results import Json
 from .base import Format, MoesaicModelConfig, block_config
-from .fields import check_agreement, is_stock, making_sense, moesaic_fields, text_json
+from .fields import check_agreement, is_converted_stock, making_sense, moesaic_fields, text_json
 
 Config = TypeVar("Config")
 ROUNDING = 0.01
@@ -60,7 +60,7 @@ class Converted:
                 f"'{folder}' holds a {self.fields.get('model_type')} model that moesaic did not make; expected a "
                 "folder made by 'moesaic convert' or 'moesaic export'"
             )
-        stock = is_stock(self.checkpoint)
+        stock = is_converted_stock(self.checkpoint)
         named = text.pop("format", None) if stock else MODEL_TYPE
         named = named or architecture_named(self.checkpoint.config)
         self.format: Format = registry.build("format", named, imported_only=True)
@@ -262,7 +262,7 @@ def dense_origin(model: str, option: str = "--against") -> str:
 
 def is_ours(checkpoint: Checkpoint) -> bool:
     """Tell whether moesaic wrote a model, in a stock architecture or in its own."""
-    return is_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE
+    return is_converted_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE
 
 
 def without_weights(checkpoint: Checkpoint) -> PreTrainedModel:

@@ -29,7 +29,7 @@ FREE = {"transformers_version", "_name_or_path", "use_cache", "initializer_range
 """Fields whose change changes no output."""
 
 
-def is_stock(checkpoint: Checkpoint) -> bool:
+def is_converted_stock(checkpoint: Checkpoint) -> bool:
     """Tell whether a folder holds a stock architecture that moesaic wrote."""
     return isinstance(checkpoint.config.get(CONFIG_KEY), dict)
 
@@ -91,7 +91,7 @@ def moesaic_fields(checkpoint: Checkpoint) -> Json:
     Raises:
         InputError: the configuration is damaged.
     """
-    if not is_stock(checkpoint):
+    if not is_converted_stock(checkpoint):
         return checkpoint.config
     config = checkpoint.config
     own: Json = config[CONFIG_KEY]

@@ -131,7 +131,7 @@ def _refuse(
             )
 
 
-def turned(shape: Sequence[int], there: Sequence[int]) -> bool:
+def is_transposed(shape: Sequence[int], there: Sequence[int]) -> bool:
     """Tell whether a checkpoint has a bank of experts with its matrices transposed, as Qwen3-VL-MoE's do.
 
     transformers turns them when they do not fit.
@@ -141,7 +141,7 @@ def turned(shape: Sequence[int], there: Sequence[int]) -> bool:
 
 def _fits(shape: list[int], there: list[list[int]]) -> bool:
     """Tell whether a checkpoint's tensors, if any, make up a model's."""
-    if len(there) == 1 and there[0] != shape and not turned(shape, there[0]):
+    if len(there) == 1 and there[0] != shape and not is_transposed(shape, there[0]):
         return False
     return not there or sum(map(math.prod, there)) == math.prod(shape)
 

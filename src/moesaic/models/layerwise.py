@@ -20,7 +20,7 @@ from ..checkpoint.reader import Checkpoint
 from ..compat import tied_weights
 from ..errors import InputError
 from .families import EXPERT_PARTS, decoder_layers, layers_prefix, settle_width, text_config, text_tower
-from .integrity import check_contents, check_finite, model_on_meta, read_config, turned
+from .integrity import check_contents, check_finite, is_transposed, model_on_meta, read_config
 from .pictured import Pictured
 from .stubs import Calls, Seen, Stub
 
@@ -126,7 +126,7 @@ class LayerwiseModel:
         """The checkpoint's names by the model's, of what both have as one tensor."""
         shapes = self.checkpoint.shapes()
         wanted = {self.prefix + name: part.shape for name, part in nn.ModuleList(self.layers).state_dict().items()}
-        self.turned = {name for name, own in self.on_disk.items() if turned(wanted.get(name, ()), shapes[own])}
+        self.turned = {name for name, own in self.on_disk.items() if is_transposed(wanted.get(name, ()), shapes[own])}
         """The model's names of banks of experts whose matrices are transposed in the checkpoint."""
         several = {name: sources for name, sources in found.items() if len(sources) > 1}
         self.joined = {name: Joined(name, sources) for name, sources in several.items()}

@@ -32,7 +32,7 @@ NAME, TRITON = "moesaic", "moesaic_triton"
 GROUPED_MM_ALIGNMENT_BYTES = 16
 FEW_PAIRS = 64
 FEW_TOKENS = 8
-"""Of an expert, for which a sum of columns each takes less time than a product with turned weights."""
+"""Of an expert, for which a sum of columns each takes less time than a product with transposed weights."""
 PIECE = 256
 """Columns of a piece of a sum, at least."""
 SPLIT = "_is_expert_parallel"
@@ -101,7 +101,7 @@ def _one_token(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
         top_k_weights = top_k_weights[:, [slot for slot, _ in slots]]
     experts = [expert for _, expert in slots]
     hidden_KI = self._apply_gate(torch.cat([linear(hidden_states, self.gate_up_proj[expert]) for expert in experts]))
-    if is_turned(self.down_proj) and not hidden_KI.requires_grad:
+    if is_column_major(self.down_proj) and not hidden_KI.requires_grad:
         out_KD = rows_product(hidden_KI, self.down_proj, torch.tensor(experts))
     else:
         out_KD = torch.cat([linear(hidden_KI[k : k + 1], self.down_proj[e]) for k, e in enumerate(experts)])
@@ -113,7 +113,7 @@ def add_slots(out_KD: Tensor, weights_1K: Tensor) -> Tensor:
     return (out_KD * weights_1K[0, :, None]).sum(0, keepdim=True)
 
 
-def turn_down(model: nn.Module) -> None:
+def lay_down_column_major(model: nn.Module) -> None:
     """Lay the down-projections of all experts out so that each neuron's column is in one piece; values stay.
 
     Decoding on a CPU then sums the chosen neurons' columns in one operation, where small experts would be as many
@@ -122,21 +122,21 @@ def turn_down(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "is_concatenated") and is_plain(module):
             weight = module.get_parameter("down_proj")
-            weight.data = turned(weight.data)
+            weight.data = column_major(weight.data)
 
 
-def turned(down: Tensor) -> Tensor:
+def column_major(down: Tensor) -> Tensor:
     """Lay down-projections [..., D, I] out anew, each neuron's column in one piece."""
     return down.mT.contiguous().mT
 
 
-def is_turned(down: Tensor) -> bool:
-    """Tell whether `turn_down` laid down-projections [..., D, I] out."""
+def is_column_major(down: Tensor) -> bool:
+    """Tell whether `lay_down_column_major` laid down-projections [..., D, I] out."""
     return not down.is_contiguous() and down.mT.is_contiguous()
 
 
 def rows_product(hidden_KI: Tensor, down_EDI: Tensor, expert_K: Tensor) -> Tensor:
-    """Compute `h_k Wd_{expert_k}^T`, [K, D], of down-projections that are turned: weighted sums of their columns.
+    """Compute `h_k Wd_{expert_k}^T`, [K, D], of down-projections that are column-major: weighted sums of their columns.
 
     torch sums each row in one thread, so rows are summed in pieces, which depend on an expert's width alone: a store,
     which brings one expert after the other, is to round as all experts at once do.
@@ -159,7 +159,7 @@ def down_product(hidden_CI: Tensor, down_DI: Tensor) -> Tensor:
 
 def takes_columns(hidden: Tensor, tokens: int, down: Tensor) -> bool:
     """Tell whether an expert's outputs for so many tokens are sums of its columns, and not one product."""
-    return tokens <= FEW_TOKENS and is_turned(down) and not hidden.requires_grad
+    return tokens <= FEW_TOKENS and is_column_major(down) and not hidden.requires_grad
 
 
 class Pairs(NamedTuple):

@@ -16,7 +16,7 @@ from ..calibration.chat import default_sources
 from ..calibration.mixture import bundled_both, mixed
 from ..calibration.text import bundled, text_hash
 from ..calibration.windows import check_tokens, labelled_windows, token_windows
-from ..checkpoint.facts import called, saved_result
+from ..checkpoint.facts import display_name, saved_result
 from ..checkpoint.sources import resolve
 from ..checkpoint.writer import check_space, partial_folder
 from ..config import PruneConfig
@@ -129,7 +129,7 @@ def prepare(model: str, config: PruneConfig, compute: torch.dtype | None = None)
     held_out_NL = held_out(config, source, tokenizer, window)
     check_tokens(torch.cat([calibration_NL.flatten(), held_out_NL.flatten()]), layerwise.config.vocab_size, tokenizer)
     return Pruning(
-        model=called(model, folder), folder=folder, config=config, pruner=pruner,
+        model=display_name(model, folder), folder=folder, config=config, pruner=pruner,
         source=source, keep=keep, tokenizer=tokenizer, calibration_NL=calibration_NL, held_out_NL=held_out_NL,
         pictured=pictured, text_sha256=text_hash(documents),
     )  # fmt: skip

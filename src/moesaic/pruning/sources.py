@@ -28,7 +28,7 @@ from ..formats.base import block_config
 from ..formats.companions import copy_companions
 from ..formats.converted import Converted
 from ..formats.export import write_embeddings_and_head
-from ..formats.fields import is_stock
+from ..formats.fields import is_converted_stock
 from ..models.families import decoder_layers
 from ..models.integrity import model_on_meta
 from ..models.layerwise import LayerwiseModel
@@ -252,7 +252,7 @@ def open_source(folder: Path, dtype: torch.dtype, device: torch.device) -> Sourc
         InputError: damaged, or no Mixture of Experts that can be pruned.
     """
     checkpoint = Checkpoint(folder)
-    ours = is_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE
+    ours = is_converted_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE
     return ConvertedSource(folder, dtype, device) if ours else StockSource(folder, dtype, device)
 
 

@@ -23,7 +23,7 @@ from ..models.integrity import check_contents, check_finite, check_runs, model_o
 from ..models.products import quicken
 from ..models.tokenizer import load_tokenizer
 from ..moe.adaptive import attach
-from ..moe.kernels import TRITON, interpreted, turn_down
+from ..moe.kernels import TRITON, interpreted, lay_down_column_major
 from ..moe.modeling import DEFAULT_EXPERTS
 from ..routing.selection.base import Counting
 from ..store.opening import StoreOptions, load_with_store
@@ -135,7 +135,7 @@ def _load_whole(
 def lay_out(model: PreTrainedModel) -> None:
     """Lay the weights of a model out as its device reads them the fastest, where `moesaic` runs its experts."""
     if model.device.type == "cpu" and experts_implementation(model.config.get_text_config()) == DEFAULT_EXPERTS:
-        turn_down(model)
+        lay_down_column_major(model)
     quicken(model)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.reader import Checkpoint
 from ..errors import InputError
 from ..models.families import layers_prefix
-from ..models.integrity import check_contents, model_on_meta, read_config, turned
+from ..models.integrity import check_contents, is_transposed, model_on_meta, read_config
 from ..models.layerwise import Joined
 from ..models.moe_block import MoEBlock, find_blocks
 from .source import DiskSource, ExpertWeights, Matrix, Place, Rows, rows_of
@@ -98,7 +98,7 @@ class Layout:
     def _parts(self, name: str, sources: list[str], experts: int) -> list[tuple[Rows, ...]]:
         """Find the parts of each expert's matrix: rows of one tensor of all experts, or tensors of its own."""
         if len(sources) == 1:
-            if turned(self.shapes[name], self.checkpoint.shapes()[sources[0]]):
+            if is_transposed(self.shapes[name], self.checkpoint.shapes()[sources[0]]):
                 raise InputError(
                     f"'{self.checkpoint.folder}': {sources[0]} has its experts' matrices transposed, so that none of "
                     "their rows lie together; leave --expert-memory out"

@@ -19,7 +19,7 @@ from ..formats.converted import GENERATION, Converted, is_ours, read_generation
 from ..machine import free_memory, give_back_memory
 from ..models.integrity import check_finite, model_on_meta, read_config
 from ..models.products import quicken
-from ..moe.kernels import is_plain, turned
+from ..moe.kernels import column_major, is_plain
 from ..moe.modeling import MODEL_TYPE
 from ..routing.base import Router
 from .bias import prefer_resident
@@ -91,7 +91,7 @@ def load_with_store(
     check_router(model)
     like = expert_shapes(blocks, dtype)
     if device.type == "cpu" and is_plain(blocks[0].experts):
-        like = like._replace(down=turned(like.down))
+        like = like._replace(down=column_major(like.down))
     size = sum(part.numel() * part.dtype.itemsize for part in like)
     count, least = len(blocks) * blocks[0].num_experts, max(block.num_experts_per_tok for block in blocks)
     capacity = slots_within(options.expert_memory, size, count, least, device)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..moe.kernels import is_turned
+from ..moe.kernels import is_column_major
 from .source import ExpertSource, ExpertWeights
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Slots:
 
 def _room(count: int, like: Tensor, device: torch.device) -> Tensor:
     """Take memory for so many matrices, each laid out as one is."""
-    if is_turned(like):
+    if is_column_major(like):
         return _room(count, like.mT, device).mT
     return torch.empty(count, *like.shape, dtype=like.dtype, device=device)
 

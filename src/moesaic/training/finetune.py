@@ -33,7 +33,7 @@ from ..report.plots import write_training
 from ..results import ConversionResult, ExpertLoad, FinetuneResult, LoadChange, PerplexityProtocol
 from . import parameters as parts
 from .data import Samples
-from .load import held_out_loss, judged, summary
+from .load import held_out_loss, selection_loss, summary
 from .parameters import put_back
 from .pictures import remeasured
 from .prepare import Finetuning, prepare
@@ -90,9 +90,9 @@ def run_training(run: Finetuning, clock: Callable[[], float], progress: Progress
     before = measure(student, run)
     trainer = make_trainer(run, student)
     learned = parts.counts(trainer.named.items())
-    state = train(run, trainer, restore(run, trainer, before.judged(run.config.locality)), clock, progress)
+    state = train(run, trainer, restore(run, trainer, before.selection_loss(run.config.locality)), clock, progress)
     del student, trainer  # the model that is written needs the room
-    settled = settle(run, state, before)
+    settled = choose_result(run, state, before)
     result = summarise(run, state, before, settled, learned)
     if run.accelerator.is_main_process:
         result = write(run, settled.model, result, state)
@@ -130,9 +130,9 @@ class Measured(NamedTuple):
     """Next-token loss, nats a token."""
     load: ExpertLoad
 
-    def judged(self, locality: float) -> float:
+    def selection_loss(self, locality: float) -> float:
         """Compute what decides which state is best."""
-        return judged(self.loss, self.load, locality)
+        return selection_loss(self.loss, self.load, locality)
 
 
 class Settled(NamedTuple):
@@ -144,7 +144,7 @@ class Settled(NamedTuple):
     """Whether it is the best of the training; else the model as it came."""
 
 
-def settle(run: Finetuning, state: TrainingState, before: Measured) -> Settled:
+def choose_result(run: Finetuning, state: TrainingState, before: Measured) -> Settled:
     """Take the best of the training or, if that is no better, the model as it came."""
     run.accelerator.free_memory()
     if run.teacher:
@@ -152,7 +152,7 @@ def settle(run: Finetuning, state: TrainingState, before: Measured) -> Settled:
     if state.best_step:
         trained = best_model(run, state.best_step)
         after = measure(trained, run)
-        if after.judged(run.config.locality) <= before.judged(run.config.locality):
+        if after.selection_loss(run.config.locality) <= before.selection_loss(run.config.locality):
             return Settled(trained, after, True)
         del trained
     return Settled(run.load(), before, False)

@@ -67,7 +67,7 @@ def summary(loads: Sequence[Tensor], tokens: int, kept: float | None = None) -> 
     )
 
 
-def judged(loss: float, load: ExpertLoad, locality: float) -> float:
+def selection_loss(loss: float, load: ExpertLoad, locality: float) -> float:
     """Compute what the best state has the least of: held-out loss, and `locality` nats a token that changes experts."""
     return loss + locality * (1 - (load.kept_experts or 0.0)) if locality else loss
 

@@ -98,7 +98,7 @@ class Trainer:
                     break
                 row = state.history[-1] = replace(row, held_out=latest, load=load)
                 state.seconds = self.agreed(clock() - start)
-                self.remember(state, balance.judged(latest, load, self.config.locality))
+                self.remember(state, balance.selection_loss(latest, load, self.config.locality))
             if self.accelerator.is_main_process:
                 self.folder.log(row)
             report(row, min(1.0, self.progress(state)), latest)

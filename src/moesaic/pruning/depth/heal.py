@@ -59,7 +59,7 @@ def heal(layerwise: LayerwiseModel, index: int, layer: nn.Module, hidden: Stream
     module, norm = layer.get_submodule(name), ffn_norm(layer)
     layout = ffn_layout(module)
     assert layout is not None
-    seen = see(layerwise, index, layer, hidden)
+    seen = run_and_record(layerwise, index, layer, hidden)
     target_TD = torch.cat([target[text].flatten(0, 1) for text in hidden])
     weight_T, ffn = relative_weights(target_TD), gated_ffn(module)
     down = f"{name}.{layout.down}.weight"
@@ -73,13 +73,13 @@ def heal(layerwise: LayerwiseModel, index: int, layer: nn.Module, hidden: Stream
     wanted_TD = seen.output_TD.float() + (target_TD.float() - seen.after_TD.float()) / factor
     rows = Rows(seen.input_TD, wanted_TD, weight_T)
     new_DF = refit(ffn.hidden, ffn.down_DF, rows).to(ffn.down_DF.dtype)
-    if weighted_error(rows, say(ffn, rows, new_DF)) > weighted_error(rows, seen.output_TD):
+    if weighted_error(rows, ffn_output(ffn, rows, new_DF)) > weighted_error(rows, seen.output_TD):
         return []
     ffn.down_DF.copy_(new_DF)
     return [down]
 
 
-def see(layerwise: LayerwiseModel, index: int, layer: nn.Module, hidden: Streams) -> Seen:
+def run_and_record(layerwise: LayerwiseModel, index: int, layer: nn.Module, hidden: Streams) -> Seen:
     """Run a layer on all texts, and keep what enters and leaves its FFN and what leaves the layer."""
     found = [tapped(layerwise, index, layer, hidden_NLD) for hidden_NLD in hidden.values()]
     return Seen(
@@ -88,7 +88,7 @@ def see(layerwise: LayerwiseModel, index: int, layer: nn.Module, hidden: Streams
     )  # fmt: skip
 
 
-def say(ffn: GatedFFN, rows: Rows, down_DF: Tensor) -> Tensor:
+def ffn_output(ffn: GatedFFN, rows: Rows, down_DF: Tensor) -> Tensor:
     """Compute what the FFN says with another down-projection, [T, D]."""
     return torch.cat([linear(ffn.hidden(part.input_TD), down_DF) for part in rows.chunks()])
 
@@ -109,7 +109,7 @@ def heal_normed(ffn: GatedFFN, norm: nn.Module, seen: Seen, target_TD: Tensor, w
     new_DF = refit(ffn.hidden, ffn.down_DF, Rows(seen.input_TD, toward_TD, relative / relative.mean()))
     new_DF = new_DF.to(ffn.down_DF.dtype)
     best, found = weighted_error(rows, scaled), partial(fitted_gain, norm, rows, gain_D)
-    choices = [(seen.output_TD, ["norm"]), (say(ffn, rows, new_DF), ["down", "norm"])]
+    choices = [(seen.output_TD, ["norm"]), (ffn_output(ffn, rows, new_DF), ["down", "norm"])]
     taken: list[str] = []
     old = weight.clone()
     kept = old

@@ -15,7 +15,7 @@ from ...calibration.chat import default_sources
 from ...calibration.sinks import opening_tokens
 from ...calibration.text import bundled, text_hash
 from ...calibration.windows import check_tokens, labelled_windows, token_windows
-from ...checkpoint.facts import called
+from ...checkpoint.facts import display_name
 from ...checkpoint.sources import resolve
 from ...config import PruneConfig
 from ...conversion.tokens import VALIDATION
@@ -96,7 +96,7 @@ def prepare(model: str, config: PruneConfig, compute: torch.dtype | None = None)
     texts = {name: tokens_NL for name, tokens_NL in texts.items() if len(tokens_NL)}
     check_tokens(torch.cat([t.flatten() for t in texts.values()]), layerwise.config.vocab_size, tokenizer)
     return DepthPruning(
-        model=called(model, folder), folder=folder, config=config, pruner=pruner,
+        model=display_name(model, folder), folder=folder, config=config, pruner=pruner,
         source=source, drop=drop, tokenizer=tokenizer, texts=texts, text_sha256=text_hash(documents),
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from ...checkpoint.reader import Checkpoint
 from ...checkpoint.writer import OUTER, ResumableOutput
 from ...errors import InputError
 from ...files import write_json
-from ...formats.fields import is_stock
+from ...formats.fields import is_converted_stock
 from ...models.families import decoder_layers
 from ...models.integrity import model_on_meta
 from ...moe.modeling import MODEL_TYPE
@@ -37,7 +37,7 @@ class DeepSource(StockSource):
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         checkpoint = Checkpoint(folder)
-        if is_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE:
+        if is_converted_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE:
             raise InputError(
                 f"'{folder}' was converted by moesaic; --method depth leaves layers of the dense model out: prune that "
                 "and convert the result"
