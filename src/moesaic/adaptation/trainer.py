@@ -20,8 +20,9 @@ from ..moe.adaptive import attach
 from ..moe.counting import mean_experts
 from ..results import AdaptStep
 from ..routing.selection.base import Counting, Parameters
-from ..training.data import Samples, step_sequences
+from ..training.data import Samples
 from ..training.load import held_out_loss
+from ..training.loop import StepLoop
 from ..training.parameters import put_back
 from ..training.schedule import schedule
 from ..training.state import RunFolder, SavedTraining, StepState
@@ -87,7 +88,7 @@ def measure(
 
 
 @dataclass
-class AdaptTrainer:
+class AdaptTrainer(StepLoop[AdaptConfig]):
     """One training of a policy."""
 
     config: AdaptConfig
@@ -171,17 +172,6 @@ class AdaptTrainer:
             self.folder.save(state, named, self.optimizer.state_dict())
         self.accelerator.wait_for_everyone()
 
-    def agreed(self, seconds: float) -> float:
-        """Average over processes, so that all of them stop after the same step."""
-        return self.accelerator.reduce(torch.tensor(seconds, device=self.accelerator.device), "mean").item()
-
-    def progress(self, state: AdaptState) -> float:
-        """Compute the share of the training that is done, by `steps` or `minutes`, whichever is over first."""
-        steps, minutes = self.config.steps, self.config.minutes
-        if steps is None and minutes is None:
-            steps = math.ceil(len(self.train) / self.config.batch)
-        return max(state.step / steps if steps else 0.0, state.seconds / (60 * minutes) if minutes else 0.0)
-
     def batch(self, index_B: Tensor, step: int) -> Batch:
         """Take sequences, and a generator of the step's and the process's own."""
         part, device = self.train.take(index_B), self.accelerator.device
@@ -227,7 +217,3 @@ class AdaptTrainer:
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def sequences(self, step: int) -> Tensor:
-        """List the numbers of a step's sequences."""
-        return step_sequences(len(self.train), self.config.batch, step, self.config.seed)

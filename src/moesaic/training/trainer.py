@@ -20,15 +20,17 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel
 
+from ..config import FinetuneConfig
 from ..models.families import decoder_layers, ffn_name
 from ..moe.block import MoE
 from ..moe.modeling import moe_blocks, moe_layers
 from ..results import ExpertLoad
 from . import load as balance
 from . import losses as objective
-from .data import Samples, step_sequences
+from .data import Samples
 from .load import MICRO_TOKENS, held_out_loss
 from .locality import locality_loss
+from .loop import StepLoop
 from .parameters import check_gradients, gather, part, put_back, shard, trainable, whole
 from .prepare import Finetuning
 from .state import SavedTraining, StepRecord, TrainingState
@@ -47,7 +49,7 @@ Report = Callable[[StepRecord, float, float], None]
 """Called with a step's record, the share of the training that is done, and the last held-out loss."""
 
 
-class Trainer:
+class Trainer(StepLoop[FinetuneConfig]):
     """One training: what it trains, on what, and how it goes on."""
 
     def __init__(self, run: Finetuning, model: PreTrainedModel, module: nn.Module) -> None:
@@ -103,17 +105,6 @@ class Trainer:
                 self.folder.log(row)
             report(row, min(1.0, self.progress(state)), latest)
         return state
-
-    def agreed(self, seconds: float) -> float:
-        """Average over processes, so that all of them stop after the same step."""
-        return self.accelerator.reduce(torch.tensor(seconds, device=self.accelerator.device), "mean").item()
-
-    def progress(self, state: TrainingState) -> float:
-        """Compute the share of the training that is done, by `steps` or `minutes`, whichever is over first."""
-        steps, minutes = self.config.steps, self.config.minutes
-        if steps is None and minutes is None:
-            steps = math.ceil(len(self.train) / self.config.batch)
-        return max(state.step / steps if steps else 0.0, state.seconds / (60 * minutes) if minutes else 0.0)
 
     def remember(self, state: TrainingState, held_out: float) -> None:
         """Keep the state on disk, and the weights if they are the best so far."""
@@ -180,10 +171,6 @@ class Trainer:
             tokens=tokens,
             load=balance.summary(loads, tokens),
         )
-
-    def sequences(self, step: int) -> Tensor:
-        """List the numbers of a step's sequences."""
-        return step_sequences(len(self.train), self.config.batch, step, self.config.seed)
 
     def loss(self, batch: Samples, loads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Sum (the objective, the layers' own losses) of some sequences over tokens, nats; counts experts' loads."""
