@@ -12,7 +12,6 @@ import yaml
 from torch import Tensor
 
 from .. import registry
-from ..calibration.text import bundled, text_hash
 from ..checkpoint.claim import check_apart
 from ..checkpoint.facts import METRICS_FILE, copy_terms, origin
 from ..checkpoint.single_file import MADE, ResumableFile, claim_file
@@ -21,6 +20,7 @@ from ..config import ConvertConfig
 from ..errors import WorkError
 from ..evaluation.cost import at_experts_per_token, sizes
 from ..evaluation.layerwise import layerwise_perplexity
+from ..evaluation.perplexity import held_out_protocol
 from ..files import read_json
 from ..formats.base import Format
 from ..formats.choose import engines_of
@@ -36,7 +36,7 @@ from ..models.processor import copy_processor
 from ..moe.modeling import MODEL_TYPE
 from ..progress import Progress, unheard
 from ..report.plots import write_plots
-from ..results import ConversionResult, Json, LayerRecord, PerplexityProtocol, Trial
+from ..results import ConversionResult, Json, LayerRecord, Trial
 from .ahead import LookedAhead, look_ahead
 from .answers import answers, compare_answers, is_text
 from .auto import candidates, choose, write_text
@@ -217,12 +217,7 @@ def measure(
         dense_parameters=layerwise.parameters(),
         perplexity_dense=dense,
         perplexity=converted,
-        perplexity_protocol=PerplexityProtocol(
-            text="bundled held-out text, six domains",
-            tokens=held_out_NL[is_text(conversion)].numel(),
-            window=held_out_NL.shape[1],
-            data_sha256=text_hash(bundled("heldout")),
-        ),
+        perplexity_protocol=held_out_protocol(held_out_NL[is_text(conversion)]),
         peak_rss_bytes=peak_rss_bytes(),
         layers=layers,
         fingerprint=conversion.fingerprint,

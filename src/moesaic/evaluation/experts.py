@@ -28,12 +28,11 @@ from ..models.moe_block import MoEBlock, Routing
 from ..moe.adaptive import moe_blocks_of
 from ..progress import Progress
 from ..results import ExpertGroup, ExpertsInspection, Passage, PassageToken
-from .perplexity import check_losses, window_losses
+from .perplexity import BUNDLED, check_losses, window_losses
 from .tokens import KINDS, TokenText, token_texts
 
 QUARTERS = ("easiest quarter", "second quarter", "third quarter", "hardest quarter")
 PASSAGE_TOKENS = 192
-BUNDLED = "bundled held-out text, six domains"
 
 
 class Windows(NamedTuple):

@@ -24,8 +24,11 @@ from ..calibration.windows import bos, check_tokens, token_windows
 from ..errors import InputError, WorkError
 from ..models.families import embedding_rows
 from ..progress import Progress
+from ..results import PerplexityProtocol
 from .text_bytes import text_bytes
 
+BUNDLED = "bundled held-out text, six domains"
+"""What a text is called where none is named."""
 PROTOCOLS = ("gptq", "llama.cpp", "lm-eval")
 
 
@@ -62,6 +65,13 @@ class Scored(NamedTuple):
 
     tokens: int
     bytes: int
+
+
+def held_out_protocol(tokens_NL: Tensor) -> PerplexityProtocol:
+    """Say how a perplexity on windows of the bundled held-out text was measured, [N, L]."""
+    return PerplexityProtocol(
+        text=BUNDLED, tokens=tokens_NL.numel(), window=tokens_NL.shape[1], data_sha256=text_hash(bundled("heldout"))
+    )
 
 
 def perplexity(
@@ -110,7 +120,7 @@ def perplexity(
         tokens=sum(map(len, cut.windows)),
         protocol=protocol,
         window=window,
-        text=str(text.name) if text else "bundled held-out text, six domains",
+        text=str(text.name) if text else BUNDLED,
         data_sha256=cut.data_sha256,
         scored_tokens=scored.tokens,
         scored_bytes=scored.bytes,

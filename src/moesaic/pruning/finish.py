@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.facts import saved_result, saved_settings
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.writer import CONFIG_FILE
+from ..checkpoint.writer import CONFIG_FILE, ResumableOutput
 from ..compat import tied_weights
 from ..errors import WorkError
 from ..evaluation.cost import at_share, sizes
@@ -78,6 +78,19 @@ def parameters(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
+def check_collapse(result: PruningResult | DepthResult, more: str, partial: ResumableOutput, force: bool) -> None:
+    """Check that the pruned model still has its language; `more` is what to keep of it.
+
+    Raises:
+        WorkError: it has lost it, and `force` does not accept that.
+    """
+    if result.collapsed and not force:
+        raise WorkError(
+            f"the pruned model collapsed: perplexity {result.perplexity:.4g}, {result.perplexity_before:.4g} before. "
+            f"Keep {more}; '{partial.folder}' is kept, and the same command with --force accepts the result"
+        )
+
+
 def stock_error(made: Path, layerwise: LayerwiseModel, tokens_1L: Tensor, expected_LV: Tensor) -> float | None:
     """Measure the largest difference of logits between the model as it loads and the run layer by layer.
 

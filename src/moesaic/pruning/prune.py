@@ -6,22 +6,21 @@ import time
 from pathlib import Path
 
 from .. import registry
-from ..calibration.text import bundled, text_hash
 from ..checkpoint.claim import check_apart
 from ..checkpoint.facts import copy_terms, origin
 from ..checkpoint.writer import ResumableOutput, claim_output
 from ..config import PruneConfig
-from ..errors import WorkError
 from ..evaluation.layerwise import layerwise_perplexity
+from ..evaluation.perplexity import held_out_protocol
 from ..files import write_json
 from ..given import path
 from ..machine import give_back_memory, machine, peak_rss_bytes, versions
 from ..models.devices import begun_dtype
 from ..models.processor import copy_processor
 from ..progress import Progress, unheard
-from ..results import DepthResult, Json, PerplexityProtocol, PrunedLayer, PruningResult
+from ..results import DepthResult, Json, PrunedLayer, PruningResult
 from .depth.prune import prune_depth
-from .finish import RESULT_FILE, finish_converted, finish_stock, parameters, stock_error
+from .finish import RESULT_FILE, check_collapse, finish_converted, finish_stock, parameters, stock_error
 from .layer import PruningStates, prune_layer
 from .methods import LayerPruner
 from .prepare import Pruning, check_room, prepare
@@ -72,7 +71,7 @@ def prune(
         states = prune_layers(pruning, partial, records, report)
         notes = write_rest(pruning, partial)
         result = measure(pruning, output, records, states, notes, start)
-        check_collapse(result, partial, force)
+        check_collapse(result, f"more experts than {result.num_experts}, or try another --method", partial, force)
         return finish(pruning, partial, result, states)
 
 
@@ -138,12 +137,7 @@ def measure(
         total_parameters=parameters(source.pruned_model(pruning.keep)),
         perplexity_before=before,
         perplexity=after,
-        perplexity_protocol=PerplexityProtocol(
-            text="bundled held-out text, six domains",
-            tokens=held_out_NL.numel(),
-            window=held_out_NL.shape[1],
-            data_sha256=text_hash(bundled("heldout")),
-        ),
+        perplexity_protocol=held_out_protocol(held_out_NL),
         layers=layers,
         max_abs_logit_error=None,
         notes=notes,
@@ -156,20 +150,6 @@ def measure(
         peak_rss_bytes=peak_rss_bytes(),
         seconds=time.monotonic() - start,
     )
-
-
-def check_collapse(result: PruningResult, partial: ResumableOutput, force: bool) -> None:
-    """Check that the pruned model still has its language.
-
-    Raises:
-        WorkError: it has lost it, and `force` does not accept that.
-    """
-    if result.collapsed and not force:
-        raise WorkError(
-            f"the pruned model collapsed: perplexity {result.perplexity:.4g}, {result.perplexity_before:.4g} before. "
-            f"Keep more experts than {result.num_experts}, or try another --method; '{partial.folder}' is kept, and "
-            "the same command with --force accepts the result"
-        )
 
 
 def finish(pruning: Pruning, partial: ResumableOutput, result: PruningResult, states: PruningStates) -> PruningResult:

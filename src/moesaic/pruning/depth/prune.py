@@ -14,22 +14,21 @@ from torch import Tensor, nn
 
 from ... import registry
 from ...calibration.layers import relative_weights
-from ...calibration.text import bundled, text_hash
 from ...checkpoint.facts import copy_terms, origin
 from ...checkpoint.writer import ResumableOutput
 from ...config import PruneConfig
 from ...conversion.temperature import Temperature, fit_temperature
-from ...errors import WorkError
 from ...evaluation.cost import active_weights
 from ...evaluation.layerwise import layerwise_perplexity
+from ...evaluation.perplexity import held_out_protocol
 from ...files import write_json
 from ...machine import give_back_memory, machine, peak_rss_bytes, versions
 from ...models.devices import begun_dtype
 from ...models.integrity import check_numbers
 from ...models.layerwise import LayerwiseModel
 from ...progress import Progress
-from ...results import DepthResult, HealedLayer, Json, PerplexityProtocol
-from ..finish import RESULT_FILE, finish_stock, parameters, stock_error
+from ...results import DepthResult, HealedLayer, Json
+from ..finish import RESULT_FILE, check_collapse, finish_stock, parameters, stock_error
 from ..prepare import check_room
 from .heal import Streams, heal
 from .prepare import DepthPruning, distances, prepare
@@ -61,7 +60,8 @@ def prune_depth(
     pruning.tokenizer.save_pretrained(partial.folder)
     copy_terms(pruning.folder, partial.folder)
     result = measure(pruning, output, kept, found, records, states, temperature, notes, start)
-    check_collapse(result, partial, force)
+    more = f"more layers than {result.num_hidden_layers}, or give --recovery closed-form"
+    check_collapse(result, more, partial, force)
     return finish(pruning, partial, result, states)
 
 
@@ -189,29 +189,12 @@ def measure(
         total_parameters_before=counted[0], total_parameters=counted[1],
         active_parameters_before=active[0], active_parameters=active[1],
         perplexity_before=before, perplexity=after, logit_factor=temperature.logit_factor,
-        perplexity_protocol=PerplexityProtocol(
-            text="bundled held-out text, six domains", tokens=held_out_NL.numel(), window=held_out_NL.shape[1],
-            data_sha256=text_hash(bundled("heldout")),
-        ),
+        perplexity_protocol=held_out_protocol(held_out_NL),
         layers=layers, max_abs_logit_error=None, notes=notes, collapsed=not after / before <= config.collapse_ratio,
         seed=config.seed, fingerprint=pruning.fingerprint,
         compute_dtype=str(layerwise.dtype).removeprefix("torch."), versions=versions(), machine=machine(),
         peak_rss_bytes=peak_rss_bytes(), seconds=time.monotonic() - start,
     )  # fmt: skip
-
-
-def check_collapse(result: DepthResult, partial: ResumableOutput, force: bool) -> None:
-    """Check that the pruned model still has its language.
-
-    Raises:
-        WorkError: it has lost it, and `force` does not accept that.
-    """
-    if result.collapsed and not force:
-        raise WorkError(
-            f"the pruned model collapsed: perplexity {result.perplexity:.4g}, {result.perplexity_before:.4g} before. "
-            f"Keep more layers than {result.num_hidden_layers}, or give --recovery closed-form; '{partial.folder}' is "
-            "kept, and the same command with --force accepts the result"
-        )
 
 
 def finish(
