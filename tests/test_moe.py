@@ -19,6 +19,7 @@ from moesaic.evaluation.cost import active_block_weights
 from moesaic.models.moe_block import MoEBlock, Routing
 from moesaic.moe import kernels
 from moesaic.moe.kernels import column_major, down_product, is_column_major, lay_down_column_major, rows_product
+from moesaic.routing.selection.top_p import TopP
 from moesaic.serving.loading import choose_experts
 
 
@@ -309,6 +310,17 @@ def test_the_block_compiles_without_graph_breaks(gate, implementation):
     torch._dynamo.reset()
     compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(sample.input_TD), moe(sample.input_TD))
+
+
+@pytest.mark.parametrize(("at_most", "slots"), [(2, 2), (0, 6)])
+def test_a_compiled_rule_has_as_many_slots_as_a_token_may_run(at_most, slots, monkeypatch):
+    moe, sample, _ = filled(Plan(2, 2, 8, 6))
+    moe.gate.selection = TopP(p=0.6, at_most=at_most)
+    torch._dynamo.reset()
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(sample.input_TD), moe(sample.input_TD))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert moe.gate(sample.input_TD, moe.experts).top_k_index.shape[1] == slots
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm", "moesaic"])

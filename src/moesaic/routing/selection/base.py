@@ -158,8 +158,12 @@ class Counting(Selection):
 
     def within(self, count_T: Tensor, ranks: int, default: int) -> Tensor:
         """Keep a count within what may run of so many ranks."""
-        most = min(ranks, self.at_most or ranks, default if self.only_fewer else ranks)
+        most = self.most(ranks, default)
         return count_T.clamp(min(self.at_least, most), most)
+
+    def most(self, ranks: int, default: int) -> int:
+        """Say how many experts any token may run of so many ranks."""
+        return min(ranks, self.at_most or ranks, default if self.only_fewer else ranks)
 
     def counts(self, ranking: Ranking, hidden_TD: Tensor, parameters: Parameters, default: int) -> Tensor:
         """Say how many experts run for each token, int64 [T].
@@ -177,7 +181,8 @@ class Counting(Selection):
         ranking = rank(scores_TE, gate)
         parameters = dict(gate.selection_parameters.items())
         count_T = self.counts(ranking, hidden_TD, parameters, gate.num_experts_per_tok)
-        return first_ranks(ranking.index_TN, count_T, scores_TE.shape[-1])
+        most = self.most(ranking.index_TN.shape[1], gate.num_experts_per_tok)
+        return first_ranks(ranking.index_TN[:, :most], count_T, scores_TE.shape[-1])
 
     def with_budget(self, value: float) -> Self:
         """Give the same rule with another value of its budget field."""
@@ -240,7 +245,10 @@ def rank(scores_TE: Tensor, gate: ScoringGate) -> Ranking:
 
 
 def first_ranks(index_TN: Tensor, count_T: Tensor, num_experts: int) -> Tensor:
-    """Take the first `count` ranks of each token, int64 [T, K]; slots beyond have the index `num_experts`."""
+    """Take the first `count` ranks of each token, int64 [T, K]; slots beyond have the index `num_experts`.
+
+    K is the largest count; in compiled code, whose shapes are fixed, all ranks that are given.
+    """
     most = index_TN.shape[1] if torch.compiler.is_compiling() else int(count_T.max()) if len(count_T) else 0
     slot_K = torch.arange(most, device=index_TN.device)
     return index_TN[:, :most].where(slot_K < count_T[:, None], num_experts)
