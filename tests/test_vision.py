@@ -15,7 +15,7 @@ from conftest import QUICK
 from moesaic import ConvertConfig, InputError, WorkError, convert, export, load, plans
 from moesaic.calibration.documents import Document, Message, document
 from moesaic.calibration.layers import relative_weights, tapped, weighed
-from moesaic.calibration.mixture import mixed
+from moesaic.calibration.mixture import bundled_pictures, held_out_pictures, mixed
 from moesaic.calibration.pictured import aligned, encoded, spread, together
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.conversion.prepare import prepare
@@ -316,6 +316,20 @@ def test_pictures_give_their_share_of_the_tokens_however_long_the_first_is(pictu
     assert not caplog.records
     mixed([long, short], processor, wanted, 64, 1_000)
     assert "documents with pictures give" in caplog.text
+
+
+def test_held_out_pictures_are_of_the_size_that_a_model_sees(folder_of):
+    folder = folder_of("llava")
+    config = AutoModelForImageTextToText.from_pretrained(folder).config
+    processor = Processor(folder, config)
+    shapes, photographs = bundled_pictures("heldout"), bundled_pictures("natural")
+    assert held_out_pictures(config, processor, 1_000) == shapes
+    config.vision_config.image_size = 336
+    assert held_out_pictures(config, processor, 1_000) == photographs
+    config.vision_config.image_size = [336, 224]
+    longest = sorted(len(encoded(one, processor).tokens_L) for one in photographs)[-1]
+    assert len(held_out_pictures(config, processor, longest - 1)) < len(photographs)
+    assert held_out_pictures(config, processor, 1) == shapes
 
 
 def test_padding_is_left_out_and_pictures_are_weighed(random_layer_sample, picture, folder_of):

@@ -13,23 +13,38 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from ..errors import InputError
 from ..models.pictured import Pictured, joined, plain
 from ..models.processor import Processor
 from .documents import Document
-from .pictured import ENOUGH, Encoded, spread, together
+from .pictured import ENOUGH, Encoded, encoded, spread, together
 from .text import bundled, by_domain, read_file
 from .windows import labelled_windows
 
+SMALL_PICTURE = 128
+"""Pixels of a side, up to which a model is shown shapes."""
 log = logging.getLogger(__name__)
 LEAST_WINDOW = 128
 """Tokens of a window of text beside pictures, at least: sequences with small pictures are shorter."""
 
 
 def bundled_pictures(name: str) -> list[Document]:
-    """Read the bundled questions about pictures: `calibration`, `photos` or `heldout`; no picture is in two."""
+    """Read bundled questions about pictures: `calibration`, `photos`, `heldout`, `natural`; no picture is in two."""
     return read_file(Path(str(files("moesaic"))) / "data" / "pictures" / f"{name}.jsonl")
+
+
+def held_out_pictures(config: PretrainedConfig, processor: Processor, longest: int) -> list[Document]:
+    """Choose the bundled held-out pictures for a model: photographs and pages, or shapes where it sees no more.
+
+    Shapes are for models whose own pictures are small, and where no photograph fits into `longest` tokens.
+    """
+    size = getattr(getattr(config, "vision_config", None), "image_size", None)
+    if size is not None and max(size if isinstance(size, list | tuple) else [size]) <= SMALL_PICTURE:
+        return bundled_pictures("heldout")
+    seen = [one for one in bundled_pictures("natural") if len(encoded(one, processor).tokens_L) <= longest]
+    return seen or bundled_pictures("heldout")
 
 
 def bundled_both() -> list[Document]:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..calibration.documents import Document
-from ..calibration.mixture import bundled_pictures, mixed
+from ..calibration.mixture import held_out_pictures, mixed
 from ..calibration.pictured import spread, together
 from ..conversion.pictures import PICTURES_SHARE
 from ..errors import InputError
@@ -69,7 +69,7 @@ def _samples(documents: Sequence[Document], processor: Processor, samples: int, 
 def remeasured(model: PreTrainedModel, processor: Processor, known: PictureResult, held_out: int) -> PictureResult:
     """Measure a trained model's answers on the bundled held-out pictures, as the conversion measured them."""
     longest: int = model.config.get_text_config().max_position_embeddings
-    parts = spread(bundled_pictures("heldout"), processor, held_out // PICTURES_SHARE, longest)
+    parts = spread(held_out_pictures(model.config, processor, longest), processor, held_out // PICTURES_SHARE, longest)
     losses = []
     for part in parts:
         tokens_1L, pictured = together([part], processor, len(part.tokens_L))
