@@ -326,7 +326,7 @@ def test_items_with_pictures_are_scored_by_task(ready, tmp_path):
     assert result["items"].acc_norm is None
     assert result["mean"].acc_norm is None
     assert result["choice"].acc_norm is not None
-    assert done[-1] == (6, 6)
+    assert done[-1] == (6, 6, "tasks")
 
 
 def test_a_text_model_answers_questions(tmp_path):
