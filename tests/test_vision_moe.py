@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
 from conftest import QUICK
 from moesaic import (
     AdaptConfig,
+    ConvertConfig,
     FinetuneConfig,
     InputError,
     PruneConfig,
@@ -26,6 +27,7 @@ from moesaic import (
     prune,
 )
 from moesaic.calibration.mixture import bundled_pictures
+from moesaic.checkpoint.reader import Checkpoint
 from moesaic.models.layerwise import LayerwiseModel
 from moesaic.models.modality import IS_IMAGE, tell_modality
 from moesaic.models.processor import Processor
@@ -104,6 +106,25 @@ def test_light_training_sees_pictures_and_leaves_the_vision_tower_alone(dense, c
     assert all(torch.equal(before[name], after[name]) for name in before)
     AutoModelForImageTextToText.from_pretrained(tmp_path / "tuned")
     assert (tmp_path / "tuned" / "processor_config.json").is_file()
+
+
+def test_moe_llava_tunes_upcycled_experts_and_routers_on_pictures_alone(dense, tmp_path):
+    """Its third stage: of every second layer copies of the FFN, which learn to differ; all else stays bit for bit."""
+    upcycled = ConvertConfig(partition="upcycle", dense_layers="odd", tokens=512, window=64, held_out_tokens=256)
+    before = convert(dense, tmp_path / "up", upcycled)
+    assert before.perplexity == pytest.approx(before.perplexity_dense, rel=1e-3)
+    assert before.pictures.agreement == 1
+    config = FinetuneConfig(
+        method="moe-llava", objective="lm", learning_rate=1e-2, steps=6, batch=4, samples=24, window=64, held_out=6
+    )
+    result = finetune(tmp_path / "up", tmp_path / "tuned", config)
+    assert result.improved
+    first, second = (Checkpoint(tmp_path / name) for name in ("up", "tuned"))
+    assert first.headers.keys() == second.headers.keys()
+    moved = {name for name in first.headers if not torch.equal(first.read(name), second.read(name))}
+    blocks = {name for name in first.headers if ".experts." in name or ".gate." in name}
+    assert moved
+    assert moved <= blocks
 
 
 def test_a_threshold_for_each_modality(converted, samples):
