@@ -129,7 +129,7 @@ def oracles(arguments: argparse.Namespace, train: Path, held: Path) -> None:
         if not adapter.is_dir():
             adapted(arguments, method, share, seed, train)
         model, tokenizer = moesaic.load(arguments.model, adapter=adapter, store=store(arguments))
-        found = moesaic.inspect_oracle(model, tokenizer, text=held)
+        found = moesaic.inspect_oracle(model, tokenizer, text=held, tokens=arguments.oracle_tokens)
         rows.append({"method": method, "share": share, "seed": seed} | found.to_dict())
         facts = {"model": arguments.model, "minutes": arguments.minutes, "threads": torch.get_num_threads()}
         write_json(path, facts | {"machine": machine(), "versions": versions(), "rows": rows})
@@ -247,6 +247,7 @@ def main() -> None:
     )
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--oracle", action="store_true")
+    parser.add_argument("--oracle-tokens", type=int, default=1_024)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -76,3 +76,20 @@ def test_light_training_of_the_dense_model_and_with_other_settings(web, tmp_path
     assert rows["sibling-small"]["active_parameters"] < rows["dense"]["active_parameters"]
     found = rows[f"S8A0E8-{recipe}-1-steps"]["finetune"]
     assert (found["method"], found["steps"]) == ("full", 1)
+
+
+def test_rules_beside_fixed_numbers_and_the_oracle(web, tmp_path):
+    (tmp_path / "text.txt").write_text(" ".join(document.text for document in bundled("heldout"))[:20_000])
+    common = (
+        "adaptive.py", "--model", "tiny-moe", "--web", web, "--text", tmp_path / "text.txt", "--methods", "top-p",
+        "--shares", 0.5, "--seeds", 0, "--tokens", 512, "--samples", 24, "--window", 64, "--max-tokens", 1_024,
+        "--expert-memory", "60%", "--out", tmp_path / "out",
+    )  # fmt: skip
+    run(*common)
+    found = json.loads((tmp_path / "out" / "adaptive.json").read_text())
+    assert {(row["method"], row["share"]) for row in found["summary"]} == {
+        ("top-p", 0.5), ("fixed", 0.5), ("fixed", 1.0),
+    }  # fmt: skip
+    run(*common, "--oracle", "--oracle-tokens", 128)
+    [row] = json.loads((tmp_path / "out" / "oracle.json").read_text())["rows"]
+    assert row["oracle_loss"] <= row["fixed_loss"]
