@@ -25,12 +25,12 @@ import speed_tables
 import store_tables
 import training_tables
 import vlm_tables
-from measured import RESULTS, ROOT, grid, harness, measured, ratio, read, times
+from measured import RESULTS, ROOT, grid, harness, measured, ratio, read
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BUDGETS = (0.25, 0.5, 0.75)
-OURS = ("coactivation", "specialists")
+OURS, FINE = ("coactivation", "specialists"), "coactivation-fine"
 LABELS = {
     "coactivation": "**ours**, `coactivation`",
     "coactivation-fine": "**ours**, `coactivation`, 64 groups",
@@ -79,21 +79,37 @@ def quality(model: str, folder: str = "") -> str:
 
 
 def readme() -> str:
-    """Four lines for README: the better of our two cuts, static pruning twice, CMoE; quality, then speed."""
-    table = by_method(read("quality-demo/frontier.json")["summary"])
+    """Lines for README: the better of our two cuts, the fine one, static pruning twice, CMoE; quality, then speed."""
+    d = read("quality-demo/frontier.json")
+    table = by_method(d["summary"])
     ours = {
         b: min((table[m, 1.0][b] for m in OURS if b in table[m, 1.0]), key=lambda r: r["perplexity_ratio"])
         for b in BUDGETS
     }
     lines = [
         ("**moesaic**, the better of its two cuts", ours),
+        ("**moesaic**, 64 small groups (`--fine`)", table[FINE, 1.0]),
         *((LABELS[method], table[method, 1.0]) for method in ("static+closed-form", "flap", "cmoe")),
     ]
     head = ["", *(f"perplexity, {b:.0%} active" for b in BUDGETS), *(f"decode, {b:.0%}" for b in BUDGETS)]
     return grid(
         head,
-        [[label, *(ratio(r[b]) for b in BUDGETS), *(times(r[b]["speedup"]) for b in BUDGETS)] for label, r in lines],
+        [
+            [
+                label,
+                *(ratio(r.get(b)) for b in BUDGETS),
+                *(on_machines(d, r[b]["plan"]) if b in r else "" for b in BUDGETS),
+            ]
+            for label, r in lines
+        ],
     )
+
+
+def on_machines(frontier: dict[str, Any], plan: str) -> str:
+    """The speed of a shape of memory 1, from the slowest to the quickest machine."""
+    widths = {row["expert_width"] for row in frontier["rows"] if row["plan"] == plan and row["memory_factor"] == 1}
+    found = [s["speedup"] for s in frontier["speeds"] if s["plan"] == plan and s["expert_width"] in widths]
+    return " to ".join(dict.fromkeys(f"{speed:.2f}" for speed in (min(found), max(found)))) + " x"
 
 
 def zero_shot(folder: str) -> str:
