@@ -123,16 +123,19 @@ def oracles(arguments: argparse.Namespace, train: Path, held: Path) -> None:
     path, seed = arguments.out / "oracle.json", arguments.seeds[0]
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
     for share, method in itertools.product(arguments.shares, arguments.methods):
-        if any((row["method"], row["share"]) == (method, share) for row in rows):
+        asked = {
+            "method": method, "share": share, "seed": seed, "tokens_asked": arguments.oracle_tokens,
+            "minutes": arguments.minutes,
+        }  # fmt: skip
+        if any(asked.items() <= row.items() for row in rows):
             continue
         adapter = arguments.out / "adapters" / f"{method}-{share:g}-{seed}"
         if not adapter.is_dir():
             adapted(arguments, method, share, seed, train)
         model, tokenizer = moesaic.load(arguments.model, adapter=adapter, store=store(arguments))
         found = moesaic.inspect_oracle(model, tokenizer, text=held, tokens=arguments.oracle_tokens)
-        rows.append({"method": method, "share": share, "seed": seed} | found.to_dict())
-        facts = {"model": arguments.model, "minutes": arguments.minutes, "threads": torch.get_num_threads()}
-        write_json(path, facts | {"machine": machine(), "versions": versions(), "rows": rows})
+        rows.append(asked | {"machine": machine(), "versions": versions()} | found.to_dict())
+        write_json(path, {"called": arguments.model, "rows": rows})
         closed = "none" if found.gap_closed is None else f"{found.gap_closed:.1%}"
         print(f"{method} {share:g}: {closed} of the gap to the oracle closed", flush=True)
 
@@ -162,7 +165,7 @@ def interpolated(fixed: list[dict[str, Any]], text: str, experts: float) -> floa
 def machines(out: Path) -> str:
     """Name the machines of all rows; rows of before they were noted are of those that the summary had."""
     path = out / "adaptive.json"
-    before = [json.loads(path.read_text())["machine"]] if path.is_file() else []
+    before = json.loads(path.read_text())["machine"].split("; ") if path.is_file() else []
     rows = [json.loads(row.read_text()) for row in sorted((out / "rows").glob("*.json"))]
     return "; ".join(dict.fromkeys(before + [row["machine"] for row in rows if "machine" in row]))
 

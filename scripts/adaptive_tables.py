@@ -45,6 +45,10 @@ def adaptive(model: str) -> str:
     return grid(head, rows) + "\n\n" + measured(file, command, *facts)
 
 
+def share_or_none(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
 def cell(row: dict[str, Any] | None, text: str) -> str:
     if row is None:
         return ""
@@ -75,7 +79,7 @@ def oracle(model: str) -> str:
         rows += [
             [
                 label, f"{share:.0%}", f"{r['experts_per_token']:.2f}", f"{r['loss']:.3f}", f"{r['fixed_loss']:.3f}",
-                f"{r['oracle_loss_together']:.3f} to {r['oracle_loss']:.3f}", f"{r['gap_closed']:.0%}",
+                f"{r['oracle_loss_together']:.3f} to {r['oracle_loss']:.3f}", share_or_none(r["gap_closed"]),
             ]
             for share, r in at
         ]  # fmt: skip
@@ -85,7 +89,7 @@ def oracle(model: str) -> str:
         f"Losses in nats a token, of {first['tokens']:,} tokens of held-out web text in windows of {first['window']}; "
         "the fixed number is interpolated to the rule's mean; the oracle has that mean at most, chosen by next tokens: "
         "its choices at work in one run, and each token's loss from the run of its number",
-        f"Model: {d['model']}; seed {first['seed']}; learners {d['minutes']:g} minutes of one core",
+        f"Model: {d['called']}; seed {first['seed']}; learners {first['minutes']:g} minutes of one core",
     ]
     command = f"python benchmarks/adaptive.py --oracle --model {model} --web calibration.jsonl --text wiki.test.raw"
     return grid(head, rows) + "\n\n" + measured(file, command, *facts)

@@ -38,6 +38,8 @@ def test_a_stage_lists_its_methods_with_their_sources():
     assert [e.name for e in found.entries] == registry.names("partition")
     assert "2502.04416" in {e.name: e.meaning for e in found.entries}["cmoe"]
     assert "--partition" in found.summary
+    caches = {e.name: e.meaning for e in moesaic.describe("cache").entries}
+    assert [name for name, meaning in caches.items() if "simulations alone" in meaning] == ["belady"]
 
 
 def test_words_that_a_setting_may_be_are_named():
@@ -83,7 +85,8 @@ def test_a_method_of_ones_own_is_described(tmp_path, monkeypatch):
         ("partitoin", "nothing is called 'partitoin'. Did you mean 'partition'?"),
         ("", "nothing is called ''"),
         ("partition:cmoo", "unknown partition 'cmoo'. Did you mean 'cmoe'?"),
-        ("partition:auto", "unknown partition 'auto'"),
+        ("partition:auto", "'partition:auto' chooses among the methods of 'partition'"),
+        ("router:auto", "unknown router 'auto'"),
         ("partition:cmoe:top_k=3", "give the method alone: partition:cmoe"),
     ],
 )

@@ -203,3 +203,16 @@ def test_a_family_with_other_names_is_one_row(tmp_path, monkeypatch):
     moesaic.convert(tmp_path / "dense", tmp_path / "out", QUICK.model_copy(update={"format": "moesaic"}), force=True)
     model, _ = moesaic.load(tmp_path / "out")
     assert type(model).__name__ == "MoesaicOtherNamesForCausalLM"
+
+
+def test_a_cache_policy_of_ones_own_chooses(file):
+    from moesaic.store.policies.base import CacheSize, ExpertKey
+
+    cache = registry.build("cache", "my_methods:Rarest").cache(CacheSize(2, 1, 4))
+    for key in (ExpertKey(0, 0), ExpertKey(0, 1)):
+        cache.admit(key)
+        cache.use(key)
+    cache.use(ExpertKey(0, 0))
+    assert cache.victim(ExpertKey(0, 2), set()) == ExpertKey(0, 1)
+    assert cache.victim(ExpertKey(0, 2), {ExpertKey(0, 1)}) == ExpertKey(0, 0)
+    assert cache.victim(ExpertKey(0, 2), set(cache.resident)) is None

@@ -15,7 +15,7 @@ from conftest import QUICK
 from moesaic import ConvertConfig, InputError, WorkError, convert, export, load, plans
 from moesaic.calibration.documents import Document, Message, document
 from moesaic.calibration.layers import relative_weights, tapped, weighed
-from moesaic.calibration.mixture import bundled_pictures, held_out_pictures, mixed
+from moesaic.calibration.mixture import bundled_pictures, held_out_name, held_out_pictures, mixed
 from moesaic.calibration.pictured import aligned, encoded, spread, together
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.conversion.prepare import prepare
@@ -323,13 +323,16 @@ def test_held_out_pictures_are_of_the_size_that_a_model_sees(folder_of):
     config = AutoModelForImageTextToText.from_pretrained(folder).config
     processor = Processor(folder, config)
     shapes, photographs = bundled_pictures("heldout"), bundled_pictures("natural")
-    assert held_out_pictures(config, processor, 1_000) == shapes
+    assert held_out_name(config, processor, 1_000) == "heldout"
     config.vision_config.image_size = 336
-    assert held_out_pictures(config, processor, 1_000) == photographs
+    assert held_out_name(config, processor, 1_000) == "natural"
     config.vision_config.image_size = [336, 224]
-    longest = sorted(len(encoded(one, processor).tokens_L) for one in photographs)[-1]
-    assert len(held_out_pictures(config, processor, longest - 1)) < len(photographs)
-    assert held_out_pictures(config, processor, 1) == shapes
+    assert held_out_name(config, processor, 1_000) == "natural"
+    assert held_out_name(config, processor, 1) == "heldout"
+    longest = max(len(encoded(one, processor).tokens_L) for one in photographs)
+    assert held_out_pictures("natural", processor, longest) == photographs
+    assert 0 < len(held_out_pictures("natural", processor, longest - 1)) < len(photographs)
+    assert held_out_pictures("heldout", processor, 1) == shapes
 
 
 def test_padding_is_left_out_and_pictures_are_weighed(random_layer_sample, picture, folder_of):

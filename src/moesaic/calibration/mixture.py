@@ -35,16 +35,21 @@ def bundled_pictures(name: str) -> list[Document]:
     return read_file(Path(str(files("moesaic"))) / "data" / "pictures" / f"{name}.jsonl")
 
 
-def held_out_pictures(config: PretrainedConfig, processor: Processor, longest: int) -> list[Document]:
-    """Choose the bundled held-out pictures for a model: photographs and pages, or shapes where it sees no more.
+def held_out_name(config: PretrainedConfig, processor: Processor, longest: int) -> str:
+    """Choose the bundled held-out pictures for a model: `natural`, photographs and pages, or `heldout`, shapes.
 
     Shapes are for models whose own pictures are small, and where no photograph fits into `longest` tokens.
     """
     size = getattr(getattr(config, "vision_config", None), "image_size", None)
     if size is not None and max(size if isinstance(size, list | tuple) else [size]) <= SMALL_PICTURE:
-        return bundled_pictures("heldout")
-    seen = [one for one in bundled_pictures("natural") if len(encoded(one, processor).tokens_L) <= longest]
-    return seen or bundled_pictures("heldout")
+        return "heldout"
+    return "natural" if held_out_pictures("natural", processor, longest) else "heldout"
+
+
+def held_out_pictures(name: str, processor: Processor, longest: int) -> list[Document]:
+    """Read the held-out pictures that `held_out_name` chose, those of the photographs that fit."""
+    found = bundled_pictures(name)
+    return found if name == "heldout" else [one for one in found if len(encoded(one, processor).tokens_L) <= longest]
 
 
 def bundled_both() -> list[Document]:

@@ -25,6 +25,10 @@ ENOUGH = 0.9
 """Of the tokens that documents are to give: they are taken whole, so that few give just so many."""
 
 
+GOLDEN = 0.6180339887498949
+"""Of whose multiples, without their whole parts, any first few are spread evenly."""
+
+
 class Encoded(NamedTuple):
     """One document as its model is called with it."""
 
@@ -130,7 +134,7 @@ def spread(documents: Sequence[Document], processor: Processor, tokens: int, lon
     found: list[Encoded] = []
     count = 0
     even = [number * len(documents) // wanted for number in range(wanted)]
-    others = range(len(documents))  # which are needed where the first is longer than most
+    others = sorted(range(len(documents)), key=lambda n: n * GOLDEN % 1)  # needed where the first is longer than most
     for place, number in enumerate(dict.fromkeys([*even, *others])):
         if count >= (tokens if place < wanted else ENOUGH * tokens):
             break

@@ -111,7 +111,7 @@ def _fill(
         report(0, len(points), "dense")
         result = _save(replace(result, dense=_evaluate(model, measurement)), output)
     for sibling in family:
-        if sibling.fingerprint not in {found.fingerprint for found in result.siblings}:
+        if not {sibling.fingerprint, sibling.former_fingerprint} & {found.fingerprint for found in result.siblings}:
             report(0, len(points), f"sibling {sibling.name}")
             own = _evaluate(sibling.folder, measurement)
             result = _save(add_sibling(result, model, sibling, own, measurement), output)
@@ -185,13 +185,13 @@ def _resume(model: str, output: Path, measurement: Measurement) -> FrontierResul
         raise InputError(
             f"'{file}' was measured with another {', '.join(changed)}; choose another --out, or delete it to start anew"
         )
-    before = found.setting.get(WEIGHTS)
-    if before and before != Checkpoint(resolve(model)).weights_fingerprint():
+    own = Checkpoint(resolve(model)).weights_fingerprint()
+    if found.setting.get(WEIGHTS, own) != own:
         raise InputError(
             f"'{file}' was measured on other weights, which were called '{model}' too; choose another --out, or delete "
             "it to start anew"
         )
-    return found
+    return replace(found, setting=found.setting | {WEIGHTS: own})
 
 
 def _save(result: FrontierResult, output: Path) -> FrontierResult:

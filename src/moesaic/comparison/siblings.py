@@ -36,6 +36,9 @@ class Dense(NamedTuple):
     """As the user called it."""
     folder: Path
     fingerprint: str
+    """Of the weights."""
+    former_fingerprint: str
+    """Of weights and configuration, as results of older versions have it."""
     parameters: int
     """Active: weights that a decoding step reads."""
     sparse: bool
@@ -55,7 +58,10 @@ def read_dense(name: str) -> Dense:
     sparse = is_ours(checkpoint) or any(find_block(layer) for layer in decoder_layers(model))
     if not sparse:
         check_contents(model, checkpoint)
-    return Dense(name, folder, checkpoint.fingerprint(), round(active_weights(model)), sparse)
+    return Dense(
+        name=name, folder=folder, fingerprint=checkpoint.weights_fingerprint(),
+        former_fingerprint=checkpoint.fingerprint(), parameters=round(active_weights(model)), sparse=sparse,
+    )  # fmt: skip
 
 
 def check_siblings(model: str, names: Sequence[str], measurement: Measurement) -> list[Dense]:

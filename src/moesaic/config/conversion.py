@@ -63,7 +63,7 @@ class ConvertConfig(Settings):
     seed: int = 0
     """Of every draw: the same seed gives the same result on the same machine."""
     collapse_ratio: float = 100.0
-    """Perplexity above this many times the dense model's is a collapse."""
+    """Perplexity above this many times the dense model's is a collapse; of answers about pictures too."""
 
     @classmethod
     def combine(cls, recipe: Json, settings: Json) -> Json:

@@ -60,6 +60,8 @@ def describe(what: str | None = None) -> Description:
     if not method:
         methods = [DescribedEntry(name=name, meaning=_summary(stage, name)) for name in registry.names(stage)]
         return Description(what=asked, summary=registry.STAGES[stage].options, entries=methods)
+    if method == "auto" and stage in registry.WITH_AUTO:
+        raise InputError(f"'{asked}' chooses among the methods of '{stage}', and has no options; describe {stage}")
     name, options = registry.split(stage, method)
     if options:
         raise InputError(f"'{asked}' sets options; give the method alone: {stage}:{name}")
@@ -77,7 +79,8 @@ def _summary(stage: str, name: str) -> str:
     cls = registry.method_class(stage, name)
     built_in = cls.__module__.startswith(f"{registry.STAGES[stage].package}.")
     text = sys.modules[cls.__module__].__doc__ if built_in else cls.__doc__
-    return inspect.cleandoc(text or "").partition("\n")[0]
+    only_simulated = "" if getattr(cls, "online", True) else " For simulations alone."
+    return inspect.cleandoc(text or "").partition("\n")[0] + only_simulated
 
 
 def _settings(cls: type[Settings]) -> Iterator[DescribedEntry]:

@@ -55,4 +55,5 @@ def compare_answers(conversion: Conversion, dense: Answers, converted: Answers) 
         perplexity_dense=losses[0].item(), perplexity=losses[1].item(),
         agreement=(dense.first_S == converted.first_S).double().mean().item(), answer_tokens=len(dense.first_S),
         calibrated=bool(pictured.is_image_NL.any()), image_weight=conversion.config.image_weight,
+        held_out=conversion.tokens.held_out_pictures,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import registry
-from ..calibration.mixture import beside, bundled_both, held_out_pictures, mixed
+from ..calibration.mixture import beside, bundled_both, held_out_name, held_out_pictures, mixed
 from ..calibration.pictured import spread
 from ..calibration.sinks import opening_tokens
 from ..calibration.text import bundled, text_hash
@@ -53,7 +53,8 @@ def _tokenise(
     found = mixed(named, processor, text.tokens, window, longest)
     spare = torch.arange(len(found.tokens_NL)) % VALIDATION == VALIDATION - 1
     half = held_out // PICTURES_SHARE
-    held_parts = spread(held_out_pictures(config, processor, longest), processor, half, longest)
+    held_name = held_out_name(config, processor, longest)
+    held_parts = spread(held_out_pictures(held_name, processor, longest), processor, half, longest)
     length = max(window, *(len(part.tokens_L) for part in held_parts))
     held_text_NL = token_windows(bundled("heldout"), processor.tokenizer, max(length, half), length)
     held_NL, held_pictured = beside(held_text_NL, held_parts, processor, length)
@@ -66,5 +67,6 @@ def _tokenise(
         validation_NL=found.tokens_NL[spare],
         held_out_NL=held_NL,
         text_sha256=text_hash(named),
+        held_out_pictures=held_name,
         pictured={"calibration": fitted, "validation": found.pictured.take(spare), "held_out": held_pictured},
     )

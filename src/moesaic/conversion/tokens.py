@@ -56,6 +56,9 @@ class ConversionTokens:
     pictured: Mapping[str, Pictured] = field(default_factory=dict)
     """What comes with `calibration`, `validation` and `held_out`, by these names, in a vision-language model."""
 
+    held_out_pictures: str = ""
+    """The name of the bundled ones in `held_out_NL`; empty for a model of text."""
+
     def all(self) -> Tensor:
         """Put all tokens in one row."""
         parts = (self.calibration_NL, self.validation_NL, self.held_out_NL, self.opening_M1)

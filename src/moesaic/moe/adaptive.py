@@ -218,7 +218,8 @@ class Attached:
 def attach(model: PreTrainedModel, selection: Counting, parameters: Sequence[Parameters] | None = None) -> Attached:
     """Let a selection say how many experts run in each block of a model; which ones remains the routers' choice.
 
-    With a count equal to the model's own the output is bit for bit what it was. Shared experts always run.
+    With a count equal to the model's own the output is bit for bit what it was. Shared experts always run; where a
+    layer has none, a token runs one expert at least.
 
     Args:
         model: stock or ours.
@@ -226,13 +227,12 @@ def attach(model: PreTrainedModel, selection: Counting, parameters: Sequence[Par
         parameters: what was learnt or calibrated, of each block; None: as the rule starts.
 
     Raises:
-        InputError: the model is dense, has fewer experts than the rule says, or is to run none of them for a token
-            that no shared expert runs for.
+        InputError: the model is dense, or has fewer experts than the rule says.
     """
     blocks = moe_blocks_of(model)
     _check_enough(selection, min(block.num_experts for block in blocks))
     if not all(block.shared_experts for block in blocks):
-        selection = _at_least_one(selection)
+        selection = replace(selection, at_least=max(1, selection.at_least))  # or a layer would say nothing at all
     made = parameters or [selection.parameters(block) for block in blocks]
     placed: list[Parameters] = [
         {name: value.to(next(block.router.parameters()).device) for name, value in values.items()}
@@ -267,15 +267,6 @@ def _check_enough(selection: Counting, experts: int) -> None:
             raise InputError(
                 f"{name}={wanted} is more than the {experts} routed experts of a layer; give {experts} or less"
             )
-
-
-def _at_least_one(selection: Counting) -> Counting:
-    """Let a rule run an expert for each token, where a layer without one would say nothing at all."""
-    if selection.at_least:
-        return selection
-    if type(selection).at_least:  # so 0 was asked for
-        raise InputError("at_least=0 needs a shared expert in each layer, and this model has none; leave it out")
-    return replace(selection, at_least=1)
 
 
 @contextmanager

@@ -77,7 +77,6 @@ def parameters(model: PreTrainedModel) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if name not in tied)
 
 
-@torch.no_grad()
 def check_collapse(result: PruningResult | DepthResult, more: str, partial: ResumableOutput, force: bool) -> None:
     """Check that the pruned model still has its language; `more` is what to keep of it.
 
@@ -91,6 +90,7 @@ def check_collapse(result: PruningResult | DepthResult, more: str, partial: Resu
         )
 
 
+@torch.no_grad()
 def stock_error(made: Path, layerwise: LayerwiseModel, tokens_1L: Tensor, expected_LV: Tensor) -> float | None:
     """Measure the largest difference of logits between the model as it loads and the run layer by layer.
 

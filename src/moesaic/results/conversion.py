@@ -101,6 +101,8 @@ class PictureResult(Result):
     perplexity_dense: float
     """Of answers to questions about bundled held-out pictures."""
     perplexity: float
+    held_out: str = "heldout"
+    """Which of them: `heldout`, shapes, or `natural`, photographs and pages."""
     agreement: float | None
     """Share of the answers' tokens that both models put first; None after training, which has no dense model."""
     answer_tokens: int

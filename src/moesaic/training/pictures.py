@@ -69,7 +69,9 @@ def _samples(documents: Sequence[Document], processor: Processor, samples: int, 
 def remeasured(model: PreTrainedModel, processor: Processor, known: PictureResult, held_out: int) -> PictureResult:
     """Measure a trained model's answers on the bundled held-out pictures, as the conversion measured them."""
     longest: int = model.config.get_text_config().max_position_embeddings
-    parts = spread(held_out_pictures(model.config, processor, longest), processor, held_out // PICTURES_SHARE, longest)
+    parts = spread(
+        held_out_pictures(known.held_out, processor, longest), processor, held_out // PICTURES_SHARE, longest
+    )
     losses = []
     for part in parts:
         tokens_1L, pictured = together([part], processor, len(part.tokens_L))
