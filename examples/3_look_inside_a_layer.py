@@ -19,4 +19,4 @@ with torch.no_grad(), layerwise.layer(0) as layer:
     print("routed:        ", relative_error(sample, moe(sample.input_TD)))
     conversion.recovery.recover(moe, sample, partition)
     print("recovered:     ", relative_error(sample, moe(sample.input_TD)))
-    print("tokens of each expert:", expert_loads(moe, sample).all_E.tolist())
+    print("tokens of each expert:", expert_loads(moe, sample).tolist())

@@ -57,7 +57,7 @@ BASES = {
     "plan": "tiny", "convert": "tiny OUT --dry-run --tokens 512 --partition random --recovery none --force",
     "evaluate": f"tiny {SCORE}", "generate": "tiny hi --max-new-tokens 2",
     "benchmark": "tiny --against tiny --prompt 8 --new 2 --rounds 1", "inspect": "CONVERTED",
-    "serve": "tiny-moe --port 0 --dry-run",
+    "serve": "tiny-moe --port 0 --dry-run", "describe": "partition:cmoe",
     "export": "CONVERTED OUT", "finetune": f"CONVERTED OUT {TRAIN}", "demo": "--model tiny --out OUT",
     "frontier": "tiny --out OUT --methods static+closed-form --active 50 --tokens 512 --no-speed --items 2",
 }  # fmt: skip

@@ -451,7 +451,8 @@ def test_a_conversion_that_collapsed_stays_one_that_did(converted, tmp_path):
     assert "This model collapsed" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_training_before_pruning_keeps_its_own_numbers(converted, tmp_path):
+def test_training_before_pruning_keeps_its_own_numbers(converted, tmp_path, monkeypatch):
+    monkeypatch.setattr("moesaic.training.prepare.compute_dtype", lambda dtype, device: torch.float32)  # everywhere
     training = moesaic.FinetuneConfig(window=64, samples=24, batch=4, steps=3, device="cpu", learning_rate=1e-3)
     trained = moesaic.finetune(converted, tmp_path / "trained", training)
     assert trained.improved

@@ -481,15 +481,16 @@ def test_two_processes_equal_one(tmp_path, method):
     assert (one - fsdp).norm() < 0.02 * (one - dense).norm()
 
 
-def test_the_rate_is_the_routers_where_nothing_else_learns(converted, tmp_path):
+def test_the_rate_is_the_routers_where_nothing_else_learns(converted, tmp_path, monkeypatch):
+    monkeypatch.setattr("moesaic.training.prepare.compute_dtype", lambda dtype, device: torch.float32)  # everywhere
     losses = []
-    for number, rate in enumerate((None, 1e-6, 0.3)):
+    for number, rate in enumerate((1e-6, 0.3)):  # a loss changes where a token gets other experts
         made = tmp_path / str(number)
         settings = SHORT.model_copy(update={"method": "router", "objective": "lm", "steps": 3, "learning_rate": rate})
         moesaic.finetune(converted, made, settings)
         losses.append([json.loads(line)["loss"] for line in (made / "metrics.jsonl").read_text().splitlines()])
-    assert len({tuple(row) for row in losses}) == 3
-    assert losses[0][0] == losses[1][0] == losses[2][0]
+    assert losses[0][0] == losses[1][0]
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("method", ["3", "", "[a]"])
