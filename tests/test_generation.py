@@ -16,9 +16,9 @@ from moesaic.evaluation.agreement import agreement, share
 from moesaic.evaluation.continuations import continued
 from moesaic.evaluation.exercises import (
     FUNCTION_STOPS,
-    FreeText,
     Function,
     Script,
+    Text,
     WordProblem,
     cut,
     exercise,
@@ -136,7 +136,7 @@ def test_rows_are_told_apart_by_their_fields(tmp_path):
     sets = read_exercises(path)
     assert [(s.kind, s.name, len(s.exercises)) for s in sets] == [
         (Function, "mixed-function", 1), (Script, "mixed-script", 1), (WordProblem, "mixed-wordproblem", 1),
-        (FreeText, "mixed-text", 2),
+        (Text, "mixed-text", 2),
     ]  # fmt: skip
     assert [s.name for s in read_exercises(path, 1)] == ["mixed"]
 

@@ -146,7 +146,7 @@ class WordProblem(Exercise):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FreeText(Exercise):
+class Text(Exercise):
     """A text to continue."""
 
     kind = "text"
@@ -226,7 +226,7 @@ def exercise(row: object, where: str, number: int) -> Exercise:
             raise InputError(f"{where} has no number in its answer {answer[:40]!r}; --generate reads {EXPECTED}")
         return WordProblem(id=name, question=question, answer=value)
     if prompt:
-        return FreeText(id=name, text=prompt, is_opened="prompt" not in row)
+        return Text(id=name, text=prompt, is_opened="prompt" not in row)
     keys = ", ".join(map(repr, row))[:100]
     raise InputError(f"{where} is a JSON object with {keys or 'nothing'}; --generate reads {EXPECTED}")
 

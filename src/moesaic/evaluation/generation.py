@@ -22,7 +22,7 @@ from ..serving.questions import Words, asked, encoded, inputs_of, tokenizer_of
 from .agreement import Agreed, agreement, share
 from .code_runner import Outcome, check_runner
 from .continuations import Continued, continued
-from .exercises import Code, Exercise, ExerciseSet, FreeText, cut, read_exercises
+from .exercises import Code, Exercise, ExerciseSet, Text, cut, read_exercises
 from .kept_answers import check_answers, write_answers
 from .questions import end_of_turn
 
@@ -107,7 +107,7 @@ def read_request(generate: Files | None, items: int | None = None, **settings: U
                 f"'{found.name}' is judged by running code that the model writes, in a process with limits that is no "
                 "sandbox against malice; give --allow-code-execution (Python: allow_code_execution=True) to agree"
             )
-        if issubclass(found.kind, FreeText) and request.reference is None:
+        if issubclass(found.kind, Text) and request.reference is None:
             raise InputError(
                 f"'{found.name}' has texts, which are judged by what the dense model writes; name it: --reference DENSE"
             )
@@ -206,7 +206,7 @@ def encode(found: ExerciseSet, words: Words, chat: bool | None) -> list[list[int
         text = one.prompt(asks)
         inputs = inputs_of(words, asked(words, text)) if asks else encoded(tokenizer, text, special=True)
         tokens = inputs["input_ids"][0].tolist()
-        made.append(tokens[:OPENING] if isinstance(one, FreeText) and one.is_opened else tokens)
+        made.append(tokens[:OPENING] if isinstance(one, Text) and one.is_opened else tokens)
         if not made[-1]:
             raise InputError(f"the exercise {one.id} of '{found.name}' has no tokens; leave it out")
     return made
