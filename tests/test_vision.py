@@ -346,7 +346,8 @@ def test_padding_is_left_out_and_pictures_are_weighed(random_layer_sample, pictu
     assert found.weight_T.mean().item() == pytest.approx(1)
     before = sample.weight_T[~pictured.is_padding_NL.flatten()]
     ratio = found.weight_T / before
-    image, text = ratio[found.is_image_T], ratio[~found.is_image_T]
+    is_image = pictured.is_image_NL[~pictured.is_padding_NL]
+    image, text = ratio[is_image], ratio[~is_image]
     assert image.std() < 1e-5
     assert (image.mean() / text.mean()).item() == pytest.approx(2, rel=1e-4)  # squared, an error counts four times
 

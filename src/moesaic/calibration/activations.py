@@ -42,8 +42,6 @@ class LayerActivations:
     """The number of the text's domain that each token comes from, int64."""
     opening: LayerActivations | None = None
     """Tokens that open a text, with targets that bring back the *dense* model's stream: recovery fits them too."""
-    is_image_T: Tensor | None = None
-    """Which tokens stand for parts of pictures; None where there are no pictures."""
     chosen_TK: Tensor | None = None
     """The experts of each token, int64, where they are decided for the whole model ahead of its layers."""
 
@@ -74,7 +72,7 @@ class LayerActivations:
 
     def take(self, pick: Tensor | slice) -> LayerActivations:
         """Take those of the tokens, by index or slice."""
-        names = ("input_TD", "output_TD", "weight_T", "domain_T", "is_image_T", "chosen_TK")
+        names = ("input_TD", "output_TD", "weight_T", "domain_T", "chosen_TK")
         found = {name: getattr(self, name) for name in names}
         return replace(self, **{name: tensor[pick] for name, tensor in found.items() if tensor is not None})
 

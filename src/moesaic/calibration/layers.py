@@ -137,7 +137,7 @@ def weighed(sample: LayerActivations, pictured: Pictured, image_weight: float) -
     is_image_T, keep_T = is_image_T.to(sample.weight_T.device), keep_T.to(sample.weight_T.device)
     # an error counts as much as the square of its weight
     weight_T = torch.where(is_image_T, sample.weight_T * image_weight**0.5, sample.weight_T)
-    kept = replace(sample, weight_T=weight_T, is_image_T=is_image_T).take(keep_T)
+    kept = replace(sample, weight_T=weight_T).take(keep_T)
     return replace(kept, weight_T=kept.weight_T / kept.weight_T.mean())
 
 
