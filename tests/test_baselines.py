@@ -27,7 +27,7 @@ from moesaic.comparison.speed import is_depth, shallow
 from moesaic.conversion.prepare import prepare
 from moesaic.evaluation.cost import active_weights
 from moesaic.models.families import GatedFFN, decoder_layers
-from moesaic.recovery._refit import Rows, refit
+from moesaic.recovery._refit import FitSample, refit
 from moesaic.report.frontier import decode
 
 MEASUREMENT = Measurement(tokens=4_096, max_tokens=2_048, speed=False)
@@ -129,7 +129,7 @@ def test_closed_form_is_least_squares_on_what_is_not_skipped():
     tensors = method.fit(sample, 0.3)
     ffn = method.ffn(sample.ffn, tensors, 0.3)
     found = recovered(ffn, sample)
-    torch.testing.assert_close(found, refit(ffn.hidden, sample.ffn.down_DF, Rows.of(sample)))
+    torch.testing.assert_close(found, refit(ffn.hidden, sample.ffn.down_DF, FitSample.of(sample)))
     weight, masked = sample.weight_T[:, None], ffn.hidden(sample.input_TD)
     assert (masked == 0).float().mean() == pytest.approx(0.7, abs=0.01)
 

@@ -26,7 +26,7 @@ from moesaic.pruning.depth.heal import ffn_output, fitted_gain, heal
 from moesaic.pruning.depth.prepare import distances
 from moesaic.pruning.methods import LayerPruner
 from moesaic.pruning.methods.depth import Depth
-from moesaic.recovery._refit import Rows, refit, weighted_error
+from moesaic.recovery._refit import FitSample, refit, weighted_error
 
 FEW = {"tokens": 512, "window": 64, "held_out_tokens": 128, "collapse_ratio": 1e9}
 
@@ -114,7 +114,7 @@ def test_the_run_of_layers_is_that_of_brute_force(folders, drop):
 def test_refit_is_least_squares(ridge):
     sample = random_sample()
     target = torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
-    rows = Rows(sample.input_TD, target, sample.weight_T)
+    rows = FitSample(sample.input_TD, target, sample.weight_T)
     z = (sample.ffn.hidden(sample.input_TD) * sample.weight_T[:, None]).double()
     root = (ridge * z.square().sum(0).clamp(min=1e-3 * z.square().sum(0).mean())).sqrt().diag()
     y, own = target.double() * sample.weight_T[:, None], sample.ffn.down_DF.T.double()
@@ -134,7 +134,7 @@ def test_healing_a_layer_is_refit_towards_what_the_gap_left_out(folders):
         ffn = gated_ffn(layer.mlp)
         before, seen = ffn.down_DF.clone(), tapped(layerwise, 1, layer, p["calibration"])
         target = d["calibration"].flatten(0, 1)
-        rows = Rows(
+        rows = FitSample(
             seen.input_TD, target - seen.after_NLD.flatten(0, 1) + seen.output_TD, relative_weights(target)
         )  # fmt: skip
         expected = refit(ffn.hidden, before, rows)
@@ -175,7 +175,7 @@ def test_a_norms_gain_is_least_squares_by_channel():
     layer = decoder_layers(small_model("gemma2"))[0]
     norm, output, target = ffn_norm(layer), torch.randn(50, 32), torch.randn(50, 32)
     weight = 0.5 + torch.rand(50)
-    found = fitted_gain(norm, Rows(output, target, weight), norm.weight.float() + 1, output)
+    found = fitted_gain(norm, FitSample(output, target, weight), norm.weight.float() + 1, output)
     n = output / (output.square().mean(1, keepdim=True) + norm.eps).sqrt()
     for channel in range(32):
         z, y = (weight * n[:, channel])[:, None], weight * target[:, channel]
@@ -370,5 +370,5 @@ def test_linear_features_reach_any_linear_target():
     sample = random_sample()
     other = torch.randn(16, 48, generator=torch.Generator().manual_seed(3))
     target = linear(sample.ffn.hidden(sample.input_TD), other)
-    found = refit(sample.ffn.hidden, sample.ffn.down_DF, Rows(sample.input_TD, target, sample.weight_T), 1e-6)
+    found = refit(sample.ffn.hidden, sample.ffn.down_DF, FitSample(sample.input_TD, target, sample.weight_T), 1e-6)
     torch.testing.assert_close(found, other, rtol=1e-2, atol=1e-2)

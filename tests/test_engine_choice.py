@@ -17,7 +17,7 @@ from moesaic import ConvertConfig, InputError, convert, plans
 from moesaic.conversion.auto import candidates
 from moesaic.conversion.prepare import prepare
 from moesaic.formats import engines
-from moesaic.formats.engines import ENGINES, Measured, choose_for, finest, good_for, loaders, measured
+from moesaic.formats.engines import ENGINES, EngineSpeed, choose_for, finest, good_for, loaders, measured
 from moesaic.formats.export import export
 from moesaic.plan import KEPT_SPEED, engine_plan
 
@@ -40,12 +40,12 @@ LLAMA_CPP = QUICK.model_copy(update={"engine": "llama.cpp", "active": 0.5})
     ],
 )
 def test_the_finest_groups_that_keep_the_speed_are_taken(shares, width):
-    rows = [Measured(w, share, None) for w, share in shares.items()]
+    rows = [EngineSpeed(w, share, None) for w, share in shares.items()]
     assert finest(rows).width == width
 
 
 def test_prefill_counts_as_decoding_does():
-    rows = [Measured(1216, 1.0, 1.0), Measured(128, 1.0, KEPT_SPEED), Measured(64, 1.0, KEPT_SPEED - 0.01)]
+    rows = [EngineSpeed(1216, 1.0, 1.0), EngineSpeed(128, 1.0, KEPT_SPEED), EngineSpeed(64, 1.0, KEPT_SPEED - 0.01)]
     assert finest(rows).width == 128
 
 

@@ -11,7 +11,7 @@ from conftest import random_sample, whole
 from moesaic import Plan, registry
 from moesaic.calibration.ridge import WeightedRidge
 from moesaic.partition import coactivation
-from moesaic.partition._alternation import alternate, importance, memberships, router_scores
+from moesaic.partition._alternation import alternate, fitted_scores, importance, memberships
 from moesaic.partition._assignment import balanced_assignment
 from moesaic.partition.cmoe import active_neurons, l1_distance
 from moesaic.partition.specialists import cluster_saliency, spherical_kmeans
@@ -213,7 +213,7 @@ def test_alternation_catches_more_of_the_importance(name, shared):
         member = memberships(partition.experts, 48)
         value = importance(sample)
         ridge = WeightedRidge(sample.input_TD, sample.weight_T, ridge=1e-2)
-        sent = router_scores(ridge, (value @ member).sqrt()).topk(1).indices
+        sent = fitted_scores(ridge, (value @ member).sqrt()).topk(1).indices
         routed = (value @ member).gather(1, sent).squeeze(1) + value[:, partition.shared].sum(1)
         return (routed * sample.weight_T.square()).sum().item()
 

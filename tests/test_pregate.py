@@ -20,12 +20,12 @@ from moesaic.moe.ahead import drop_network, network_of
 from moesaic.moe.modeling import moe_blocks, moesaic_config
 from moesaic.partition.domains import common, mean_magnitude
 from moesaic.partition.paths import captured, projected
-from moesaic.routing._distil import distillation_loss, graded, lesson_of, overlap, teach
+from moesaic.routing._distil import distillation_loss, graded, graded_target, overlap, teach
 from moesaic.routing._network import causal
 from moesaic.routing.pregate import group_of, network_from
 from moesaic.training.load import selection_loss
 from moesaic.training.locality import kept_experts, locality_loss
-from moesaic.training.methods.read_me import lessons
+from moesaic.training.methods.read_me import targets
 
 LAYERS = 4
 SHAPE = Plan(1, 1, 4, 24)
@@ -356,7 +356,7 @@ def test_grades_are_read_mes_by_hand():
     torch.testing.assert_close(overlap(value, experts, 10), torch.tensor([[10.0, 9.0]]) / 30)
 
 
-def test_the_lesson_is_the_loss_of_read_mes_code():
+def test_the_target_is_the_loss_of_read_mes_code():
     g = torch.Generator().manual_seed(0)
     overlaps = [torch.rand(20, 4, generator=g) for _ in range(3)]
     logits = torch.randn(20, 4, generator=g)
@@ -365,9 +365,9 @@ def test_the_lesson_is_the_loss_of_read_mes_code():
         dist = 10 * (found - found.mean())
         by_layer += 0.75 * cross_entropy(logits, dist.argmax(1), label_smoothing=0.5, reduction="sum")
         by_layer += 0.25 * cross_entropy(logits, dist.softmax(1), reduction="sum")
-    mean = torch.stack([lesson_of(found, 1) for found in overlaps]).mean(0)
+    mean = torch.stack([graded_target(found, 1) for found in overlaps]).mean(0)
     torch.testing.assert_close(3 * distillation_loss(logits, mean), by_layer)
-    torch.testing.assert_close(lesson_of(overlaps[0], 2).sum(1), torch.ones(20))
+    torch.testing.assert_close(graded_target(overlaps[0], 2).sum(1), torch.ones(20))
 
 
 def test_a_router_learns_what_token_ids_say_and_leaves_other_rows_alone():
@@ -393,11 +393,11 @@ def test_read_mes_teacher_sees_the_dense_stream_through_the_experts(tokens):
     for layer, block in zip(dense.model.layers, moe_blocks(model), strict=True):
         block.load_dense(gated_ffn(layer.mlp), torch.zeros(0, dtype=torch.int64), order, {})
         layer.mlp.register_forward_pre_hook(lambda mlp, args: inputs.append(args[0].flatten(0, 1)))
-    found = lessons(model, tokens, dense, 3, importance=False)
+    found = targets(model, tokens, dense, 3, importance=False)
     for layer in range(3):
         ffn = gated_ffn(dense.model.layers[layer].mlp)
         value = ffn.hidden(inputs[layer]).abs() * ffn.down_DF.norm(dim=0)
-        torch.testing.assert_close(found[:, layer], lesson_of(overlap(value, order, 24), 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[:, layer], graded_target(overlap(value, order, 24), 1), rtol=1e-4, atol=1e-5)
 
 
 # partitions

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from .errors import InputError
 
@@ -138,7 +139,10 @@ def needed_and_unread(
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Let new modules have their parameters on the meta device, without memory; buffers (rotary positions) stay."""
+    """Let new modules have parameters on the meta device, without memory or values; buffers (rotary positions) stay.
+
+    A head is not tied to the embeddings yet: call `tie_weights` once the weights are there.
+    """
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -148,7 +152,8 @@ def parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = on_meta  # pyrefly: ignore[bad-assignment]
     try:
-        yield
+        with no_init_weights():  # drawing values that no memory holds takes most of the time
+            yield
     finally:
         nn.Module.register_parameter = register
 

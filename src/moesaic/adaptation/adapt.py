@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 import shutil
 import time
@@ -21,7 +20,7 @@ from ..calibration.windows import token_windows
 from ..checkpoint.claim import check_apart
 from ..checkpoint.facts import METRICS_FILE, saved_result, saved_settings
 from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, claim_output
-from ..config import AdaptConfig, ConvertConfig
+from ..config import AdaptConfig
 from ..errors import InputError, WorkError
 from ..evaluation.cost import at_experts_per_token
 from ..evaluation.experts import inspect_passage
@@ -39,6 +38,7 @@ from ..progress import Progress, unheard
 from ..report.passage import write_heat_map, write_passage_page
 from ..report.plots import write_adaptation
 from ..results import AdaptResult, AdaptStep, ConversionResult, PerplexityProtocol
+from ..results.evaluation import perplexity_of
 from ..routing.selection.top_k import TopK
 from ..store.opening import StoreOptions
 from ..training.data import Samples
@@ -233,7 +233,7 @@ def picture(run: Adaptation, policy: Policy, found: Found, folder: Path) -> None
     except InputError as error:  # the bundled text is not what was asked for, so it must not cost what was found
         logging.getLogger("moesaic").warning(f"no picture of the experts: {error}")
         return
-    title = f"{run.name}: experts a token, {registry.split('selection', registry.spec(rule))[0]}"
+    title = f"{run.name}: experts a token, {registry.spec_name(type(rule))}"
     write_heat_map(passage, folder / HEAT_MAP, title)
     write_passage_page(passage, folder / HEAT_PAGE, title)
 
@@ -271,21 +271,21 @@ def perplexity(run: Adaptation, policy: Policy, found: Found, protocol: Perplexi
     tokens_NL = token_windows(bundled("heldout"), run.tokenizer, protocol.tokens, protocol.window)
     samples = Samples(tokens_NL, torch.ones_like(tokens_NL, dtype=torch.bool))
     loss = measure(policy.model, samples, found.calibrated.selection, found.calibrated.parameters).loss
-    return math.exp(min(700.0, loss))
+    return perplexity_of(loss)
 
 
 def remeasured(run: Adaptation, policy: Policy, found: Found, known: ConversionResult) -> ConversionResult:
     """Correct what a conversion's result says of its quality, as the conversion measured it."""
     pictures, folder = known.pictures, run.checkpoint.folder
+    settings = saved_settings(folder)["config"]
     if pictures is not None:
-        held_out = saved_settings(folder)["config"]["held_out_tokens"]
         with attach(policy.model, found.calibrated.selection, found.calibrated.parameters):
-            pictures = answers_of(policy.model, Processor(folder, policy.model.config), pictures, held_out)
+            processor = Processor(folder, policy.model.config)
+            pictures = answers_of(policy.model, processor, pictures, settings["held_out_tokens"])
     now = perplexity(run, policy, found, known.perplexity_protocol)
-    method, _, _ = registry.spec(found.calibrated.selection).partition(":")
+    method = registry.spec_name(type(found.calibrated.selection))
     changed = known.changed(
         "adapted", method, f"{found.measured.experts_per_token:.2f} of {policy.default} routed experts run for a "
         "token, on average", now,
     )  # fmt: skip
-    changed = replace(changed, pictures=pictures)
-    return replace(changed, collapsed=not changed.worst_ratio() <= ConvertConfig().collapse_ratio)
+    return replace(changed, pictures=pictures).judged(settings["collapse_ratio"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..moe.adaptive import BlockRanker, Decide, Decision, decided_by, moe_blocks_of
+from ..moe.adaptive import BlockRanker, DecideCount, Decision, decided_by, moe_blocks_of
 from ..routing.selection.base import Counting, Parameters, Ranking
 
 
@@ -50,14 +50,14 @@ class Policy:
             for name, parameter in own.items():
                 parameter.copy_(given[name])
 
-    def logits(self, tokens_NL: Tensor, decide: Decide | None) -> Tensor:
+    def logits(self, tokens_NL: Tensor, decide: DecideCount | None) -> Tensor:
         """Compute logits [N, L, V] where `decide` says how many experts run; None: the model's own number."""
         if decide is None:
             return self.model(input_ids=tokens_NL, use_cache=False).logits
         with decided_by(self.rankers, decide):
             return self.model(input_ids=tokens_NL, use_cache=False).logits
 
-    def watch(self, see: Callable[[int, Ranking, Tensor], None]) -> Decide:
+    def watch(self, see: Callable[[int, Ranking, Tensor], None]) -> DecideCount:
         """Show `see` each layer's ranking and hidden states [T, D], while the model's own number of experts runs."""
 
         def decide(number: int, ranking: Ranking, hidden_TD: Tensor) -> Decision:

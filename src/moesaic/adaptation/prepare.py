@@ -18,9 +18,9 @@ from ..checkpoint.writer import check_output
 from ..config import AdaptConfig
 from ..errors import InputError
 from ..formats.adapter import counting
-from ..formats.converted import is_ours, without_weights
+from ..formats.converted import is_converted, without_weights
 from ..models.devices import check_dtype, choose_device, choose_dtype
-from ..models.families import embedding_rows
+from ..models.families import context_length, embedding_rows, takes_pictures
 from ..models.modality import check_modality
 from ..models.processor import Processor
 from ..models.tokenizer import load_tokenizer
@@ -33,7 +33,7 @@ from ..store.opening import StoreOptions
 from ..training.data import Samples, make_samples
 from ..training.pictures import make_pictured_samples
 from ..training.prepare import make_accelerator, training_dtype
-from ..training.state import RunFolder, begun_dtype, fingerprint_of, training_folder
+from ..training.state import RunFolder, begun_training_dtype, fingerprint_of, training_folder
 from .budget import check_budget
 from .learners import Learner
 from .trainer import AdaptState
@@ -94,7 +94,7 @@ def prepare(
         )
     tokenizer = load_tokenizer(checkpoint.folder)
     train, held = adaptation_samples(checkpoint, config, tokenizer, learner)
-    begun = begun_dtype(output) if resume else None
+    begun = begun_training_dtype(output) if resume else None
     dtype = choose_dtype(config.dtype, checkpoint.folder)
     if config.dtype == "auto":
         dtype = begun or training_dtype(checkpoint.dtype(), device)
@@ -115,7 +115,7 @@ def check_with_store(config: AdaptConfig, learner: Learner | None, store: StoreO
     """
     store.policy()
     if learner is not None and learner.through_experts:
-        method = registry.text("selection", config.method).partition(":")[0]
+        method = registry.split("selection", registry.text("selection", config.method))[0]
         raise InputError(
             f"--method {method} is trained by gradients through the experts, which --expert-memory lets come and go; "
             "take a rule that is calibrated, such as top-p, or --method ada-k --learner ppo"
@@ -135,7 +135,7 @@ def adaptation_samples(
         InputError: unusable data, or pictures for a selection that learns.
     """
     whole = without_weights(checkpoint).config
-    if whole.get_text_config() is whole:
+    if not takes_pictures(whole):
         documents = documents_of(
             config.data, checkpoint.folder, TRAINING_TOKENS, config.seed, config.device, window=config.window
         )
@@ -149,10 +149,9 @@ def adaptation_samples(
             f"--method {registry.text('selection', config.method)} learns from text alone; leave rows with pictures "
             "out, or take a rule that is calibrated, such as modality-threshold"
         )
-    longest: int = whole.get_text_config().max_position_embeddings
     return make_pictured_samples(
         documents, Processor(checkpoint.folder, whole), config.samples, config.window, config.held_out, config.seed,
-        longest,
+        context_length(whole),
     )  # fmt: skip
 
 
@@ -168,7 +167,7 @@ def choose_methods(config: AdaptConfig) -> tuple[Counting, Learner | None]:
         learner.check(selection)
         return selection, learner
     if config.learner is not None:
-        name = registry.split("selection", registry.spec(selection))[0]
+        name = registry.spec_name(type(selection))
         raise InputError(f"--method {name} is calibrated and does not learn; leave out --learner")
     return selection, None
 
@@ -180,7 +179,7 @@ def check_model(checkpoint: Checkpoint, selection: Counting, config: AdaptConfig
         InputError: a dense model, one whose number of experts varies already, a budget that it cannot meet, or a window
             beyond its context.
     """
-    ours = is_ours(checkpoint)
+    ours = is_converted(checkpoint)
     if config.inside and not ours:
         raise InputError(
             f"'{checkpoint.folder}' is a stock {checkpoint.config.get('model_type')}, whose format has no place for a "
@@ -190,8 +189,7 @@ def check_model(checkpoint: Checkpoint, selection: Counting, config: AdaptConfig
     blocks = moe_blocks_of(model)
     if selection.by_modality:
         check_modality(model)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", config.window)
-    if config.window > longest:
+    if config.window > (longest := context_length(model.config)):
         raise InputError(f"--window {config.window} is more than the model's longest, {longest} tokens")
     gates = [block.router for block in blocks if isinstance(block.router, Gate)]
     if any(gate.selection.dynamic_top_k for gate in gates):
@@ -199,7 +197,7 @@ def check_model(checkpoint: Checkpoint, selection: Counting, config: AdaptConfig
     if config.allow_zero and not all(block.shared_experts for block in blocks):
         raise InputError("--allow-zero needs a shared expert in each layer, and this model has none")
     if config.allow_zero and not selection.reaches_zero:
-        name = registry.split("selection", registry.spec(selection))[0]
+        name = registry.spec_name(type(selection))
         raise InputError(f"--method {name} always runs an expert; leave out --allow-zero, or take threshold")
     selection = replace(selection, at_least=0 if config.allow_zero else max(1, selection.at_least))
     default = max(block.num_experts_per_tok for block in blocks)

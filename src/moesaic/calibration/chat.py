@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..errors import InputError, first_line
-from .documents import BLANK, Document, Message
+from .documents import BLANK_LINE, Document, Message
 from .prompts import sources_for
 
 FIXED_DATE = "{%- macro strftime_now(format) -%}01 January 2025{%- endmacro -%}"
@@ -42,12 +42,12 @@ def pieces(document: Document, tokenizer: Any, opening: str) -> list[Piece]:
         return templated(document, tokenizer, opening) if tokenizer.chat_template else joined(document.messages)
     if prompt := document.prompt_characters:
         return [Piece(document.text[:prompt], False), Piece(document.text[prompt:], True, ends=True)]
-    return [Piece(document.text + BLANK, True)]
+    return [Piece(document.text + BLANK_LINE, True)]
 
 
 def joined(messages: Sequence[Message]) -> list[Piece]:
     """Join the turns of a chat by blank lines."""
-    found = [Piece(message.content + BLANK, message.role == "assistant") for message in messages]
+    found = [Piece(message.content + BLANK_LINE, message.role == "assistant") for message in messages]
     if messages[-1].role == "assistant":
         found[-1] = Piece(messages[-1].content, True, ends=True)
     return found

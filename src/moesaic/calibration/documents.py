@@ -29,7 +29,7 @@ ROLES = {
     "gpt": "assistant", "tool": "tool",
 }  # fmt: skip
 """Of a chat's turn, by the names that files give them."""
-BLANK = "\n\n"
+BLANK_LINE = "\n\n"
 PLACE = "<image>"
 """Where a picture stands in the text of a row that has pictures, as in LLaVA's data."""
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -101,7 +101,7 @@ def _document(row: Mapping[str, object], domain: str, where: str) -> Document | 
         asked, answer = (row.get(key) for key in keys)
         if isinstance(asked, str) and isinstance(answer, str):
             more = row.get("input") if keys[0] == "instruction" else None
-            asked = BLANK.join((asked, more)) if isinstance(more, str) and more.strip() else asked
+            asked = BLANK_LINE.join((asked, more)) if isinstance(more, str) and more.strip() else asked
             return chat((Message("user", clean(asked)), Message("assistant", clean(answer))), domain)
     texts = (row[key] for key in TEXT_KEYS if isinstance(row.get(key), str))
     return next((Document(clean(str(text)), domain) for text in texts), None)
@@ -155,7 +155,7 @@ def _placed(message: Message) -> Message:
 def chat(messages: tuple[Message, ...], domain: str) -> Document:
     """Make the document of a chat."""
     said = (message.content for message in messages if message.content or not message.pictures)
-    return Document(BLANK.join(said), domain, messages=messages)
+    return Document(BLANK_LINE.join(said), domain, messages=messages)
 
 
 def turns(value: object, where: str) -> tuple[Message, ...]:

@@ -186,6 +186,11 @@ def tapped(
     return Tapped(torch.cat(tap.inputs), torch.cat(tap.outputs), after_NLD)
 
 
+def layer_generator(seed: int, index: int) -> torch.Generator:
+    """Make the source of what is random in a layer: one layer's numbers do not hang on another's."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + index)
+
+
 def relative_weights(target_TD: Tensor) -> Tensor:
     """Weigh tokens by `1 / ‖target‖`, mean 1: an error counts relative to what was to come out."""
     norm_T = target_TD.float().norm(dim=1)

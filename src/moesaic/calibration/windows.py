@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .chat import pieces
-from .documents import BLANK, Document
+from .documents import BLANK_LINE, Document
 from .text import by_domain
 
 SPARE = 8
@@ -137,7 +137,7 @@ def packed_windows(
     wanted; a document of more than `LONG` characters is as many as it has parts.
     """
     enough = SPARE * wanted * body * CHARACTERS_PER_TOKEN
-    size = min(LONG - len(BLANK), max(SHORT, enough // wanted))
+    size = min(LONG - len(BLANK_LINE), max(SHORT, enough // wanted))
     documents = [part for document in documents for part in parts(document, size)]
     step = max(1, min(sum(len(document.text) for document in documents) // enough, len(documents) // wanted))
     while step > 1 and sum(len(document.text) for document in documents[::step]) < enough:
@@ -157,7 +157,7 @@ def packed_windows(
 
 def parts(document: Document, size: int) -> list[Document]:
     """Cut a long text into documents of about `size` characters; chats, and prompts with responses, stay whole."""
-    if document.messages or document.prompt_characters or len(document.text) <= LONG - len(BLANK):
+    if document.messages or document.prompt_characters or len(document.text) <= LONG - len(BLANK_LINE):
         return [document]
     return [Document(text, document.domain) for text in cut_text(document.text, size)]
 

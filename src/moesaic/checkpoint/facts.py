@@ -15,12 +15,11 @@ from ..files import read_json, read_yaml
 from ..results import ConversionResult, Json
 from .builtin import BUILTINS
 from .reader import is_adapter
+from .sources import TERMS
 from .writer import CONFIG_FILE
 
 METRICS_FILE = "metrics.json"
 ORIGIN = "copy it from the folder that 'moesaic convert' made"
-TERMS = re.compile(r"(licen[cs]e|notice|copying|use_policy|acceptable_use|terms)", re.IGNORECASE)
-"""How names of files begin that say what a model may be used for."""
 TOKENIZER_MODEL = re.compile(r".*\.model")
 """SentencePiece's own file, which transformers does not save again and other programs read."""
 CARD_FIELDS = ("license", "license_name", "license_link")
@@ -81,7 +80,7 @@ def check_conversion_files(folder: Path) -> None:
 def copy_terms(source: Path, made: Path) -> None:
     """Copy licences, notices and tokenizer models, which belong to a model whatever it is turned into."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and (TERMS.match(path.name) or TOKENIZER_MODEL.fullmatch(path.name)):
+        if path.is_file() and (path.name.lower().startswith(TERMS) or TOKENIZER_MODEL.fullmatch(path.name)):
             shutil.copyfile(path, made / path.name)
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG, FILES, TOKENIZER = "moesaic.config", "moesaic.file.", "tokenizer.huggingface.json"
 """Keys: of `config.json`, how those of other files begin, and GGUF's own of `tokenizer.json`."""
-KEPT = (
+KEPT_FILES = (
     "moesaic.yaml", "metrics.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "generation_config.json",
 )  # fmt: skip
@@ -61,7 +61,7 @@ def unpack(readers: Sequence[GGUFReader], folder: Path, called: Path, value: Cal
     if not isinstance(dtype, torch.dtype):
         raise InputError(f"'{called}' is damaged: {CONFIG} has dtype {config.get('dtype')!r}; convert again")
     write_json(folder / "config.json", config)
-    for key, name in [(TOKENIZER, "tokenizer.json"), *((FILES + kept, kept) for kept in KEPT)]:
+    for key, name in [(TOKENIZER, "tokenizer.json"), *((FILES + kept, kept) for kept in KEPT_FILES)]:
         if isinstance(text := value(key), str):
             (folder / name).write_text(text, "utf-8")
     groups: dict[str, list[tuple[GGUFReader, int]]] = {}

@@ -24,8 +24,10 @@ def check_file(output: Path, overwrite: bool) -> None:
     place = real_path(output)
     if place.exists() and not (overwrite and place.is_file()):
         raise InputError(f"'{output}' exists; choose another file or pass --overwrite")
-    if place.exists() and place.stat().st_size and not place.open("rb").read(4) == b"GGUF":
-        raise InputError(f"'{output}' is no GGUF and is not replaced; choose another file")
+    if place.exists() and place.stat().st_size:
+        with place.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise InputError(f"'{output}' is no GGUF and is not replaced; choose another file")
 
 
 @contextmanager

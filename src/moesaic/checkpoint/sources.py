@@ -17,7 +17,8 @@ from .mirrors import fetch_gguf
 from .reader import SINGLE, Checkpoint
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-TERMS = ("license", "licence", "notice", "use_policy")
+TERMS = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use", "terms")
+"""How names of files begin, in capitals or not, that say what a model may be used for."""
 HUB_FILES = (
     "*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*", "merges.txt", "vocab*", "README.md",
     *(f"{name}*" for word in TERMS for name in (word.upper(), word.title(), word)),

@@ -26,7 +26,7 @@ from .reader import INDEX
 STATE = "state.json"
 CONFIG_FILE = "moesaic.yaml"
 """The file by which a finished conversion is known."""
-OUTER = "model-outer.safetensors"
+OUTSIDE_FILE = "model-outer.safetensors"
 HEADROOM_BYTES = 64 << 20
 log = logging.getLogger("moesaic")
 
@@ -265,7 +265,7 @@ class ResumableOutput:
     def finish(self, check: Callable[[Path], object] | None = None) -> None:
         """Index the shards, let `check` see the folder, give it its name, and drop what only resuming needs."""
         weight_map, size = {}, 0
-        for name in (OUTER, *map(self.shard, range(len(self.layers)))):
+        for name in (OUTSIDE_FILE, *map(self.shard, range(len(self.layers)))):
             path = self.folder / name
             with safe_open(path, framework="pt") as file:
                 weight_map |= dict.fromkeys(file.keys(), path.name)

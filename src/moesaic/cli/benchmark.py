@@ -10,6 +10,7 @@ import typer
 
 from .. import given
 from ..errors import InputError
+from ..models.devices import dtype_name
 from ..report import tables
 from ..report.progress import progress
 from . import options, pictures
@@ -165,7 +166,7 @@ def benchmark(
     )
     check_length(loaded, prompt, new, "--new")
     tokens_BL = prompt_tokens(tokenizer, prompt, max(sizes))
-    dense, _ = options.load_model(against, device, str(loaded.dtype).removeprefix("torch."), threads)
+    dense, _ = options.load_model(against, device, dtype_name(loaded.dtype), threads)
     with progress(stderr, "measuring", "measurement") as tick:
         result = run(
             loaded, dense, tokens_BL, new=new, batches=sizes, rounds=rounds, processor=processor, images=shown,

@@ -113,14 +113,14 @@ def inspect(
         inspection = run(model)
         print_result(inspection, as_json, lambda: tables.show_inspection(stderr, inspection))
         return
-    from ..evaluation.experts import read_text
+    from ..evaluation.experts import inspected_text
     from ..evaluation.routes import trace_file
 
     sizes = {"requests": requests or 8, "prompt": prompt or 64, "new": 64 if new is None else new}
     check(requests=requests, prompt=prompt, new=new or None)
     if window is None:
         window = 128 if oracle else 256
-    read_text(text, tokens, window)
+    inspected_text(text, tokens, window)
     if trace:
         trace_file(trace)
     loaded = load(model, device, dtype, threads, adapter, select)

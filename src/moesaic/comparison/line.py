@@ -14,10 +14,8 @@ from typing import NamedTuple
 
 from ..report.frontier import OURS
 from ..results import FrontierRow, FrontierSibling, FrontierSummary
+from ..results.evaluation import perplexity_of
 from .rows import shape_of
-
-LARGEST = 700.0
-"""The loss beyond which a perplexity is no number any more, in nats."""
 
 
 class Dot(NamedTuple):
@@ -64,13 +62,13 @@ def line_at(siblings: Sequence[Dot], dense: float, x: float) -> OnLine | None:
         return OnLine(stop.perplexity, extrapolated=False)
     share = math.log(x / start.x) / math.log(stop.x / start.x)
     rise = math.log(stop.perplexity / start.perplexity)
-    found = math.exp(min(LARGEST, math.log(start.perplexity) + share * rise))
+    found = perplexity_of(math.log(start.perplexity) + share * rise)
     return OnLine(found, x > stop.x)
 
 
 def same_tokens(bits_per_byte: float, scored_bytes: int, scored_tokens: int) -> float:
     """Translate bits per byte into a perplexity at tokens of so many bytes, `2 ** (bits * bytes / tokens)`."""
-    return math.exp(min(LARGEST, bits_per_byte * math.log(2) * scored_bytes / scored_tokens))
+    return perplexity_of(bits_per_byte * math.log(2) * scored_bytes / scored_tokens)
 
 
 def by_speed(siblings: Sequence[FrontierSibling]) -> list[Dot]:

@@ -27,6 +27,7 @@ from ..formats.converted import Converted, dense_origin
 from ..formats.gguf_support import K_QUANTS, block_size, check_k_quant, find_quantiser, gguf_format
 from ..given import check, optional_path
 from ..machine import free_memory, give_back_memory, machine, versions
+from ..models.families import context_length
 from ..models.integrity import read_config
 from ..models.tokenizer import load_tokenizer
 from ..plan import Plan
@@ -151,7 +152,7 @@ def window_within(entries: Sequence[Entry], window: int | None) -> int:
     Raises:
         InputError: more are asked for than one of them can.
     """
-    contexts = {e.name: int(read_config(e.folder).get_text_config().max_position_embeddings) for e in entries}
+    contexts = {e.name: context_length(read_config(e.folder)) for e in entries}
     name, shortest = min(contexts.items(), key=lambda item: item[1])
     if window is None:
         return min(WINDOW, shortest)

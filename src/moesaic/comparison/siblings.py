@@ -14,10 +14,10 @@ from ..errors import InputError
 from ..evaluation.cost import active_weights, ffn_of
 from ..evaluation.evaluate import task_processor
 from ..evaluation.perplexity import scored_text
-from ..formats.converted import is_ours, without_weights
+from ..formats.converted import is_converted, without_weights
 from ..given import optional_path, place
 from ..machine import machine
-from ..models.families import decoder_layers, empty, settle_width
+from ..models.families import context_length, decoder_layers, empty, settle_width
 from ..models.integrity import check_contents, model_on_meta, read_config
 from ..models.moe_block import find_block
 from ..models.tokenizer import load_tokenizer
@@ -55,7 +55,7 @@ def read_dense(name: str) -> Dense:
     folder = resolve(name)
     checkpoint = Checkpoint(folder)
     model = without_weights(checkpoint)
-    sparse = is_ours(checkpoint) or any(find_block(layer) for layer in decoder_layers(model))
+    sparse = is_converted(checkpoint) or any(find_block(layer) for layer in decoder_layers(model))
     if not sparse:
         check_contents(model, checkpoint)
     return Dense(
@@ -91,7 +91,7 @@ def check_siblings(model: str, names: Sequence[str], measurement: Measurement) -
                 f"--siblings {name} is not smaller: a token reads {sibling.parameters:,} of its weights, and "
                 f"{big.parameters:,} of {model}'s; give a smaller dense model of the family"
             )
-        longest = read_config(sibling.folder).get_text_config().max_position_embeddings
+        longest = context_length(read_config(sibling.folder))
         if longest < WINDOW:
             raise InputError(
                 f"--siblings {name} takes {longest} tokens at once, and windows have {WINDOW}; leave it out"

@@ -13,6 +13,7 @@ from ..compat import parameters_on_meta, set_experts_implementation
 from ..evaluation.benchmark import decode_speed
 from ..evaluation.inspect import prompt_tokens
 from ..machine import machine, versions
+from ..models.devices import dtype_name
 from ..models.families import auto_class, embedding_rows
 from ..moe.modeling import DEFAULT_EXPERTS, moe_blocks, moesaic_config
 from ..plan import Plan
@@ -115,5 +116,5 @@ def sibling_speed(
 def _details(found: Speed, dense: PreTrainedModel) -> Json:
     """Say how a speed was measured, and its numbers but for the speed-up."""
     details = {name: value for name, value in found.to_dict().items() if name != "speedup"}
-    details |= {"threads": torch.get_num_threads(), "dtype": str(dense.dtype).removeprefix("torch.")}
+    details |= {"threads": torch.get_num_threads(), "dtype": dtype_name(dense.dtype)}
     return details | SPEED | {"versions": versions()}

@@ -48,4 +48,4 @@ class AdaptConfig(Settings):
     dtype: str = "auto"
     """In which the model runs; what learns is float32."""
     seed: int = 0
-    """Of every draw: the same seed gives the same result on the same machine."""
+    """Seed of every random draw: the same one gives the same result on the same machine."""

@@ -59,9 +59,9 @@ class ConvertConfig(Settings):
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     dtype: str = "auto"
-    """Of what is written: `auto` (the checkpoint's), `bfloat16`, `float16`, `float32`, ..."""
+    """Dtype of the weights that are written: `auto` (the checkpoint's), `bfloat16`, `float16`, `float32`, ..."""
     seed: int = 0
-    """Of every draw: the same seed gives the same result on the same machine."""
+    """Seed of every random draw: the same one gives the same result on the same machine."""
     collapse_ratio: float = 100.0
     """Perplexity above this many times the dense model's is a collapse; of answers about pictures too."""
 

@@ -34,7 +34,7 @@ class PruneConfig(Settings):
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     seed: int = 0
-    """Of every draw: the same seed gives the same result on the same machine."""
+    """Seed of every random draw: the same one gives the same result on the same machine."""
     collapse_ratio: float = 100.0
     """Perplexity above this many times the source's is a collapse."""
 

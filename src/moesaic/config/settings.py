@@ -54,7 +54,7 @@ LearnerField = Annotated[object, *_field("learner")]
 PrunerField = Annotated[object, *_field("pruning")]
 
 
-def read_yaml(file: Path) -> Any:
+def read_recipe(file: Path) -> Any:
     """Read a small UTF-8 file of YAML, with or without a byte order mark.
 
     Raises:
@@ -138,7 +138,7 @@ class Settings(BaseModel):
 
     @classmethod
     def _recipe(cls, recipe: Path) -> Json:
-        content = read_yaml(recipe)
+        content = read_recipe(recipe)
         content = content.get(cls.section, content) if isinstance(content, dict) else content
         if not isinstance(content, dict | None):
             raise InputError(f"'{recipe}' is no recipe: it holds {shown(content)}; write one 'setting: value' a line")

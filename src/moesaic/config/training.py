@@ -34,22 +34,22 @@ class FinetuneConfig(Settings):
     batch: int = 2
     """Sequences in a step, over all processes."""
     learning_rate: float | None = None
-    """Of all but the routers; None is the method's own."""
+    """Learning rate of all parameters but the routers'; None is the method's own."""
     router_learning_rate: float | None = None
-    """Of the routers; None is the method's own."""
+    """Learning rate of the routers; None is the method's own."""
     warmup: float = 0.05
     """Share of the training in which the learning rate rises; then it falls as a cosine to a tenth."""
     top_k: int = 64
-    """Of the teacher's logits, the largest that are kept; the rest of the probability is one more class."""
+    """How many of the teacher's largest logits are kept; the rest of the probability is one more class."""
     match: float = 0.0
     """Weight of the relative squared distance of each layer's output from the teacher's."""
     balance: Literal["none", "bias", "loss"] | None = None
     """Evening out the experts' load: by the selection bias (CMoE, DeepSeek-V3), by a loss (Switch), or not; None is the
     method's own, mostly `none`."""
     balance_step: float = 1e-3
-    """Of `bias`: how far it moves in a step (CMoE's γ)."""
+    """How far the bias moves in a step with `balance: bias` (CMoE's γ)."""
     balance_weight: float = 0.01
-    """Of `loss`: its weight in nats a token (Switch's α)."""
+    """Weight of the balance loss with `balance: loss`, in nats a token (Switch's α)."""
     locality: float = 0.0
     """Weight of the divergence from the experts of the token before (LocMoE, ReMoE); and what it is worth, in nats of
     held-out loss, that a token keeps its experts, when the best state is chosen."""
@@ -64,7 +64,7 @@ class FinetuneConfig(Settings):
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     seed: int = 0
-    """Of every draw: the same seed gives the same result on the same machine."""
+    """Seed of every random draw: the same one gives the same result on the same machine."""
 
     @classmethod
     def combine(cls, recipe: Json, settings: Json) -> Json:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..calibration.activations import LayerActivations
-from ..calibration.layers import activations, tapped
+from ..calibration.layers import activations, layer_generator, tapped
 from ..checkpoint.writer import ResumableOutput
 from ..models.families import ffn_name
 from ..moe.ahead import NAME
@@ -32,7 +32,7 @@ from ..routing._network import PregateNetwork
 from ..routing.pregate import Pregate, PregateGate, group_of, network_from
 from .prepare import Conversion
 
-KEPT = "hidden-ahead.safetensors"
+HIDDEN_FILE = "hidden-ahead.safetensors"
 """The file that holds it until the output is whole."""
 ROUTER, LESSON, LAYER = "router.", "lesson", "layer."
 
@@ -106,11 +106,11 @@ def look_ahead(conversion: Conversion, partial: ResumableOutput, report: Progres
     if not conversion.plan.num_experts:
         return None
     conversion.layerwise.load_embeddings_and_head()
-    if KEPT in partial.state.sha256:
-        made = restored(conversion, load_file(partial.folder / KEPT))
+    if HIDDEN_FILE in partial.state.sha256:
+        made = restored(conversion, load_file(partial.folder / HIDDEN_FILE))
     else:
         made = Planner(conversion, report).plan()
-        partial.write(KEPT, made.tensors())  # the first layer's hidden states, which follow, make it count
+        partial.write(HIDDEN_FILE, made.tensors())  # the first layer's hidden states, which follow, make it count
     return with_decisions(conversion, made)
 
 
@@ -158,7 +158,7 @@ class Planner:
 
     def generator(self, index: int) -> torch.Generator:
         """Make the source of what is random in a layer, as the conversion of that layer has it."""
-        return torch.Generator().manual_seed(self.conversion.config.seed * 1_000_003 + index)
+        return layer_generator(self.conversion.config.seed, index)
 
     @torch.no_grad()
     def plan(self) -> LookedAhead:
@@ -220,7 +220,7 @@ class Planner:
             partition = conversion.partitioner.split(sample, plan, self.generator(index))
             partitions.append(partition.to(torch.device("cpu")))
             if router:
-                target_TGE[:, group] += router.lesson(sample, partition, plan.num_experts_per_tok).cpu()
+                target_TGE[:, group] += router.target(sample, partition, plan.num_experts_per_tok).cpu()
 
         self.run("splitting neurons", visit)
         if router is None or network is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..results import PictureResult
+from ..results.evaluation import perplexity_of
 from .prepare import Conversion
 
 
@@ -50,9 +51,8 @@ def answers(conversion: Conversion, hidden_NLD: Tensor) -> Answers | None:
 def compare_answers(conversion: Conversion, dense: Answers, converted: Answers) -> PictureResult:
     """Say what the conversion does to the answers."""
     pictured = conversion.tokens.pictured["calibration"]
-    losses = torch.tensor([dense.loss, converted.loss], dtype=torch.float64).clamp(max=700).exp()
     return PictureResult(
-        perplexity_dense=losses[0].item(), perplexity=losses[1].item(),
+        perplexity_dense=perplexity_of(dense.loss), perplexity=perplexity_of(converted.loss),
         agreement=(dense.first_S == converted.first_S).double().mean().item(), answer_tokens=len(dense.first_S),
         calibrated=bool(pictured.is_image_NL.any()), image_weight=conversion.config.image_weight,
         held_out=conversion.tokens.held_out_pictures,

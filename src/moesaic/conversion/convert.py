@@ -30,7 +30,7 @@ from ..formats.export import rewrite, write_embeddings_and_head, write_metrics
 from ..formats.verify import check
 from ..given import path
 from ..machine import give_back_memory, machine, peak_rss_bytes, versions
-from ..models.devices import begun_dtype
+from ..models.devices import begun_dtype, dtype_name
 from ..models.integrity import check_numbers
 from ..models.processor import copy_processor
 from ..moe.modeling import MODEL_TYPE
@@ -214,14 +214,14 @@ def measure(
         memory_factor=counted.memory_factor,
         total_parameters=counted.total_parameters,
         active_parameters=counted.active_parameters,
-        dense_parameters=layerwise.parameters(),
+        dense_parameters=layerwise.num_parameters(),
         perplexity_dense=dense,
         perplexity=converted,
         perplexity_protocol=held_out_protocol(held_out_NL[is_text(conversion)]),
         peak_rss_bytes=peak_rss_bytes(),
         layers=layers,
         fingerprint=conversion.fingerprint,
-        compute_dtype=str(layerwise.dtype).removeprefix("torch."),
+        compute_dtype=dtype_name(layerwise.dtype),
         versions=versions(),
         machine=machine(),
         trials=trials,
@@ -232,7 +232,7 @@ def measure(
         engine=conversion.engine,
         pictures=compare_answers(conversion, said, says) if said and says else None,
     )
-    result = replace(result, collapsed=not result.worst_ratio() <= conversion.config.collapse_ratio)
+    result = result.judged(conversion.config.collapse_ratio)
     if not registry.build("selection", conversion.model_config.selection).dynamic_top_k:
         return result
     loads = [sum(layers[index].expert_tokens) for index in conversion.layers]

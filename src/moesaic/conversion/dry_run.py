@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from .. import registry
 from ..config import ConvertConfig
 from ..evaluation.cost import mean_share
+from ..models.devices import dtype_name
 from ..results import Result
 from .auto import unwritten
 from .prepare import Conversion
@@ -74,9 +75,9 @@ def _describe(conversion: Conversion) -> DryRun:
         engine=conversion.engine.engine if conversion.engine else None,
         outtype=conversion.engine.outtype if conversion.engine else None,
         calibration_tokens=conversion.tokens.calibration_NL.numel() + conversion.tokens.validation_NL.numel(),
-        dense_parameters=layerwise.parameters(),
-        dtype=str(conversion.dtype).removeprefix("torch."),
-        compute_dtype=str(layerwise.dtype).removeprefix("torch."),
+        dense_parameters=layerwise.num_parameters(),
+        dtype=dtype_name(conversion.dtype),
+        compute_dtype=dtype_name(layerwise.dtype),
         device=str(layerwise.device),
         disk_bytes=conversion.bytes_needed(),
     )

@@ -20,6 +20,7 @@ from ..calibration.layers import (
     StreamError,
     Tap,
     calibrate,
+    layer_generator,
     relative_error,
     replaced_ffn,
     residual_stream_error,
@@ -82,7 +83,7 @@ def convert_layer(
         WorkError: a self-test failed.
     """
     done, layerwise, pictured = StageTimer(), conversion.layerwise, conversion.tokens.pictured
-    generator = torch.Generator().manual_seed(conversion.config.seed * 1_000_003 + index)
+    generator = layer_generator(conversion.config.seed, index)
     with layerwise.layer(index) as layer:
         done("load")
         dense = None if states.dense is None else layerwise.run(index, layer, states.dense, TEXTS["dense"])

@@ -20,7 +20,8 @@ from ..errors import InputError
 from ..formats.base import Format, MoesaicModelConfig, block_config
 from ..formats.engines import LLAMA_CPP, format_for
 from ..machine import versions
-from ..models.devices import COMPUTE_DTYPE, choose_device, choose_dtype, compute_dtype
+from ..models.devices import COMPUTE_DTYPE, choose_device, choose_dtype, compute_dtype, dtype_name
+from ..models.families import takes_pictures
 from ..models.integrity import read_config
 from ..models.layerwise import LayerwiseModel
 from ..models.tokenizer import load_tokenizer
@@ -97,7 +98,7 @@ class Conversion:
             "plan": f"{self.plan} of {self.plan.width}",
             "format": self.format.name,
             "device": self.layerwise.device.type,
-            COMPUTE_DTYPE: str(self.layerwise.dtype).removeprefix("torch."),
+            COMPUTE_DTYPE: dtype_name(self.layerwise.dtype),
             "version": " ".join(f"{name} {version}" for name, version in versions().items()),
         }
 
@@ -228,7 +229,7 @@ def check_pictures(config: ConvertConfig, router: Router, layerwise: LayerwiseMo
         InputError: the two do not go together.
     """
     whole = read_config(layerwise.checkpoint.folder)
-    if config.text_only and whole.get_text_config() is whole:
+    if config.text_only and not takes_pictures(whole):
         raise InputError(
             f"--text-only is for models that take pictures, and '{whole.model_type}' takes text; leave it out"
         )
@@ -279,7 +280,7 @@ def check_methods(config: ConvertConfig, partitioner: Partitioner, router: Route
     if router.runs_all_experts and registry.text("recovery", config.recovery) != "none":
         raise InputError(f"router '{config.router}' ranks by norms that recovery changes; use it with --recovery none")
     if isinstance(selection, Counting) and selection.parameters(SMALLEST):
-        name = registry.split("selection", registry.spec(selection))[0]
+        name = registry.spec_name(type(selection))
         raise InputError(
             f"selection '{name}' has something to learn or to calibrate in each layer; convert without it, then: "
             f"moesaic adapt OUT ADAPTER --method {name}"

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..compat import experts_implementation
 from ..errors import InputError
 from ..machine import machine, peak_rss_bytes, versions
+from ..models.devices import dtype_name
 from ..models.families import decoder_layers
 from ..models.moe_block import Routing, find_block
 from ..models.processor import Processor
@@ -92,7 +93,7 @@ def benchmark(
         roof=roof(model.device, model.dtype),
         machine=machine(),
         threads=torch.get_num_threads(),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         experts=experts_implementation(model.config),
         peak_rss_bytes=peak_rss_bytes(),
         protocol=_protocol(rounds, tokens_BL.shape[1], new, batches),

@@ -11,6 +11,6 @@ from transformers import PreTrainedModel
 
 def now(model: PreTrainedModel | Tensor) -> float:
     """Wait for the device of a model or tensor, and tell the time in seconds."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)
     return time.perf_counter()

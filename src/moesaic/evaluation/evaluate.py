@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import InputError
 from ..given import check, optional_path
 from ..machine import versions
+from ..models.devices import dtype_name
 from ..models.processor import Processor
 from ..progress import Progress, unheard
 from ..results import EvaluationResult, Json, TaskScore
@@ -81,7 +82,7 @@ def evaluate(
     if run_harness and harness:
         scores |= run_harness(model, tokenizer_of(tokenizer), harness.split(","))
     wrote = evaluate_generation(request, model, tokenizer, theirs, report)
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     return EvaluationResult(**found._asdict(), tasks=scores, generation=wrote, dtype=dtype, versions=versions())
 
 

@@ -23,7 +23,7 @@ from ..checkpoint.reader import Checkpoint
 from ..errors import InputError
 from ..formats.converted import without_weights
 from ..given import check, optional_path
-from ..models.families import embedding_rows
+from ..models.families import context_length, embedding_rows
 from ..models.moe_block import MoEBlock, Routing
 from ..moe.adaptive import moe_blocks_of
 from ..progress import Progress
@@ -77,7 +77,7 @@ def inspect_experts(
         InputError: the model is dense, no such text, text shorter than one window, or a window beyond the model's.
     """
     blocks = moe_blocks_of(model)
-    cut = make_windows(model, tokenizer, read_text(text, tokens, window), window)
+    cut = make_windows(model, tokenizer, inspected_text(text, tokens, window), window)
     runs, texts = [], []
     for done, tokens_L in enumerate(cut.tokens_NL):
         runs.append(run_window(model, blocks, tokens_L))
@@ -114,7 +114,7 @@ def inspect_passage(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         InputError: the model is dense.
     """
     blocks = moe_blocks_of(model)
-    window = min(PASSAGE_TOKENS + 1, longest(model) or PASSAGE_TOKENS + 1)
+    window = min(PASSAGE_TOKENS + 1, context_length(model.config))
     tokens_L = make_windows(
         model, tokenizer, InspectedText(bundled("heldout"), BUNDLED, window, False), window
     ).tokens_NL[0]
@@ -132,7 +132,7 @@ class InspectedText:
     """Whether a text that has fewer tokens will do."""
 
 
-def read_text(text: str | Path | None, tokens: int | None, window: int, default: int = 4_096) -> InspectedText:
+def inspected_text(text: str | Path | None, tokens: int | None, window: int, default: int = 4_096) -> InspectedText:
     """Read the text to look at, before any costly work.
 
     Raises:
@@ -158,9 +158,8 @@ def make_windows(
     Raises:
         InputError: the text is shorter than one, or the model's context is, or a token has no embedding.
     """
-    most = longest(model)
-    if most and window > most:
-        raise InputError(f"--window {window} is more than the model's longest, {most} tokens")
+    if window > (longest := context_length(model.config)):
+        raise InputError(f"--window {window} is more than the model's longest, {longest} tokens")
     try:
         tokens_NL, domain_N = labelled_windows(text.documents, tokenizer, text.tokens, window)
     except InputError:
@@ -170,11 +169,6 @@ def make_windows(
     check_tokens(tokens_NL, embedding_rows(model), tokenizer)
     domains = [group[0].domain for group in by_domain(text.documents)]
     return Windows(tokens_NL, domain_N, domains, text.name, text_hash(text.documents))
-
-
-def longest(model: PreTrainedModel) -> int | None:
-    """Tell the tokens of a model's context, if it says."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def default_count(blocks: Sequence[MoEBlock]) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..models.integrity import check_numbers
 from ..models.layerwise import LayerwiseModel
+from ..results.evaluation import perplexity_of
 
 
 def layerwise_perplexity(layerwise: LayerwiseModel, tokens_NL: Tensor, hidden_NLD: Tensor) -> float:
@@ -19,4 +20,4 @@ def layerwise_perplexity(layerwise: LayerwiseModel, tokens_NL: Tensor, hidden_NL
     """
     loss = layerwise.token_losses(tokens_NL, hidden_NLD).mean().double()
     check_numbers({"the logits of held-out text": loss}, "after the last layer", layerwise.dtype)
-    return loss.clamp(max=700).exp().item()
+    return perplexity_of(loss.item())

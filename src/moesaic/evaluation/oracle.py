@@ -22,7 +22,7 @@ from ..moe.adaptive import BlockRanker, Decision, Ranked, decided_by, moe_blocks
 from ..progress import Progress
 from ..results import OracleInspection
 from ..routing.selection.base import Ranking
-from .experts import default_count, make_windows, read_text, run_window
+from .experts import default_count, inspected_text, make_windows, run_window
 from .perplexity import check_losses, window_losses
 
 BISECTIONS = 60
@@ -106,7 +106,7 @@ def inspect_oracle(
     ranks = max(ranker.ranks for ranker in rankers)
     if at_most is not None:
         number("at_most", at_most, Limit(1, ranks, hint="a whole number of experts"))
-    cut = make_windows(model, tokenizer, read_text(text, tokens, window, 1_024), window)
+    cut = make_windows(model, tokenizer, inspected_text(text, tokens, window, 1_024), window)
     policy = [run_window(model, blocks, tokens_L) for tokens_L in cut.tokens_NL]
     counts_T = torch.cat([run.counts_TB for run in policy]).double().mean(1)
     losses_T = torch.cat([run.losses_T for run in policy]).double()

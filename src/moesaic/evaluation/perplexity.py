@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration.documents import BLANK, document
+from ..calibration.documents import BLANK_LINE, document
 from ..calibration.rows import read_rows
 from ..calibration.text import bundled, text_hash
 from ..calibration.windows import bos, check_tokens, token_windows
 from ..errors import InputError, WorkError
-from ..models.families import embedding_rows
+from ..models.families import context_length, embedding_rows
 from ..progress import Progress
 from ..results import PerplexityProtocol
+from ..results.evaluation import perplexity_of
 from .text_bytes import text_bytes
 
 BUNDLED = "bundled held-out text, six domains"
@@ -60,7 +61,7 @@ class Cut(NamedTuple):
     """Of the whole text."""
 
 
-class Scored(NamedTuple):
+class ScoredText(NamedTuple):
     """What of a text is scored."""
 
     tokens: int
@@ -99,7 +100,7 @@ def perplexity(
         InputError: unknown protocol, a file that is missing or that the protocol is not defined on, a window beyond the
             model's, or text shorter than one window.
     """
-    longest = model.config.get_text_config().max_position_embeddings
+    longest = context_length(model.config)
     stream = check_protocol(text, protocol, window, max_tokens)
     if not 2 <= window <= longest:
         raise InputError(f"--window {window} is not within 2 to {longest}, the model's longest")
@@ -116,7 +117,7 @@ def perplexity(
             progress(done + 1, len(cut.windows), "perplexity")
     assert count == scored.tokens
     return MeasuredPerplexity(
-        perplexity=math.exp(min(700.0, total / (max(1, cut.words) if protocol == "lm-eval" else count))),
+        perplexity=perplexity_of(total / (max(1, cut.words) if protocol == "lm-eval" else count)),
         tokens=sum(map(len, cut.windows)),
         protocol=protocol,
         window=window,
@@ -135,7 +136,7 @@ def scored_text(
     protocol: str = "gptq",
     window: int = 2_048,
     max_tokens: int | None = None,
-) -> Scored:
+) -> ScoredText:
     """Count what `perplexity` scores of a text, without a model.
 
     Raises:
@@ -145,10 +146,10 @@ def scored_text(
     return _scored(cut, tokenizer)
 
 
-def _scored(cut: Cut, tokenizer: PreTrainedTokenizerBase) -> Scored:
+def _scored(cut: Cut, tokenizer: PreTrainedTokenizerBase) -> ScoredText:
     pairs = zip(cut.windows, cut.skipped, strict=True)
     ids = [i for tokens_L, skipped in pairs for i in tokens_L[1 + skipped :].tolist()]
-    return Scored(len(ids), text_bytes(ids, tokenizer))
+    return ScoredText(len(ids), text_bytes(ids, tokenizer))
 
 
 def _windows(
@@ -204,12 +205,12 @@ def _stream(path: Path, protocol: str) -> Stream:
             return Stream(raw, raw)
         # the rows of the published data set keep their line end; its empty rows are empty strings
         rows = raw.split("\n")[: -1 if raw.endswith("\n") else None]
-        return Stream(raw, BLANK.join(row + "\n" if row.strip() else "" for row in rows))
+        return Stream(raw, BLANK_LINE.join(row + "\n" if row.strip() else "" for row in rows))
     if protocol != "gptq":
         raise InputError(
             f"protocol {protocol} is defined on a raw text, '{path}' has rows; give it as .txt, or take gptq"
         )
-    joined = BLANK.join(document(row.value, path.stem, row.where).text for row in raw)
+    joined = BLANK_LINE.join(document(row.value, path.stem, row.where).text for row in raw)
     return Stream(joined, joined)
 
 

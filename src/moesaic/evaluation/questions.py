@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ..calibration.chat import rendered
 from ..calibration.documents import Message
 from ..errors import InputError
+from ..models.families import context_length
 from ..models.processor import open_picture
 from ..serving.generate import check_length, new_tokens
 from ..serving.questions import Words, asked, inputs_of, on_model, tokenizer_of
@@ -62,9 +63,9 @@ def score_choices(model: PreTrainedModel, words: Words, questions: Sequence[Ques
         InputError: a picture that cannot be read, or a question that is longer than the model's context.
     """
     encoded = [_encode(words, one) for one in questions]
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = context_length(model.config)
     for one, asked_one in zip(encoded, questions, strict=True):
-        if longest and (length := one.inputs["input_ids"].shape[1]) > longest:
+        if (length := one.inputs["input_ids"].shape[1]) > longest:
             raise InputError(
                 f"the item {asked_one.text[:40]!r} has {length:,} tokens, more than the model's context of "
                 f"{longest:,}; leave it out, or give smaller pictures"

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError, WorkError
 from ..given import check, file_to_write, path
+from ..models.families import context_length
 from ..models.moe_block import MoEBlock, Routing
 from ..moe.adaptive import moe_blocks_of
 from ..progress import Progress, unheard
@@ -23,7 +24,7 @@ from ..results import RoutesInspection
 from ..store.hits import cache_hits
 from ..store.routes import DECODE, PREFILL, Route, RouteTrace
 from ..store.traces import is_trace, write_trace
-from .experts import longest, make_windows, read_text
+from .experts import inspected_text, make_windows
 
 
 def inspect_routes(
@@ -59,11 +60,10 @@ def inspect_routes(
     """
     place = trace_file(file)
     check(requests=requests, prompt=prompt, new=new or None)
-    read = read_text(text, requests * prompt, prompt)
+    read = inspected_text(text, requests * prompt, prompt)
     blocks = moe_blocks_of(model)
-    most = longest(model)
-    if most and prompt + new > most:
-        raise InputError(f"--prompt {prompt} and --new {new} are more than the model's longest, {most} tokens")
+    if prompt + new > (longest := context_length(model.config)):
+        raise InputError(f"--prompt {prompt} and --new {new} are more than the model's longest, {longest} tokens")
     cut = make_windows(model, tokenizer, read, prompt)
     routes: list[Route] = []
     tick = progress or unheard

@@ -24,7 +24,7 @@ from ..calibration.files import read_text
 from ..calibration.rows import parse_json
 from ..calibration.windows import check_tokens
 from ..errors import InputError
-from ..models.families import embedding_rows
+from ..models.families import context_length, embedding_rows
 from ..models.processor import Processor, check_picture
 from ..progress import Progress
 from ..results import TaskScore
@@ -254,7 +254,7 @@ def score_pairs(
     Returns:
         Of each, the continuation's log-likelihood in nats, and whether it is the greedy text.
     """
-    longest = model.config.get_text_config().max_position_embeddings
+    longest = context_length(model.config)
     encoded = [_encode(tokenizer, *pair, longest) for pair in pairs]
     for ids, _ in encoded:
         check_tokens(torch.tensor(ids), embedding_rows(model), tokenizer)

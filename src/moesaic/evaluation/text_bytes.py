@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.tokenizer import BYTE
 
-BLANK = "\u2581"
+METASPACE = "\u2581"
 """What SentencePiece writes for a blank."""
 
 
@@ -38,7 +38,7 @@ def _byte_level(token: str) -> int:
 
 
 def _sentence_piece(token: str) -> int:
-    return 1 if BYTE.fullmatch(token) else len(token.replace(BLANK, " ").encode())
+    return 1 if BYTE.fullmatch(token) else len(token.replace(METASPACE, " ").encode())
 
 
 def _decoders(tokenizer: PreTrainedTokenizerBase) -> set[str]:

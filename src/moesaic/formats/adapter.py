@@ -152,7 +152,7 @@ def build_selection(rule: object) -> Counting:
     """
     selection = counting(registry.build("selection", rule))
     if selection.parameters(SMALLEST):
-        name = registry.split("selection", registry.spec(selection))[0]
+        name = registry.spec_name(type(selection))
         raise InputError(
             f"selection '{name}' has something to learn or to calibrate in each layer; make an adapter first, "
             f"moesaic adapt MODEL OUT --method {name}, and give it with --adapter OUT"

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 from ..errors import InputError, WorkError
+from ..models.devices import dtype_name
 from ..models.families import ATTENTION
 from ..results import Json
-from .gguf_names import OUTER, RENAMED, ROPE_FACTORS, block_of, halved
+from .gguf_names import OUTSIDE_NAMES, RENAMED, ROPE_FACTORS, block_of, halved
 
 Tensors = dict[str, Tensor]
 """A decoder layer's tensors by their name in the layer, e.g. `mlp.gate.weight`."""
@@ -151,7 +152,7 @@ class Format(ABC):
             config: `config.json` of the stock architecture.
         """
         if not any(name.startswith("blk.") for name in theirs):
-            ours = {theirs_: ours for ours, theirs_ in OUTER.items()}
+            ours = {theirs_: ours for ours, theirs_ in OUTSIDE_NAMES.items()}
             return {ours[name]: tensor for name, tensor in theirs.items() if name != ROPE_FACTORS}
         prefix = block_of(next(iter(theirs))).prefix
         layer = {block_of(name).name: tensor for name, tensor in theirs.items()}
@@ -187,7 +188,7 @@ class Format(ABC):
 
     def width_reason(self, config: MoesaicModelConfig) -> str:
         """Say why stock engines cannot run experts of that width; nothing if they can. llama.cpp runs any."""
-        dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+        dtype = dtype_name(config.dtype or torch.float32)
         step = GROUPED_BYTES // getattr(torch, dtype).itemsize
         for what, width in (("an expert's", config.moe_intermediate_size), ("the hidden state's", config.hidden_size)):
             if width % step:

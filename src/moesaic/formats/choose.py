@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .. import registry
 from ..errors import InputError
+from ..models.families import takes_pictures
 from ..moe.modeling import MODEL_TYPE
 from .base import Format, MoesaicModelConfig, block_config
 
@@ -61,7 +62,7 @@ def tower_reason(format: Format, whole: PreTrainedConfig) -> str:
 
     Families that make their tower of whatever `text_config` says can; others have a class of their own.
     """
-    if format.name == MODEL_TYPE or whole.get_text_config() is whole or format.whole_model_type:
+    if format.name == MODEL_TYPE or not takes_pictures(whole) or format.whole_model_type:
         return ""
     if whole.sub_configs["text_config"] is not AutoConfig:
         return f"{whole.dense_model_type} models have a language tower of their own class"  # pyrefly: ignore[missing-attribute]

@@ -67,12 +67,13 @@ class Converted:
         with making_sense(self.checkpoint):
             self.whole: PreTrainedConfig = MoesaicConfig.from_dict(self.fields)
             check_fields(self.config, SIZES | PARTS, folder)
-            self.outside = outside_names(model_on_meta(self.whole, folder))
+            model = model_on_meta(self.whole, folder)
+            self.outside = outside_names(model)
             if not self._tied():
                 untie(self.whole)
             if stock:
                 check_agreement(self.checkpoint, self.format, self.config)
-            shapes = self._shapes()
+            shapes = self._shapes(model.state_dict())
         check_tensors(self.checkpoint, shapes, f"the {self.format.name} model that config.json describes")
 
     @property
@@ -85,9 +86,8 @@ class Converted:
         """Whether it is a vision-language model."""
         return self.config is not self.whole
 
-    def _shapes(self) -> dict[str, list[int]]:
-        """Say which tensors the folder must hold, in which shape."""
-        state = model_on_meta(self.whole, self.checkpoint.folder).state_dict()
+    def _shapes(self, state: dict[str, Tensor]) -> dict[str, list[int]]:
+        """Say which tensors the folder must hold for a model of that `state_dict`, in which shape."""
         if self.whole.tie_word_embeddings and self.format.name == MODEL_TYPE:
             del state[HEAD]
         layers = range(self.config.num_hidden_layers)
@@ -148,11 +148,11 @@ class Converted:
         check_finite(rest.items(), self.checkpoint.folder)
         named = {name.removeprefix(prefix): tensor for name, tensor in rest.items()}
         for name, header in routed.items():
-            match = EXPERT.fullmatch(name)
-            if match and self.format.copies_shared:  # the shared expert is in each, so the first one's will do for all
-                named[name] = self.checkpoint.read(f"{prefix}{match['before']}0.{match['part']}.weight")
-            else:
-                named[name] = torch.empty(header.shape, device="meta")
+            one = EXPERT.fullmatch(name)
+            if one and one["number"] != "0":  # the first stands for all
+                continue
+            copied = one and self.format.copies_shared
+            named[name] = self.checkpoint.read(prefix + name) if copied else torch.empty(header.shape, device="meta")
         layer = self.format.moesaic_layer(named, self.config)
         return {name: tensor for name, tensor in layer.items() if not is_expert_tensor(name, tensor.shape)}
 
@@ -260,7 +260,7 @@ def dense_origin(model: str, option: str = "--against") -> str:
     return origin
 
 
-def is_ours(checkpoint: Checkpoint) -> bool:
+def is_converted(checkpoint: Checkpoint) -> bool:
     """Tell whether moesaic wrote a model, in a stock architecture or in its own."""
     return is_converted_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE
 
@@ -272,4 +272,4 @@ def without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
         InputError: a configuration that is damaged.
     """
     folder = checkpoint.folder
-    return model_on_meta(Converted(folder).whole if is_ours(checkpoint) else read_config(folder), folder)
+    return model_on_meta(Converted(folder).whole if is_converted(checkpoint) else read_config(folder), folder)

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from .. import registry
 from ..errors import InputError
 from ..files import read_json
+from ..models.families import takes_pictures
 from ..moe.modeling import MODEL_TYPE
 from ..plan import KEPT_SPEED
 from ..results import EngineChoice
@@ -32,14 +33,14 @@ SAME_QUALITY = 1.01
 """Perplexity over f16's up to which a type counts as as good."""
 
 
-class Measured(NamedTuple):
+class EngineSpeed(NamedTuple):
     """How an engine runs experts of one width: shares of what bytes (decode) and FLOPs (prefill) allow."""
 
     width: int
     decode: float
     prefill: float | None
 
-    def kept(self, best: Measured) -> float:
+    def kept(self, best: EngineSpeed) -> float:
         """Compare with another width: the lesser of the two ratios."""
         parts = [self.decode / best.decode]
         if self.prefill and best.prefill:
@@ -72,10 +73,10 @@ def check_engine(engine: str) -> None:
         )
 
 
-def measured(engine: str, outtype: str) -> list[Measured]:
+def measured(engine: str, outtype: str) -> list[EngineSpeed]:
     """List what was measured of an engine with weights of a type, the widest experts first."""
     rows = [row for row in _table()["widths"] if (row["engine"], row["type"]) == (engine, outtype)]
-    found = [Measured(int(r["width"]), float(r["decode"]), r.get("prefill")) for r in rows]  # pyrefly: ignore
+    found = [EngineSpeed(int(r["width"]), float(r["decode"]), r.get("prefill")) for r in rows]  # pyrefly: ignore
     return sorted(found, key=lambda each: -each.width)
 
 
@@ -90,14 +91,14 @@ def best_type() -> MeasuredType:
     return next(each for each in measured_types() if each.perplexity <= SAME_QUALITY)
 
 
-def measured_as(engine: str, outtype: str) -> list[Measured]:
+def measured_as(engine: str, outtype: str) -> list[EngineSpeed]:
     """List what was measured of an engine with weights of a type; where that was not, of llama.cpp's best type."""
     if engine != LLAMA_CPP:
         return measured(engine, TYPES.get(engine, ""))
     return measured(engine, outtype) or measured(engine, best_type().name)
 
 
-def finest(rows: list[Measured]) -> Measured:
+def finest(rows: list[EngineSpeed]) -> EngineSpeed:
     """Choose the narrowest experts that keep `KEPT_SPEED` of the speed of the fastest, as all wider ones do."""
     best = max(rows, key=lambda row: row.decode)
     found = best
@@ -153,7 +154,7 @@ def loaders(format: Format, whole: PreTrainedConfig) -> list[str]:
     """List the engines that run a model in a format: on their own, or with moesaic's classes (transformers, vLLM)."""
     if format.name != MODEL_TYPE:
         return engines_of(format, whole)
-    return ["transformers"] if whole.get_text_config() is not whole else ["transformers", "vllm"]
+    return ["transformers"] if takes_pictures(whole) else ["transformers", "vllm"]
 
 
 def format_for(

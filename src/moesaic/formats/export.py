@@ -12,7 +12,7 @@ from ..checkpoint.facts import METRICS_FILE, check_conversion_files, saved_setti
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.single_file import MADE
 from ..checkpoint.sources import resolve
-from ..checkpoint.writer import OUTER, ResumableOutput, check_space, claim_output
+from ..checkpoint.writer import OUTSIDE_FILE, ResumableOutput, check_space, claim_output
 from ..errors import InputError, StorageError, WorkError
 from ..files import read_json, write_json
 from ..given import path
@@ -128,7 +128,7 @@ def write_embeddings_and_head(
             embeddings = next(name for name in tensors if name.endswith("embed_tokens.weight"))
             tensors = tensors | {HEAD: tensors[embeddings].clone()}
         write_json(partial.folder / "config.json", stock_config(format, whole))
-    partial.write(OUTER, tensors)
+    partial.write(OUTSIDE_FILE, tensors)
 
 
 def write_metrics(folder: Path, metrics: Json, format: Format, found: Check | None) -> None:

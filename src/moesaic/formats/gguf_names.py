@@ -17,7 +17,7 @@ RENAMED = {
     **{f"{ATTENTION}.{n}_proj.{kind}": f"attn_{n}.{kind}" for n in "qkv" for kind in ("weight", "bias")},
 }
 """In a layer."""
-OUTER = {
+OUTSIDE_NAMES = {
     EMBEDDINGS: "token_embd.weight",
     FINAL_NORM: "output_norm.weight",
     HEAD: "output.weight",

@@ -64,6 +64,11 @@ def choose_dtype(name: str, source: Path) -> torch.dtype:
     return dtype
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype as configurations do, e.g. `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_dtype(name: str) -> None:
     """Check that a dtype is one to calculate in.
 
@@ -91,8 +96,7 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return dtype
 
     def seconds(dtype: torch.dtype) -> float:
-        x_TD, weight_ID = torch.zeros(512, 1_024, dtype=dtype), torch.zeros(1_024, 1_024, dtype=dtype)
-        linear(x_TD, weight_ID)
+        x_TD, weight_ID = torch.zeros(512, 512, dtype=dtype), torch.zeros(512, 512, dtype=dtype)
         start = time.perf_counter()
         linear(x_TD, weight_ID)
         return time.perf_counter() - start

@@ -10,6 +10,7 @@ Shapes: T tokens, D hidden size, F neurons of the FFN.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -149,7 +150,17 @@ def auto_class(config: PreTrainedConfig) -> AutoClass:
     found = [auto for auto in known if has_class_for(auto, type(config))]
     if not found:
         raise InputError(f"transformers has no causal language model of type '{config.model_type}'")
-    return found[-1] if config.get_text_config() is not config else found[0]
+    return found[-1] if takes_pictures(config) else found[0]
+
+
+def takes_pictures(config: PreTrainedConfig) -> bool:
+    """Tell whether a model has a language tower beside others, as vision-language models do."""
+    return config.get_text_config() is not config
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Tell how many tokens a model sees at once; `sys.maxsize` where its configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..checkpoint.reader import Checkpoint, some
 from ..compat import names_in_model, needed_and_unread, parameters_on_meta, tied_weights
 from ..errors import InputError, WorkError, first_line
+from .devices import dtype_name
 from .families import auto_class
 
 SIZES = {
@@ -59,11 +60,13 @@ def model_on_meta(config: Any, folder: Path, dtype: torch.dtype | None = None) -
     """
     try:
         with parameters_on_meta():
-            return auto_class(config).from_config(config, **({} if dtype is None else {"dtype": dtype}))
+            model = auto_class(config).from_config(config, **({} if dtype is None else {"dtype": dtype}))
+        model.tie_weights()
     except InputError:
         raise
     except Exception as error:
         raise _unknown(folder, error) from error
+    return model
 
 
 def _unknown(folder: Path, error: Exception) -> InputError:
@@ -204,7 +207,7 @@ def check_numbers(named: Mapping[str, Tensor], where: str, dtype: torch.dtype) -
     """
     for name, tensor in named.items():
         if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
-            short = str(dtype).removeprefix("torch.")
+            short = dtype_name(dtype)
             raise WorkError(
                 f"{where}: {name} {'is' if tensor.dim() == 0 else 'are'} NaN or infinite in {short}. The weights are "
                 "finite, so the numbers grew too large on the way, or for the dtype that is written: choose --dtype "

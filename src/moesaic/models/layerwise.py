@@ -82,6 +82,10 @@ class Joined:
         """Name the checkpoint's tensors of one expert, in the order in which they are joined."""
         return [f"{self.before}{expert}.{part}.weight" for part in self.parts]
 
+    def all_sources(self) -> list[str]:
+        """Name the checkpoint's tensors of all experts."""
+        return [source for expert in range(self.experts) for source in self.sources(expert)]
+
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Put the experts' own tensors together."""
         return torch.stack([torch.cat([tensors[n] for n in self.sources(e)]) for e in range(self.experts)])
@@ -164,8 +168,7 @@ class LayerwiseModel:
         """
         check_finite(self._tensors(list(self.on_disk)), self.checkpoint.folder)
         for joined in self.joined.values():
-            sources = [source for expert in range(joined.experts) for source in joined.sources(expert)]
-            check_finite(self.checkpoint.items(sources), self.checkpoint.folder)
+            check_finite(self.checkpoint.items(joined.all_sources()), self.checkpoint.folder)
 
     def embeddings_and_head(self) -> Iterator[tuple[str, Tensor]]:
         """Read embeddings, final norm and head by name, as on disk; tied ones once."""
@@ -180,7 +183,7 @@ class LayerwiseModel:
         for name, tensor in self.checkpoint.items(list(ours)):
             yield ours[name], tensor
 
-    def parameters(self) -> int:
+    def num_parameters(self) -> int:
         """Count the parameters of the dense model."""
         tied = tied_weights(self.model)  # on the meta device they are parameters of their own
         own = sum(p.numel() for name, p in self.model.named_parameters() if name not in tied)
@@ -204,8 +207,7 @@ class LayerwiseModel:
         found |= {name: found[name].transpose(1, 2) for name in found.keys() & self.turned}
         for name, joined in self.joined.items():
             if name.startswith(prefix):
-                sources = [source for expert in range(joined.experts) for source in joined.sources(expert)]
-                found[name] = joined.join(dict(self.checkpoint.items(sources)))
+                found[name] = joined.join(dict(self.checkpoint.items(joined.all_sources())))
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
     @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import InputError
+from .families import takes_pictures
 from .processor import image_token_id
 
 IS_IMAGE: ContextVar[Tensor | None] = ContextVar("is_image", default=None)
@@ -24,7 +25,7 @@ def check_modality(model: PreTrainedModel) -> None:
     Raises:
         InputError: it takes text only.
     """
-    if model.config.get_text_config() is model.config:
+    if not takes_pictures(model.config):
         raise InputError(f"'{model.config.model_type}' takes text only, so no rule can go by pictures; use another")
 
 

@@ -14,6 +14,7 @@ from transformers import AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBas
 
 from ..compat import require
 from ..errors import InputError, first_line
+from .families import takes_pictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -117,7 +118,7 @@ def check_takes_pictures(config: PreTrainedConfig, name: str | Path) -> None:
     Raises:
         InputError: it does not.
     """
-    if config.get_text_config() is config:
+    if not takes_pictures(config):
         raise InputError(
             f"'{name}' is a {config.model_type} model, which takes text only; leave the pictures out, or give a "
             "vision-language model"

@@ -29,8 +29,8 @@ class RankedExperts(NamedTuple):
     """int64."""
     scores_TN: Tensor
     """What they are ranked by, float32."""
-    weights_TN: Tensor
-    """Before they are renormalised, float32."""
+    shares_TN: Tensor
+    """Their weights before they are renormalised, float32."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class RouterScores:
         scores_TN, index_TN = score_TE.sort(-1, descending=True)
         return RankedExperts(index_TN, scores_TN, share_TE.gather(-1, index_TN) * self.scale)
 
-    def weigh(self, weights_TN: Tensor, keep_TK: Tensor) -> Tensor:
+    def weigh(self, shares_TN: Tensor, keep_TK: Tensor) -> Tensor:
         """Weigh the first K ranks as the router would if it took those alone, times `keep`, float32 [T, K]."""
-        kept_TK = weights_TN[:, : keep_TK.shape[1]] * keep_TK
+        kept_TK = shares_TN[:, : keep_TK.shape[1]] * keep_TK
         if not self.renormalised:
             return kept_TK
-        total = weights_TN.sum(-1, keepdim=True) if self.own_only else self.scale
+        total = shares_TN.sum(-1, keepdim=True) if self.own_only else self.scale
         # where none runs, the first one's weight keeps the gradient finite
-        return kept_TK * (total / kept_TK.sum(-1, keepdim=True).clamp(min=weights_TN[:, :1]))
+        return kept_TK * (total / kept_TK.sum(-1, keepdim=True).clamp(min=shares_TN[:, :1]))
 
 
 def router_logits(output: tuple[Tensor, ...]) -> Tensor:

@@ -40,7 +40,7 @@ class Decision(NamedTuple):
     """Factors on the ranks' weights, which may carry a gradient; None: 1 for those that run."""
 
 
-Decide = Callable[[int, Ranking, Tensor], Decision]
+DecideCount = Callable[[int, Ranking, Tensor], Decision]
 """Called with the number of the block among the model's blocks, its tokens' ranking, and what enters it [T, D]."""
 
 
@@ -107,7 +107,7 @@ class BlockRanker:
         self, scores: RouterScores, output: tuple[Tensor, ...], reorder: Callable[[Ranking], Tensor] | None
     ) -> Ranked:
         own = read_routing(output)
-        ranking = _reordered(Ranking(*scores.rank(output), logarithmic=scores.bias_E is None), reorder)
+        ranking = _reordered(Ranking(**scores.rank(output)._asdict(), logarithmic=scores.bias_E is None), reorder)
 
         def route(decision: Decision) -> Routing:
             index_TK = first_ranks(ranking.index_TN, decision.count_T, self.block.num_experts)
@@ -146,7 +146,7 @@ def moe_blocks_of(model: PreTrainedModel) -> list[MoEBlock]:
 
 
 @contextmanager
-def decided_by(rankers: Sequence[BlockRanker], decide: Decide) -> Iterator[None]:
+def decided_by(rankers: Sequence[BlockRanker], decide: DecideCount) -> Iterator[None]:
     """Let `decide` say how many experts run in each block, while the context lasts."""
     with ExitStack() as stack:
         for number, ranker in enumerate(rankers):
@@ -156,7 +156,7 @@ def decided_by(rankers: Sequence[BlockRanker], decide: Decide) -> Iterator[None]
         yield
 
 
-def _hook(number: int, ranker: BlockRanker, decide: Decide) -> Callable[..., tuple[Tensor, ...]]:
+def _hook(number: int, ranker: BlockRanker, decide: DecideCount) -> Callable[..., tuple[Tensor, ...]]:
     def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden_TD = inputs[0].flatten(0, -2)
         ranked = ranker.rank(hidden_TD, output)

@@ -21,7 +21,7 @@ SKIPPING = ("eager", "moesaic", "moesaic_triton", "moesaic_store")
 """Experts implementations that know an index of E as no expert; the others would run into it."""
 
 
-class ExpertWeights(NamedTuple):
+class ExpertView(NamedTuple):
     """An expert's weights, as views, and the neurons of the dense FFN that it holds."""
 
     name: str
@@ -88,16 +88,16 @@ class MoE(nn.Module):
             for name, value in gate.items():
                 self.gate.get_parameter(name).copy_(value)
 
-    def parts(self, shared: Tensor, experts_EI: Tensor) -> Iterator[ExpertWeights]:
+    def parts(self, shared: Tensor, experts_EI: Tensor) -> Iterator[ExpertView]:
         """List the shared expert and each routed one, with the neurons of the dense FFN that are theirs."""
         if self.shared_experts is not None:
             e = self.shared_experts
-            yield ExpertWeights("the shared expert", shared, e.gate_proj.weight, e.up_proj.weight, e.down_proj.weight)
+            yield ExpertView("the shared expert", shared, e.gate_proj.weight, e.up_proj.weight, e.down_proj.weight)
         if self.experts is not None:
             weights = zip(experts_EI, self.experts.gate_up_proj, self.experts.down_proj, strict=True)
             for number, (neurons_I, gate_up, down_DI) in enumerate(weights):
                 gate_ID, up_ID = gate_up.chunk(2)
-                yield ExpertWeights(f"expert {number}", neurons_I, gate_ID, up_ID, down_DI)
+                yield ExpertView(f"expert {number}", neurons_I, gate_ID, up_ID, down_DI)
 
     def forward_all_experts(self, x_TD: Tensor) -> Tensor:
         """Add up all experts with weight 1, [T, D]: the dense FFN's output if the partition was a permutation."""

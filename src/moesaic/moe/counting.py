@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..models.families import takes_pictures
 from ..models.modality import IS_IMAGE, tell_modality
 from ..models.moe_block import Routing
 from .adaptive import moe_blocks_of
@@ -43,9 +44,8 @@ def mean_experts(model: PreTrainedModel, run: Callable[[], object]) -> MeanExper
         return see
 
     handles = [block.watch(count(total, block.num_experts)) for block, total in zip(blocks, layers, strict=True)]
-    takes_pictures = model.config.get_text_config() is not model.config
     try:
-        with tell_modality(model) if takes_pictures else nullcontext():
+        with tell_modality(model) if takes_pictures(model.config) else nullcontext():
             run()
     finally:
         for handle in handles:

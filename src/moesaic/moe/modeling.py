@@ -115,7 +115,9 @@ def model_class(auto: Any, dense: type[PreTrainedConfig], config: type[PreTraine
             weight = next(layer.get_submodule(name).parameters())
             with torch.device(weight.device):
                 moe = MoE(config.get_text_config(), act_fn).to(weight.dtype)
-            setattr(layer, name, moe.apply(lambda module: _init_weights(self, module)))
+            if not weight.is_meta:
+                moe.apply(lambda module: _init_weights(self, module))
+            setattr(layer, name, moe)
         connect_gates(self)
         route_ahead(self)
         if any(isinstance(b.gate, Gate) and getattr(b.gate.selection, "by_modality", False) for b in moe_blocks(self)):

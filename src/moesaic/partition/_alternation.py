@@ -40,7 +40,7 @@ def alternate(sample: LayerActivations, member_FE: Tensor, active: int, rounds: 
     value_TF, ridge = importance(sample), WeightedRidge(sample.input_TD, sample.weight_T, RIDGE)
     weight_T1 = sample.weight_T.square()[:, None]
     for _ in range(rounds):
-        score_TE = router_scores(ridge, (value_TF @ member_FE.to(value_TF.dtype)).float().sqrt())
+        score_TE = fitted_scores(ridge, (value_TF @ member_FE.to(value_TF.dtype)).float().sqrt())
         dispatch_TE = torch.zeros_like(score_TE).scatter_(1, score_TE.topk(active, dim=1).indices, 1.0)
         dispatch_TX = (torch.cat([dispatch_TE, torch.ones_like(weight_T1)], dim=1) * weight_T1).to(value_TF.dtype)
         captured_FX = torch.zeros(value_TF.shape[1], dispatch_TX.shape[1], device=value_TF.device)
@@ -67,7 +67,7 @@ def squares_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def router_scores(ridge: WeightedRidge, target_TE: Tensor) -> Tensor:
+def fitted_scores(ridge: WeightedRidge, target_TE: Tensor) -> Tensor:
     """Predict the targets, centred per token, by the regression, [T, E]."""
     weight_DE, bias_E = ridge.fit(target_TE - target_TE.mean(1, keepdim=True))
     return torch.addmm(bias_E, ridge.x_TD.float(), weight_DE)

@@ -27,7 +27,7 @@ class Coactivation(Partitioner):
     """
 
     ridge: Annotated[float, Field(gt=0)] = 1e-2
-    """Of the prediction, relative to the mean variance of the input's channels."""
+    """Ridge of the prediction, relative to the mean variance of the input's channels."""
     iterations: Annotated[int, Field(gt=0)] = 8
     """Rounds of balanced k-means."""
     alternations: Annotated[int, Field(ge=0)] = 20

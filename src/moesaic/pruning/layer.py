@@ -12,6 +12,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from ..calibration.layers import layer_generator
 from ..errors import WorkError
 from ..machine import give_back_memory
 from ..models.integrity import check_numbers
@@ -20,7 +21,7 @@ from ..models.moe_block import MoEBlock, Routing, find_block
 from ..results import PrunedLayer
 from .methods import Kept
 from .prepare import Pruning
-from .recover import best_ridge, recover
+from .recover import best_block_ridge, recover
 from .sample import BlockSample, dense
 from .sources import Axes, Tensors, expert_axes
 
@@ -72,7 +73,7 @@ def prune_layer(pruning: Pruning, index: int, states: PruningStates) -> Pruned:
     """
     start, source = time.monotonic(), pruning.source
     layerwise, tensors = source.layerwise, source.read(index)
-    generator = torch.Generator().manual_seed(pruning.config.seed * 1_000_003 + index)
+    generator = layer_generator(pruning.config.seed, index)
     made = pruning.layers[index]
     with layerwise.layer(index) as layer:
         whole = layerwise.run(index, layer, states.whole)
@@ -183,7 +184,7 @@ def improve(pruning: Pruning, fewer: MoEBlock, sample: BlockSample, kept: Kept) 
     split_error = error = relative(target_TD, routed_now(fewer, x_TD))
     weight_TN = torch.cat([dense(fewer.route(x), fewer.num_experts) for x in x_TD.split(BATCH_TOKENS)])
     if pruning.config.recovery != "none":
-        ridge = best_ridge(fewer, x_TD, target_TD, weight_TN)
+        ridge = best_block_ridge(fewer, x_TD, target_TD, weight_TN)
         fewer.down_proj.copy_(recover(fewer, x_TD, target_TD, weight_TN, ridge).to(fewer.down_proj.dtype))
         error = relative(target_TD, routed_now(fewer, x_TD))
     return PrunedLayer(

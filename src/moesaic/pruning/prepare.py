@@ -22,7 +22,7 @@ from ..checkpoint.writer import check_space, partial_folder
 from ..config import PruneConfig
 from ..errors import InputError
 from ..machine import versions
-from ..models.devices import COMPUTE_DTYPE, choose_device, choose_dtype, compute_dtype
+from ..models.devices import COMPUTE_DTYPE, choose_device, choose_dtype, compute_dtype, dtype_name
 from ..models.layerwise import LayerwiseModel
 from ..models.pictured import Pictured
 from ..models.processor import Processor
@@ -76,7 +76,7 @@ def fingerprint(
         "tokens": hashlib.sha256(all_tokens.numpy().tobytes()).hexdigest(),
         "configuration": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
         "device": layerwise.device.type,
-        COMPUTE_DTYPE: str(layerwise.dtype).removeprefix("torch."),
+        COMPUTE_DTYPE: dtype_name(layerwise.dtype),
         "version": " ".join(f"{name} {version}" for name, version in versions().items()),
     }
 

@@ -15,7 +15,7 @@ from ..evaluation.perplexity import held_out_protocol
 from ..files import write_json
 from ..given import path
 from ..machine import give_back_memory, machine, peak_rss_bytes, versions
-from ..models.devices import begun_dtype
+from ..models.devices import begun_dtype, dtype_name
 from ..models.processor import copy_processor
 from ..progress import Progress, unheard
 from ..results import DepthResult, Json, PrunedLayer, PruningResult
@@ -133,7 +133,7 @@ def measure(
         num_experts_before=source.block.num_experts,
         num_experts=pruning.keep,
         num_experts_per_tok=source.block.num_experts_per_tok,
-        total_parameters_before=source.layerwise.parameters(),
+        total_parameters_before=source.layerwise.num_parameters(),
         total_parameters=parameters(source.pruned_model(pruning.keep)),
         perplexity_before=before,
         perplexity=after,
@@ -144,7 +144,7 @@ def measure(
         collapsed=not after / before <= config.collapse_ratio,
         seed=config.seed,
         fingerprint=pruning.fingerprint,
-        compute_dtype=str(source.layerwise.dtype).removeprefix("torch."),
+        compute_dtype=dtype_name(source.layerwise.dtype),
         versions=versions(),
         machine=machine(),
         peak_rss_bytes=peak_rss_bytes(),

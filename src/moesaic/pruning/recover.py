@@ -17,7 +17,7 @@ SWEEPS = 3
 
 
 @torch.no_grad()
-def best_ridge(block: MoEBlock, input_TD: Tensor, target_TD: Tensor, weight_TN: Tensor) -> float:
+def best_block_ridge(block: MoEBlock, input_TD: Tensor, target_TD: Tensor, weight_TN: Tensor) -> float:
     """Choose the ridge of `RIDGES` whose fit to the other tokens has the least error on one in `HELD_OUT`, in a sweep.
 
     `RIDGES` and the error's weights are those of the conversion's recovery.

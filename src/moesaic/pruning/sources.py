@@ -20,15 +20,14 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from ..checkpoint.facts import check_conversion_files
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.writer import OUTER, ResumableOutput
+from ..checkpoint.writer import OUTSIDE_FILE, ResumableOutput
 from ..compat import has_experts
 from ..errors import InputError
 from ..files import write_json
 from ..formats.base import block_config
 from ..formats.companions import copy_companions
-from ..formats.converted import Converted
+from ..formats.converted import Converted, is_converted
 from ..formats.export import write_embeddings_and_head
-from ..formats.fields import is_converted_stock
 from ..models.families import decoder_layers
 from ..models.integrity import model_on_meta
 from ..models.layerwise import LayerwiseModel
@@ -154,7 +153,7 @@ class StockSource(Source):
         inside = {source for name, source in self.layerwise.on_disk.items() if name.startswith(prefix)}
         for name, joined in self.layerwise.joined.items():
             if name.startswith(prefix):
-                inside |= {source for expert in range(joined.experts) for source in joined.sources(expert)}
+                inside.update(joined.all_sources())
         return [name for name in self.checkpoint.names() if name not in inside]
 
     def _beyond(self) -> list[str]:
@@ -165,7 +164,7 @@ class StockSource(Source):
 
     def write_rest(self, partial: ResumableOutput, keep: int) -> list[str]:
         beyond = set(self._beyond())
-        partial.write(OUTER, dict(self.checkpoint.items([name for name in self._rest() if name not in beyond])))
+        partial.write(OUTSIDE_FILE, dict(self.checkpoint.items([name for name in self._rest() if name not in beyond])))
         write_json(partial.folder / "config.json", self.config_json(keep))
         generation = self.checkpoint.folder / "generation_config.json"
         if generation.is_file():
@@ -252,8 +251,7 @@ def open_source(folder: Path, dtype: torch.dtype, device: torch.device) -> Sourc
         InputError: damaged, or no Mixture of Experts that can be pruned.
     """
     checkpoint = Checkpoint(folder)
-    ours = is_converted_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE
-    return ConvertedSource(folder, dtype, device) if ours else StockSource(folder, dtype, device)
+    return ConvertedSource(folder, dtype, device) if is_converted(checkpoint) else StockSource(folder, dtype, device)
 
 
 def expert_axes(source: nn.Module, pruned: nn.Module) -> Axes:

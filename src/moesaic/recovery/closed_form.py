@@ -57,14 +57,14 @@ class ClosedForm(Recovery):
     def recover(self, moe: MoE, sample: LayerActivations, partition: Partition) -> None:
         blocks = [partition.shared] * bool(len(partition.shared)) + list(partition.experts)
         shared = len(partition.shared) if top_one(moe) else 0
-        spare = sample.tokens - (max(1, sample.tokens // HELD_OUT) if self.ridge is None else 0)
+        fitted = sample.tokens - (max(1, sample.tokens // HELD_OUT) if self.ridge is None else 0)
         systems: Systems = {}
-        for part in (sample.take(slice(spare)), sample.opening):
+        for part in (sample.take(slice(fitted)), sample.opening):
             for number, z_CX, rest_CD in self._features(moe, part, blocks) if part else ():
                 add(systems, number, z_CX, rest_CD)
         ridge = self.ridge
         if ridge is None:
-            held_out = sample.take(slice(spare, None))
+            held_out = sample.take(slice(fitted, None))
             ridge = best_ridge(systems, shared, self._features(moe, held_out, blocks))
         changes = torch.cat(solve_arrows(systems, shared, ridge)).split([len(block) for block in blocks])
         parts = moe.parts(partition.shared, partition.experts)

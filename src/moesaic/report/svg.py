@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -68,7 +69,7 @@ def line_chart(curves: Sequence[Curve], x: Axis, y: Axis, title: str) -> str:
             HEIGHT - BOTTOM - y.share(dot.y) * (HEIGHT - TOP - BOTTOM),
         )
 
-    clip = f"clip-{abs(hash((title, x.label)))}"
+    clip = f"clip-{zlib.crc32(f'{title} {x.label}'.encode())}"
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
         f'<clipPath id="{clip}"><rect x="{LEFT - 8}" y="{TOP - 8}" width="{WIDTH - LEFT - RIGHT + 16}" '

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from rich.console import Console
 from rich.text import Text
 
+from .. import registry
 from ..results import (
     AdaptResult,
     BenchmarkResult,
@@ -18,6 +18,7 @@ from ..results import (
     Inspection,
     PruningResult,
 )
+from ..results.evaluation import perplexity_of
 from .console import command, here, offer, share
 from .grid import grid as _grid
 from .grid import say as _say
@@ -130,12 +131,13 @@ def show_training(console: Console, f: FinetuneResult) -> None:
 
 def show_adaptation(console: Console, a: AdaptResult) -> None:
     """How many experts run, and what that costs."""
-    grid = _grid(f"{a.output}: {a.method.partition(':')[0]}, {a.active:.0%} of its experts run", "", "own", "adapted")
+    name, _ = registry.split("selection", a.method)
+    grid = _grid(f"{a.output}: {name}, {a.active:.0%} of its experts run", "", "own", "adapted")
     grid.add_row("experts a token", f"{a.default_experts_per_token}", f"{a.experts_per_token:.2f}")
     for modality, count in (a.experts_by_modality or {}).items():
         grid.add_row(f"the same on {name_of(modality)}", f"{a.default_experts_per_token}", f"{count:.2f}")
     grid.add_row("held-out loss (nats a token)", f"{a.held_out_loss_default:.4f}", f"{a.held_out_loss:.4f}")
-    ratio = math.exp(min(700.0, a.held_out_loss - a.held_out_loss_default))
+    ratio = perplexity_of(a.held_out_loss - a.held_out_loss_default)
     grid.add_row("perplexity ratio", "1", f"{ratio:.4f}")
     console.print(grid)
     layers = ", ".join(f"{count:.1f}" for count in a.experts_by_layer)
@@ -146,17 +148,15 @@ def show_adaptation(console: Console, a: AdaptResult) -> None:
     if not a.improved:
         _say(console, "training did not make it better, so the rule as it started was written", "yellow")
     off = a.active / a.target_active - 1
-    name, _, options = a.method.partition(":")
     if abs(off) > BUDGET_TOLERANCE:
         why = f"{name} runs {WHOLE[name]}" if name in WHOLE else "more --tokens make that smaller"
         fitted = a.calibrated_experts_per_token
         near = "" if fitted is None else f" ({fitted:.2f} experts on the calibration tokens)"
         _say(console, f"{off:+.1%} from the budget on held-out text{near}; {why}", "yellow")
     if name == "relative":
-        fields = dict(part.split("=") for part in options.split(",") if part)
-        most = int(fields.get("at_most", 0)) or a.num_experts
-        _say(console, f"the same in ik_llama.cpp: -ser {fields.get('at_least', 1)},{float(fields['threshold']):.4f} "
-             f"--override-kv ARCH.expert_used_count=int:{most}")  # fmt: skip
+        rule = registry.build("selection", a.method)
+        _say(console, f"the same in ik_llama.cpp: -ser {rule.at_least},{rule.threshold:.4f} "
+             f"--override-kv ARCH.expert_used_count=int:{rule.at_most or a.num_experts}")  # fmt: skip
     assert a.output is not None
     _say(console, "Next:")
     model = [here(a.output)] if a.inside else [here(a.model), "--adapter", here(a.output)]
@@ -229,8 +229,7 @@ def show_inspection(console: Console, f: Inspection) -> None:
     console.print(grid)
     show_modalities(console, m.layers)
     for change in m.changes or []:
-        name = change.method.partition(":")[0]
-        _say(console, f"then {change.verb} ({name}): {change.what}; perplexity {change.perplexity:.2f}, "
+        _say(console, f"then {change.verb} ({change.method}): {change.what}; perplexity {change.perplexity:.2f}, "
              f"{change.perplexity_before:.2f} before. Errors of layers are from before.", "yellow")  # fmt: skip
     console.print(
         "relative errors: of the FFN as split and after recovery, of the residual stream\n"

@@ -14,13 +14,13 @@ class AdaptStep(Result):
 
     step: int
     seconds: float
-    """Of the training so far."""
+    """Seconds of training so far."""
     loss: float
-    """Of the learner's objective."""
+    """The learner's objective."""
     experts_per_token: float
-    """That ran in the step."""
+    """Mean over the step's tokens and layers."""
     price: float
-    """Of one expert in the loss: λ, steered to the budget."""
+    """What one expert costs in the loss: λ, steered to the budget."""
     gap: float
     """Next-token loss above that of the default number of experts, nats a token."""
     learning_rate: float
@@ -52,11 +52,11 @@ class AdaptResult(Result):
     num_experts: int
     experts_by_layer: list[float]
     experts_by_modality: dict[str, float] | None = None
-    """Of tokens of `text` and of pictures (`image`), mean over layers; None for models that take text only."""
+    """Experts a token of `text` and of a picture (`image`), mean over layers; None for models that take text only."""
     held_out_loss_default: float
     """With the model's own number of experts; nats a token."""
     held_out_loss_start: float
-    """Of the rule before training, at the same number of experts; the same as `held_out_loss` where nothing learns."""
+    """Before training, at the same number of experts; the same as `held_out_loss` where nothing learns."""
     held_out_loss: float
     held_out_tokens: int
     improved: bool

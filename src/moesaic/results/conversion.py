@@ -48,7 +48,7 @@ class RouterLesson(Result):
     """A router ahead of the model, and how well it learnt, on calibration tokens that it did not see."""
 
     groups: int
-    """Of layers, each with a decision of its own."""
+    """Groups of layers, each with a decision of its own."""
     parameters: int
     loss: float
     """Cross-entropy to what the layers teach, nats a decision."""
@@ -87,7 +87,7 @@ class Check(Result):
     max_abs_logit_error: float
     """Over all tokens, also where a tie between experts was decided otherwise."""
     median_difference: float
-    """Of log-probabilities, nats; of the worst sequence."""
+    """Median difference of log-probabilities in nats, of the worst sequence."""
     agreement: float
     """Share of tokens with the same most likely next."""
     tokens: int
@@ -99,7 +99,7 @@ class PictureResult(Result):
     """What a conversion does to what a vision-language model says of pictures."""
 
     perplexity_dense: float
-    """Of answers to questions about bundled held-out pictures."""
+    """The dense model's, on answers to questions about bundled held-out pictures."""
     perplexity: float
     held_out: str = "heldout"
     """Which of them: `heldout`, shapes, or `natural`, photographs and pages."""
@@ -168,13 +168,13 @@ class ConversionResult(Result):
     check: Check | None = None
     finetune: FinetuneResult | None = None
     router: RouterLesson | None = None
-    """Of a model that is routed ahead of its layers."""
+    """What the router learnt, of a model that is routed ahead of its layers."""
     pictures: PictureResult | None = None
-    """Of a vision-language model."""
+    """What is left of answers about pictures, of a vision-language model."""
     engine: EngineChoice | None = None
-    """Of a conversion for one engine."""
+    """What an engine was chosen for, of a conversion for one."""
     gguf: WrittenGGUF | None = None
-    """Of a conversion for llama.cpp."""
+    """The file that was written, of a conversion for llama.cpp."""
     changes: list[LaterChange] | None = None
     """In their order; errors of layers and the plot of them are from before."""
 
@@ -184,6 +184,10 @@ class ConversionResult(Result):
         if self.pictures is not None:
             ratios.append(self.pictures.perplexity / self.pictures.perplexity_dense)
         return max(ratios, key=lambda ratio: math.inf if math.isnan(ratio) else ratio)
+
+    def judged(self, collapse_ratio: float) -> Self:
+        """Note whether the worst ratio is above that of a collapse, or no number."""
+        return replace(self, collapsed=not self.worst_ratio() <= collapse_ratio)
 
     def changed(self, verb: str, method: str, what: str, perplexity: float) -> Self:
         """Note what was done to the model later, and what its perplexity is now."""

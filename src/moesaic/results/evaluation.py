@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from .base import Result
+
+
+def perplexity_of(loss: float) -> float:
+    """Compute `exp(loss)`, loss in nats a token, at most e^700: a float64 ends at e^709, and so does a collapse."""
+    return math.exp(min(700.0, loss))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +45,9 @@ class GenerationScore(Result):
     """Whether the model was asked by its chat template."""
     max_new_tokens: int
     data_sha256: str
-    """Of the file."""
+    """Hash of the file."""
     seconds: float
-    """Of writing, judging and comparing."""
+    """Seconds of writing, judging and comparing."""
     pass_at_1: float | None = None
     """Share of greedy completions that pass their tests."""
     exact_match: float | None = None
@@ -81,10 +87,10 @@ class EvaluationResult(Result):
     scored_tokens: int | None = None
     """The tokens whose loss is in the perplexity; None in files of versions that did not count them."""
     scored_bytes: int | None = None
-    """Of the text that they stand for, in UTF-8."""
+    """Bytes of UTF-8 that the scored tokens stand for."""
     bits_per_byte: float | None = None
     """Their loss over those bytes, which compares models with different tokenizers."""
     dtype: str | None = None
-    """Of the weights; None in files of versions that did not note it."""
+    """The weights' dtype; None in files of versions that did not note it."""
     expert_store: dict[str, float] | None = None
     """What the expert store did, if there is one."""

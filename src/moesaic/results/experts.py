@@ -16,7 +16,7 @@ class ExpertGroup(Result):
     experts_per_token: float
     """Routed experts that run, mean over tokens and layers."""
     loss: float
-    """Of predicting the token after each, nats, mean."""
+    """Mean loss of predicting the token after each, nats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class PassageToken(Result):
     experts: list[int]
     """Routed experts that run in each layer."""
     loss: float
-    """Of predicting the next token, nats."""
+    """Loss of predicting the next token, nats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +93,11 @@ class OracleInspection(Result):
     loss_by_count: list[float]
     """Next-token loss with each of them for all tokens, nats a token."""
     experts_per_token: float
-    """Of the policy, mean over tokens and layers: the budget of the others."""
+    """What the policy runs, mean over tokens and layers: the budget of the others."""
     loss: float
-    """Of the policy."""
+    """The policy's loss."""
     fixed_loss: float
-    """Of one number for all tokens, interpolated linearly to the policy's mean."""
+    """Loss of one number for all tokens, interpolated linearly to the policy's mean."""
     oracle_experts_per_token: float
     """Less than the budget where more experts help no token."""
     oracle_loss: float
@@ -126,7 +126,7 @@ class CacheHits(Result):
     """How many uses of experts find theirs in a fast tier of some size, where requests decode one after the other."""
 
     share: float
-    """Of all experts that the fast tier holds."""
+    """Share of all experts that the fast tier holds."""
     capacity: int
     """Experts that it holds."""
     hit_ratio: dict[str, float]
@@ -155,7 +155,7 @@ class RoutesInspection(Result):
     """Numbers of the decoder layers that have experts; the trace counts them from 0."""
     num_experts: int
     expert_bytes: int
-    """Of one expert's weights, as they are in memory."""
+    """Bytes of one expert's weights, as they are in memory."""
     experts_per_token: float
     kept: float
     """Share of a token's experts that the token before it used too, mean over layers."""

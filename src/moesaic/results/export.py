@@ -23,7 +23,7 @@ class ExportResult(Result):
     max_abs_logit_error: float | None
     """From moesaic's own logits; None of GGUF, on which no engine is run."""
     median_difference: float | None = None
-    """Of log-probabilities, nats."""
+    """Median difference of log-probabilities, nats."""
     agreement: float | None = None
     tokens: int | None = None
     layers: int | None = None
@@ -50,9 +50,9 @@ class EngineChoice(Result):
     """What a group's neurons are a multiple of: the type's block."""
     reason: str
     decode_share: float | None = None
-    """Of the speed-up that bytes allow, at `least_width`."""
+    """Share of the speed-up that bytes allow, at `least_width`."""
     prefill_share: float | None = None
-    """Of the speed-up that FLOPs allow."""
+    """Share of the speed-up that FLOPs allow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,4 +66,4 @@ class WrittenGGUF(Result):
     fallbacks: int
     """Matrices of another type, since their rows do not fit `outtype`."""
     perplexity: float
-    """Of the file's weights, read back, on the text of the conversion's own perplexity."""
+    """Perplexity of the file's weights, read back, on the text of the conversion's own."""

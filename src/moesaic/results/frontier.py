@@ -60,7 +60,7 @@ class FrontierRow(Placed):
     perplexity_ratio: float
     """Over the dense model's."""
     speedup: float | None = None
-    """Of decoding, over the dense model."""
+    """Decoding speed over the dense model's."""
     speed_is: str | None = None
     """`measured`, or `limit`: what the bytes allow, of methods that have no runtime here."""
     bound: str | None = None
@@ -119,7 +119,7 @@ class FrontierSibling(Result):
     model: str
     """As the user called it."""
     fingerprint: str
-    """Of its weights, by which it is known again."""
+    """Hash of its weights, by which it is known again."""
     active_parameters: int
     active_ratio: float
     """They over the dense model's."""
@@ -130,7 +130,7 @@ class FrontierSibling(Result):
     perplexity_ratio: float
     """Over the dense model's."""
     speedup: float | None = None
-    """Of decoding, over the dense model."""
+    """Decoding speed over the dense model's."""
     evaluation: EvaluationResult
     """Its own perplexity, bits per byte and accuracies."""
     tasks_mean: float | None = None
@@ -160,7 +160,7 @@ class FrontierSummary(Placed):
     perplexity_ratio: float
     """The mean."""
     perplexity_ratio_deviation: float
-    """Of the sample of seeds."""
+    """Standard deviation over the seeds."""
     seeds: int
     tasks_mean: float | None = None
     tasks_stderr: float | None = None

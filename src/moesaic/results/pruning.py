@@ -20,7 +20,7 @@ class PrunedLayer(Result):
     expert_tokens: list[int]
     """Calibration tokens that run each expert that stayed."""
     split_error: float
-    """Of the routed experts' output, relative to all experts', over calibration tokens: without recovery."""
+    """Error of the routed experts' output, relative to all experts', over calibration tokens: without recovery."""
     error: float
     """The same after recovery."""
     seconds: float
@@ -69,7 +69,7 @@ class HealedLayer(Result):
     healed: bool
     """Whether its down-projection was fitted again."""
     split_error: float | None
-    """Of the residual stream where the next layer that stays takes over, relative to the source's there, over
+    """Error of the residual stream where the next layer that stays takes over, relative to the source's there, over
     calibration tokens: with this layer as it was. None without recovery, which needs no calibration tokens here."""
     error: float | None
     """The same after recovery."""

@@ -24,10 +24,10 @@ class Speed(Result):
     """The speed-up that bytes (decode) or FLOPs (prefill) allow."""
     share_of_limit: float
     bytes: float
-    """Of weights, that a step reads."""
+    """Bytes of weights that a step reads."""
     dense_bytes: float
     flops: float
-    """Of a step."""
+    """Floating-point operations of a step."""
     dense_flops: float
     experts_touched: float | None
     """Different experts that a step runs, a layer on average."""
@@ -56,7 +56,7 @@ class PictureSpeed(Result):
     dense_encode_ms: float
     """The same parts in the dense model: how far it is from `encode_ms` is noise."""
     prefill_ms: float
-    """Of all tokens through the language tower, after that."""
+    """Milliseconds for all tokens through the language tower, after that."""
     dense_prefill_ms: float
     prefill_speedup: float
     decode_tokens_per_s: float
@@ -76,7 +76,7 @@ class BenchmarkResult(Result):
     prefill: dict[str, Speed]
     """By tokens of the prompt."""
     block: dict[str, Speed]
-    """Of the FFNs alone, by tokens."""
+    """Speed of the FFNs alone, by tokens."""
     roof: Roof
     machine: str
     threads: int
@@ -87,7 +87,7 @@ class BenchmarkResult(Result):
     protocol: str
     versions: dict[str, str]
     picture: PictureSpeed | None = None
-    """Of a vision-language model that was asked about pictures."""
+    """Speed on pictures, of a vision-language model that was asked about some."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +111,9 @@ class QuantisedRow(Result):
     ffn_active: float
     outtype: str
     bytes: int
-    """Of the file."""
+    """Size of the file."""
     perplexity: float
-    """Of the file's weights, read back."""
+    """Perplexity of the file's weights, read back."""
     perplexity_ratio: float
     """Over that of the dense model in the first type."""
     decode: Rate
@@ -129,7 +129,7 @@ class QuantisedResult(Result):
 
     rows: list[QuantisedRow]
     protocol: str
-    """Of the perplexities."""
+    """Protocol of the perplexities."""
     window: int
     tokens: int
     text: str

@@ -15,7 +15,7 @@ class ExpertLoad(Result):
     omitted_when_none: ClassVar[frozenset[str]] = frozenset({"kept_experts"})
 
     coefficient_of_variation: float
-    """Of the experts' shares of tokens, mean over layers."""
+    """Spread of the experts' shares of tokens, mean over layers."""
     dead_experts: int
     """Experts that no token runs, in all layers."""
     experts_per_token: float

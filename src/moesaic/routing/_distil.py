@@ -53,7 +53,7 @@ def overlap(value_TF: Tensor, experts_EI: Tensor, count: int) -> Tensor:
     return torch.stack([grade_TF[:, neurons].sum(1) for neurons in experts_EI], dim=1)
 
 
-def lesson_of(overlap_TE: Tensor, active: int) -> Tensor:
+def graded_target(overlap_TE: Tensor, active: int) -> Tensor:
     """Turn overlaps into a distribution over experts as Read-ME's code does, [T, E].
 
     With dist = 10 (overlap - its mean), its loss `0.75 CE(logits, arg-max dist; smoothed by 0.5) + 0.25 CE(logits,
@@ -65,17 +65,17 @@ def lesson_of(overlap_TE: Tensor, active: int) -> Tensor:
     return HARD * smooth_TE + (1 - HARD) * dist_TE.softmax(1)
 
 
-def layer_lesson(
+def layer_target(
     sample: LayerActivations, experts_EI: Tensor, active: int, *, importance: bool, signed: bool
 ) -> Tensor:
     """Say which experts the tokens of one layer need, a distribution for each token, float32 [T, E]."""
     norm_F = sample.ffn.down_DF.float().norm(dim=0)
-    parts = []
+    held = []
     for _, h_CF in sample.chunks():
         value_CF = h_CF.float() if signed else h_CF.float().abs() * norm_F
-        parts.append(held_by_experts(value_CF, experts_EI, active, importance=importance))
-    found_TE = torch.cat(parts)
-    return found_TE if importance else lesson_of(found_TE, active)
+        held.append(held_by_experts(value_CF, experts_EI, active, importance=importance))
+    held_TE = torch.cat(held)
+    return held_TE if importance else graded_target(held_TE, active)
 
 
 def held_by_experts(value_TF: Tensor, experts_EI: Tensor, active: int, *, importance: bool) -> Tensor:
@@ -86,10 +86,10 @@ def held_by_experts(value_TF: Tensor, experts_EI: Tensor, active: int, *, import
     return share_TE / share_TE.sum(1, keepdim=True).clamp(min=1e-30)
 
 
-def lesson_from(value_TF: Tensor, experts_EI: Tensor, active: int, *, importance: bool) -> Tensor:
+def expert_target(value_TF: Tensor, experts_EI: Tensor, active: int, *, importance: bool) -> Tensor:
     """Say which experts tokens need by what their neurons are worth, a distribution for each token, float32 [T, E]."""
-    found_TE = held_by_experts(value_TF, experts_EI, active, importance=importance)
-    return found_TE if importance else lesson_of(found_TE, active)
+    held_TE = held_by_experts(value_TF, experts_EI, active, importance=importance)
+    return held_TE if importance else graded_target(held_TE, active)
 
 
 def distillation_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ class Router(ABC):
         package, _, module = self.gate_class.__module__.rpartition(".")
         if package == registry.STAGES["router"].package:
             return module.replace("_", "-")
-        return registry.split("router", registry.spec(self))[0]
+        return registry.spec_name(type(self))
 
     @abstractmethod
     def fit(self, sample: LayerActivations, partition: Partition, num_experts_per_tok: int) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ class MLP(Router):
     steps: Annotated[int, Field(gt=0)] = 300
     """Steps of 1,024 tokens."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-2
-    """Of Adam, as in MoEfication."""
+    """Adam's learning rate, as in MoEfication."""
 
     def fit(self, sample: LayerActivations, partition: Partition, num_experts_per_tok: int) -> dict[str, Tensor]:
         target_TE = torch.cat([h_CF.float().abs()[:, partition.experts].sum(2) for _, h_CF in sample.chunks()])

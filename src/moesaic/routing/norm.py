@@ -52,7 +52,7 @@ class Norm(Router):
     ridge: Annotated[float, Field(gt=0)] = 1e-2
     """Relative to the mean diagonal of the normal equations."""
     width: Annotated[int, Field(gt=0)] = 128
-    """Of the network's hidden layer."""
+    """Neurons of the router's hidden layer."""
 
     @property
     def router_hidden_size(self) -> int:

@@ -18,7 +18,7 @@ from ..calibration.activations import LayerActivations
 from ..errors import InputError
 from ..models.moe_block import Routing
 from ..partition import Partition
-from ._distil import Lesson, layer_lesson, teach
+from ._distil import Lesson, layer_target, teach
 from ._network import PregateNetwork
 from .base import DenseConfig, Gate, RoutedExperts, Router
 from .selection.base import GateConfig
@@ -95,19 +95,19 @@ class Pregate(Router):
     scope: ClassVar[Literal["layer", "model"]] = "model"
 
     groups: Annotated[int, Field(ge=0)] = 1
-    """Of consecutive layers, each with a decision of its own; 1 is the paper's, 0 one for each layer."""
+    """Groups of consecutive layers, each with a decision of its own; 1 is the paper's, 0 one for each layer."""
     width: Annotated[int, Field(ge=8)] = 512
-    """Of the network; the model's hidden size if that is less."""
+    """Width of the router's network; the model's hidden size if that is less."""
     heads: Annotated[int, Field(gt=0)] = 4
-    """Of the attention of its one layer."""
+    """Attention heads of its one layer."""
     importance: bool = False
     """Whether the teacher is each expert's share of `(h ‖Wd‖)²`, not the paper's graded overlap of top neurons."""
     signed: bool = False
     """Whether top neurons are those of largest h, as in Read-ME's code, not of largest `|h| ‖Wd‖`."""
     steps: Annotated[int, Field(gt=0)] = 300
-    """Of AdamW, at most; they end when held-out calibration tokens gain nothing any more."""
+    """Steps of AdamW, at most; they end when held-out calibration tokens gain nothing any more."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Of AdamW, at first."""
+    """AdamW's first learning rate."""
     batch: Annotated[int, Field(gt=0)] = 8
     """Sequences in a step."""
 
@@ -127,9 +127,9 @@ class Pregate(Router):
             raise InputError(f"router 'pregate': {heads} heads need a width of at least {step}; give fewer heads")
         return {"router_hidden_size": width, "pregate_groups": self.groups or layers, "pregate_heads": heads}
 
-    def lesson(self, sample: LayerActivations, partition: Partition, active: int) -> Tensor:
+    def target(self, sample: LayerActivations, partition: Partition, active: int) -> Tensor:
         """Say what one layer teaches: a distribution over experts for each token, float32 [T, E]."""
-        return layer_lesson(sample, partition.experts, active, importance=self.importance, signed=self.signed)
+        return layer_target(sample, partition.experts, active, importance=self.importance, signed=self.signed)
 
     def teach(self, network: PregateNetwork, tokens_NL: Tensor, target_NLGE: Tensor, seed: int) -> Lesson:
         """Train the network to say the layers' mean lesson; what is left is its best state on held-out tokens."""

@@ -65,7 +65,7 @@ class Recurrent(Linear):
     gate_class: ClassVar[type[Gate]] = RecurrentGate
 
     width: Annotated[int, Field(gt=0)] = 128
-    """Of the GRU (the paper's p)."""
+    """Width of the GRU's state (the paper's p)."""
 
     @property
     def router_hidden_size(self) -> int:

@@ -51,7 +51,7 @@ class Softmax(Router):
     """Whether the weights of those that run are divided by their sum, so that equal experts give the dense output. So
     the paper's code does (DeepSpeed's gate for two experts); its formula does not."""
     seed: int = 0
-    """Of the random rows."""
+    """Seed of the router's random rows."""
 
     def model_fields(self, config: DenseConfig) -> dict[str, int]:
         return super().model_fields(config) | {"norm_topk_prob": self.renormalised}

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import given
 from ..errors import InputError, first_line
+from ..models.families import context_length
 from ..models.processor import Processor
 from ..models.tokenizer import decoded
 from .questions import Words, as_turn, encoded, on_model, opened, opens_chats, question, tokenizer_of
@@ -62,17 +63,21 @@ def complete(
     inputs = on_model(model, made, tokenizer)
     check_length(model, inputs["input_ids"].shape[1], max_new_tokens)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    torch.manual_seed(seed)
-    tokens_1L = new_tokens(model, inputs, tokenizer, max_new_tokens=max_new_tokens, **sampling)
+    tokens_1L = new_tokens(model, inputs, tokenizer, seed, max_new_tokens=max_new_tokens, **sampling)
     before = [] if chat or images else made["input_ids"][0].tolist()
     return decoded(tokenizer_of(tokenizer), before, tokens_1L[0].tolist())
 
 
-def new_tokens(model: Any, inputs: Mapping[str, Tensor], words: Words, **settings: object) -> Tensor:
-    """Generate by transformers' settings: what comes after the prompts, int64 [B, L], shorter ones padded."""
+def new_tokens(model: Any, inputs: Mapping[str, Tensor], words: Words, seed: int = 0, **settings: object) -> Tensor:
+    """Generate by transformers' settings: what comes after the prompts, int64 [B, L], shorter ones padded.
+
+    The seed is that of sampling; torch's own generators are left as they were.
+    """
     tokenizer = tokenizer_of(words)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    made_BL: Tensor = model.generate(**inputs, pad_token_id=pad, **settings)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        made_BL: Tensor = model.generate(**inputs, pad_token_id=pad, **settings)
     return made_BL[:, inputs["input_ids"].shape[1] :]
 
 
@@ -107,8 +112,8 @@ def check_length(
     Raises:
         InputError: they are not.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not longest or prompt + new <= longest:
+    longest = context_length(model.config)
+    if prompt + new <= longest:
         return
     way = f"give {option} {longest - prompt} at most" if prompt < longest else "give a shorter one"
     raise InputError(

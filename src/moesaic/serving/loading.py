@@ -15,7 +15,7 @@ from ..checkpoint.sources import resolve
 from ..compat import experts_implementation, has_experts
 from ..errors import InputError, first_line
 from ..formats.adapter import Adapter, apply, build_selection, check_base, read_adapter
-from ..formats.converted import Converted, is_ours
+from ..formats.converted import Converted, is_converted
 from ..given import path
 from ..models.devices import choose_device
 from ..models.families import auto_class
@@ -116,7 +116,7 @@ def _load_whole(
 ) -> PreTrainedModel:
     """Load a model with all its experts."""
     folder = checkpoint.folder
-    if is_ours(checkpoint):
+    if is_converted(checkpoint):
         loaded = Converted(folder).load(dtype)
     else:
         config = read_config(folder)

@@ -17,18 +17,17 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import torch
 from filelock import FileLock
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.chat import rendered
-from ..calibration.documents import BLANK, Document, Message, document
+from ..calibration.documents import BLANK_LINE, Document, Message, document
 from ..calibration.prompts import BUNDLED, OwnText, bundled_answers, own_text, read_prompts
 from ..calibration.text import bundled, by_domain, read_documents
 from ..checkpoint.builtin import cache_folder
 from ..checkpoint.reader import Checkpoint
 from ..errors import InputError, first_line
+from ..evaluation.continuations import left_padded
 from ..machine import give_back_memory
 from ..progress import Progress, unheard
 from .generate import check_length, new_tokens
@@ -235,14 +234,9 @@ def answer(
     prompts: list[Document], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> list[dict[str, object]]:
     """Sample an answer to each prompt; rows of calibration text."""
-    ids = [torch.tensor(_ids(prompt, tokenizer)) for prompt in prompts]
-    inputs = {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_side="left"),
-        "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True, padding_side="left"),
-    }
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    torch.manual_seed(seed)
-    new_BL = new_tokens(model, inputs, tokenizer, max_new_tokens=LONGEST, **SAMPLING)
+    ids = [_ids(prompt, tokenizer) for prompt in prompts]
+    inputs = {name: tensor.to(model.device) for name, tensor in left_padded(ids).items()}
+    new_BL = new_tokens(model, inputs, tokenizer, seed, max_new_tokens=LONGEST, **SAMPLING)
     rows: list[dict[str, object]] = []
     for number, (prompt, asked, new_L) in enumerate(zip(prompts, ids, new_BL, strict=True), 1):
         said = str(tokenizer.decode(new_L, skip_special_tokens=True))
@@ -265,7 +259,7 @@ def _ids(prompt: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not prompt.messages:
         return tokenizer.encode(prompt.text)
     if not tokenizer.chat_template:
-        return tokenizer.encode("".join(turn.content + BLANK for turn in prompt.messages))
+        return tokenizer.encode("".join(turn.content + BLANK_LINE for turn in prompt.messages))
     try:
         text = rendered(prompt.messages, tokenizer, "", opened=True)
     except Exception as error:  # a template is a program, and may raise anything

@@ -15,7 +15,7 @@ from ..calibration.windows import bos, check_tokens
 from ..checkpoint.sources import resolve
 from ..errors import InputError, first_line
 from ..given import path, place
-from ..models.families import embedding_rows
+from ..models.families import embedding_rows, takes_pictures
 from ..models.integrity import read_config
 from ..models.processor import Processor, as_parts, check_takes_pictures, open_picture
 
@@ -98,17 +98,12 @@ def encoded(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> dic
 
 def as_turn(model: PreTrainedModel, turn: dict[str, object]) -> dict[str, object]:
     """Write a turn of text as the model's template takes it: those of vision-language models go through its parts."""
-    return as_parts(turn) if takes_pictures(model) else turn
+    return as_parts(turn) if takes_pictures(model.config) else turn
 
 
 def opens_chats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     """Tell whether a BOS goes before what a template wrote: processors put one where none is, tokenizers do not."""
-    return takes_pictures(model) and not (tokenizer.bos_token and text.startswith(str(tokenizer.bos_token)))
-
-
-def takes_pictures(model: PreTrainedModel) -> bool:
-    """Tell whether a model has a language tower beside others."""
-    return model.config.get_text_config() is not model.config
+    return takes_pictures(model.config) and not (tokenizer.bos_token and text.startswith(str(tokenizer.bos_token)))
 
 
 def question(words: Words, prompt: str, pictures: Sequence[Image] = ()) -> dict[str, Tensor]:

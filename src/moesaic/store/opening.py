@@ -15,7 +15,7 @@ from .. import given, registry
 from ..checkpoint.reader import Checkpoint
 from ..compat import loaded_dtypes
 from ..errors import InputError
-from ..formats.converted import GENERATION, Converted, is_ours, read_generation
+from ..formats.converted import GENERATION, Converted, is_converted, read_generation
 from ..machine import free_memory, give_back_memory
 from ..models.integrity import check_finite, model_on_meta, read_config
 from ..models.products import quicken
@@ -84,7 +84,7 @@ def load_with_store(
         InputError: a dense model, experts that a store cannot hold, or a fast tier of less than one token's experts.
     """
     policy = options.policy()
-    rest = _ours(checkpoint, dtype) if is_ours(checkpoint) else _stock(checkpoint, dtype)
+    rest = _ours(checkpoint, dtype) if is_converted(checkpoint) else _stock(checkpoint, dtype)
     model = rest.model
     _assign(model, rest.tensors, device)
     blocks = blocks_with_experts(model, checkpoint.folder)

@@ -31,7 +31,7 @@ MOST_EARLY = 0.5
 """Of the fast tier that experts take which nobody has asked for yet."""
 
 
-class Ahead(NamedTuple):
+class Forecast(NamedTuple):
     """What is known, or believed, of the experts that are needed next."""
 
     keys: list[ExpertKey]
@@ -39,13 +39,13 @@ class Ahead(NamedTuple):
     future: Future
 
 
-Predictor = Callable[[int, Tensor], Ahead]
+Predictor = Callable[[int, Tensor], Forecast]
 """Called with a layer and what enters its experts, [T, D]."""
 
 
-def nothing_ahead(layer: int, hidden_TD: Tensor) -> Ahead:
+def nothing_ahead(layer: int, hidden_TD: Tensor) -> Forecast:
     """Know nothing."""
-    return Ahead([], lambda key: math.inf)
+    return Forecast([], lambda key: math.inf)
 
 
 def most_used(index: Tensor, num_experts: int) -> list[int]:
@@ -67,7 +67,7 @@ class NextRouter:
         first = blocks[0].router
         self.able = not (isinstance(first, Gate) and first.first_layer_names)  # those remember what they were asked
 
-    def __call__(self, layer: int, hidden_TD: Tensor) -> Ahead:
+    def __call__(self, layer: int, hidden_TD: Tensor) -> Forecast:
         if not self.able or layer + 1 >= len(self.blocks):
             return nothing_ahead(layer, hidden_TD)
         block = self.blocks[layer + 1]
@@ -76,7 +76,7 @@ class NextRouter:
         index_P = routing.top_k_index[routing.top_k_weights != 0]
         keys = [ExpertKey(layer + 1, expert) for expert in most_used(index_P, block.num_experts)]
         soon = set(keys)
-        return Ahead(keys, lambda key: 1.0 if key in soon else math.inf)
+        return Forecast(keys, lambda key: 1.0 if key in soon else math.inf)
 
 
 class RoutedAhead:
@@ -93,13 +93,14 @@ class RoutedAhead:
         """Decisions for the passes after this one in their expected order, each [T, G, K]; whoever batches says it."""
         self._seen: Tensor | None = None
         self._passes: list[list[list[int]]] = []
+        self._sets: list[list[set[int]]] = []
 
-    def __call__(self, layer: int, hidden_TD: Tensor) -> Ahead:
+    def __call__(self, layer: int, hidden_TD: Tensor) -> Forecast:
         self._look()
         layers = len(self.groups)
         now = self._passes[0] if self._passes else [[]] * self.network.groups
         keys = [ExpertKey(m, e) for m in range(layer + 1, layers) for e in now[self.groups[m]]]
-        sets = [[set(experts) for experts in each] for each in self._passes]
+        sets = self._sets
 
         def future(key: ExpertKey) -> float:
             group = self.groups[key.layer]
@@ -108,16 +109,17 @@ class RoutedAhead:
                     return number * layers + key.layer - layer
             return math.inf
 
-        return Ahead(keys, future)
+        return Forecast(keys, future)
 
     def _look(self) -> None:
         """Gather the experts of this pass and of those that wait, once a pass."""
         decided = self.network.decided_TGK()
-        if decided is None:
-            self._seen, self._passes = None, []
-        elif decided is not self._seen:
-            self._seen = decided
-            self._passes = [self._experts(index_TGK) for index_TGK in (decided, *self.queue())]
+        if decided is self._seen:
+            return
+        self._seen = decided
+        passes = () if decided is None else (decided, *self.queue())
+        self._passes = [self._experts(index_TGK) for index_TGK in passes]
+        self._sets = [[set(experts) for experts in each] for each in self._passes]
 
     def _experts(self, index_TGK: Tensor) -> list[list[int]]:
         """List each group's experts, those that most tokens use first."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from ..calibration.windows import token_windows
 from ..checkpoint.claim import check_apart
 from ..checkpoint.facts import METRICS_FILE, saved_result, saved_settings
 from ..checkpoint.writer import CONFIG_FILE
-from ..config import ConvertConfig, FinetuneConfig
+from ..config import FinetuneConfig
 from ..errors import WorkError
 from ..evaluation.cost import at_experts_per_token
 from ..files import write_json
@@ -31,6 +30,7 @@ from ..moe.modeling import moe_blocks
 from ..progress import Progress, unheard
 from ..report.plots import write_training
 from ..results import ConversionResult, ExpertLoad, FinetuneResult, LoadChange, PerplexityProtocol
+from ..results.evaluation import perplexity_of
 from . import parameters as parts
 from .data import Samples
 from .load import held_out_loss, selection_loss, summary
@@ -123,7 +123,7 @@ def train(
     return state
 
 
-class Measured(NamedTuple):
+class HeldOutResult(NamedTuple):
     """What was measured on held-out text."""
 
     loss: float
@@ -139,12 +139,12 @@ class Settled(NamedTuple):
     """The model that is written."""
 
     model: PreTrainedModel
-    measured: Measured
+    measured: HeldOutResult
     improved: bool
     """Whether it is the best of the training; else the model as it came."""
 
 
-def choose_result(run: Finetuning, state: TrainingState, before: Measured) -> Settled:
+def choose_result(run: Finetuning, state: TrainingState, before: HeldOutResult) -> Settled:
     """Take the best of the training or, if that is no better, the model as it came."""
     run.accelerator.free_memory()
     if run.teacher:
@@ -159,7 +159,7 @@ def choose_result(run: Finetuning, state: TrainingState, before: Measured) -> Se
 
 
 def summarise(
-    run: Finetuning, state: TrainingState, before: Measured, settled: Settled, learned: dict[str, int]
+    run: Finetuning, state: TrainingState, before: HeldOutResult, settled: Settled, learned: dict[str, int]
 ) -> FinetuneResult:
     """Say what a training did."""
     return FinetuneResult(
@@ -199,12 +199,12 @@ def make_trainer(run: Finetuning, student: PreTrainedModel) -> Trainer:
     return Trainer(run, student, module)
 
 
-def measure(model: PreTrainedModel, run: Finetuning, samples: Samples | None = None) -> Measured:
+def measure(model: PreTrainedModel, run: Finetuning, samples: Samples | None = None) -> HeldOutResult:
     """Measure loss and load of a model on what is held out, or on other samples."""
     samples = samples or run.held
     found = held_out_loss(model, moe_blocks(model), samples, run.accelerator.device, run.dtype)
     load = summary(found.loads, samples.count(), found.kept)
-    return Measured(found.total.item() / samples.scored(), load)
+    return HeldOutResult(found.total.item() / samples.scored(), load)
 
 
 def restore(run: Finetuning, trainer: Trainer, before: float) -> TrainingState:
@@ -236,14 +236,14 @@ def write(run: Finetuning, trained: PreTrainedModel, result: FinetuneResult, sta
     found = perplexity(run, trained, known.perplexity_protocol)
     parts.same_dtype(trained, run.source.checkpoint.dtype())
     pictures = known.pictures
+    settings = saved_settings(folder)
     if run.processor is not None and pictures is not None:
-        held_out = saved_settings(folder)["config"]["held_out_tokens"]
-        pictures = remeasured(trained, run.processor, pictures, held_out)
+        pictures = remeasured(trained, run.processor, pictures, settings["config"]["held_out_tokens"])
     trained.save_pretrained(made, save_original_format=False)  # under the names that tensors have in memory
     run.tokenizer.save_pretrained(made)
     copy_companions(folder, made)
-    resolved = saved_settings(folder) | {"finetune": run.config.model_dump(mode="json")}
-    (made / CONFIG_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False))
+    asked = settings | {"finetune": run.config.model_dump(mode="json")}
+    (made / CONFIG_FILE).write_text(yaml.safe_dump(asked, sort_keys=False))
     chosen = written_format(run, trained)
     result = replace(
         result, output=str(run.output), format=chosen.format.name, format_reason=chosen.reason,
@@ -255,8 +255,7 @@ def write(run: Finetuning, trained: PreTrainedModel, result: FinetuneResult, sta
     metrics = replace(
         active(run, trained, known, result), output=str(run.output), finetune=result, perplexity=found,
         pictures=pictures,
-    )  # fmt: skip
-    metrics = replace(metrics, collapsed=not metrics.worst_ratio() <= ConvertConfig().collapse_ratio)
+    ).judged(settings["config"]["collapse_ratio"])  # fmt: skip
     write_json(made / METRICS_FILE, metrics.to_dict())
     written = export_as(made, run.output, chosen, run.overwrite)
     drop(run.output)
@@ -277,4 +276,4 @@ def perplexity(run: Finetuning, model: PreTrainedModel, protocol: PerplexityProt
     """Measure the trained model on the bundled held-out text, as the conversion measured it."""
     tokens_NL = token_windows(bundled("heldout"), run.tokenizer, protocol.tokens, protocol.window)
     samples = Samples(tokens_NL, torch.ones_like(tokens_NL, dtype=torch.bool))
-    return math.exp(min(700.0, measure(model, run, samples).loss))
+    return perplexity_of(measure(model, run, samples).loss)

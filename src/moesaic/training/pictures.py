@@ -5,7 +5,6 @@ Shapes: N sequences, L tokens in one, S tokens of answers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,8 +17,10 @@ from ..calibration.mixture import held_out_pictures, mixed
 from ..calibration.pictured import spread, together
 from ..conversion.pictures import PICTURES_SHARE
 from ..errors import InputError
+from ..models.families import context_length
 from ..models.processor import Processor
 from ..results import PictureResult
+from ..results.evaluation import perplexity_of
 from .data import Samples
 
 HELD_OUT = 8
@@ -68,7 +69,7 @@ def _samples(documents: Sequence[Document], processor: Processor, samples: int, 
 @torch.no_grad()
 def remeasured(model: PreTrainedModel, processor: Processor, known: PictureResult, held_out: int) -> PictureResult:
     """Measure a trained model's answers on the bundled held-out pictures, as the conversion measured them."""
-    longest: int = model.config.get_text_config().max_position_embeddings
+    longest = context_length(model.config)
     parts = spread(
         held_out_pictures(known.held_out, processor, longest), processor, held_out // PICTURES_SHARE, longest
     )
@@ -81,4 +82,4 @@ def remeasured(model: PreTrainedModel, processor: Processor, known: PictureResul
         target_S = part.tokens_L[1:][scored_L].to(model.device)
         losses.append(cross_entropy(logits_LV[scored_L].float(), target_S, reduction="none"))
     loss = torch.cat(losses).mean().item()
-    return replace(known, perplexity=math.exp(min(700.0, loss)), agreement=None)
+    return replace(known, perplexity=perplexity_of(loss), agreement=None)

@@ -40,7 +40,7 @@ from .load import MICRO_TOKENS
 from .methods import Method
 from .parameters import counts, trainable
 from .pictures import make_pictured_samples
-from .state import RunFolder, TrainingState, begun_dtype, fingerprint_of, training_folder
+from .state import RunFolder, TrainingState, begun_training_dtype, fingerprint_of, training_folder
 from .teacher import Teacher
 
 PATIENCE = timedelta(hours=4)
@@ -101,7 +101,7 @@ def prepare(
     if cache and not taught:
         raise InputError("--teacher-cache has no use where nothing is learnt from the dense model; leave it out")
     name = (config.teacher or dense_origin(str(source.checkpoint.folder), "--teacher")) if taught else None
-    begun = begun_dtype(output) if resume else None  # goes on in its own
+    begun = begun_training_dtype(output) if resume else None  # goes on in its own
     own = [begun or training_dtype(source.checkpoint.dtype(), accelerator.device)]
     dtype: torch.dtype = broadcast_object_list(own)[0]  # in all processes the first one's
     teacher = Teacher(name, source.config, tokenizer, config.top_k, accelerator.device, dtype) if name else None
@@ -243,7 +243,7 @@ def check_conversion(conversion: Conversion, config: FinetuneConfig) -> None:
     device = conversion.layerwise.device
     dtype = training_dtype(conversion.dtype, device)
     parameters = sizes(conversion.whole_config, conversion.plan, conversion.format).total_parameters
-    weights = (parameters + conversion.layerwise.parameters()) * dtype.itemsize
+    weights = (parameters + conversion.layerwise.num_parameters()) * dtype.itemsize
     check_memory(conversion.whole_config, weights, registry.build("method", config.method), config, device, dtype)
 
 

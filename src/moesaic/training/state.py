@@ -25,6 +25,7 @@ from ..checkpoint.writer import beside, check_parent, claim_output, sha256
 from ..errors import InputError
 from ..files import read_json, to_json, write_json, write_whole
 from ..machine import versions
+from ..models.devices import dtype_name
 from ..results import ExpertLoad, Json, Result
 from .data import Samples
 
@@ -48,12 +49,12 @@ def fingerprint_of(
         "text": " ".join(samples.fingerprint() for samples in text),
         "configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
         "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "version": " ".join(f"{name} {version}" for name, version in versions().items()),
     }
 
 
-def begun_dtype(output: Path) -> torch.dtype | None:
+def begun_training_dtype(output: Path) -> torch.dtype | None:
     """Read the dtype of an unfinished training; another day's timing might choose another one."""
     try:
         found = getattr(torch, str(read_json(training_folder(output) / FINGERPRINT).get("dtype")), None)

@@ -30,7 +30,7 @@ class Drawn(NamedTuple):
 
     hidden_TD: Tensor
     index_T: Tensor
-    """Of the policy's numbers of experts, which are 1, 2, ..."""
+    """Index of the number drawn among the policy's, which are 1, 2, ..."""
     log_prob_T: Tensor
     ran_T: Tensor
     """Experts that ran: that number within `at_least` and `at_most`."""
@@ -62,7 +62,7 @@ class PPO(Learner):
     warm_budget: bool = False
     """Whether p* is chosen for the wanted number of experts; the paper's is for the default one."""
     share: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Of the training, for the warm start."""
+    """Share of the training that is the warm start."""
 
     def check(self, selection: Learning) -> None:
         if not isinstance(selection, AdaK):

@@ -36,7 +36,7 @@ from ...machine import give_back_memory, versions
 from ...models.devices import choose_device, choose_dtype, compute_dtype
 from ...models.families import GatedFFN, decoder_layers, ffn_name, gated_ffn
 from ...models.layerwise import LayerwiseModel
-from ...recovery._refit import Rows, refit, weighted_error
+from ...recovery._refit import FitSample, refit, weighted_error
 from ..rows import Measurement, Point
 from .base import BATCH_1, Baseline, Cost, Evaluate, Measured, Request, calibration
 
@@ -272,7 +272,7 @@ def learn_layer(
 
 def recovered(ffn: SparseFFN, sample: LayerActivations) -> Tensor:
     """Solve the down-projection again for what is not skipped; its own where that is not better on these tokens."""
-    rows, own_DF = Rows.of(sample), sample.ffn.down_DF
+    rows, own_DF = FitSample.of(sample), sample.ffn.down_DF
     new_DF = refit(ffn.hidden, own_DF, rows).to(own_DF.dtype)
 
     def error(down_DF: Tensor) -> float:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...models.devices import dtype_name
 from ...models.families import ATTENTION
 from ...results import Json
 from ..base import Format, MoesaicModelConfig, Tensors
@@ -36,7 +37,7 @@ def common_config(config: MoesaicModelConfig, model_type: str, architecture: str
     """Write the part of `config.json` that every stock format has, as transformers 5 and as older engines read it."""
     rope = dict(config.rope_parameters)
     rope.setdefault("partial_rotary_factor", 1.0)
-    dtype = str(config.dtype).removeprefix("torch.")
+    dtype = dtype_name(config.dtype)
     return {name: getattr(config, name, None) for name in COPIED_FIELDS} | {
         "architectures": [architecture],
         "model_type": model_type,
@@ -146,9 +147,10 @@ def split_experts(gate_up_EXD: Tensor, down_EDI: Tensor, prefix: str, names: Seq
     return split
 
 
-def join_experts(layer: Tensors, experts: int, prefix: str, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Join the experts' projections, which are taken out of `layer`: the inverse of `split_experts`."""
-    gates, ups, downs = ([layer.pop(f"{prefix}{e}.{name}.weight") for e in range(experts)] for name in names)
+def join_experts(layer: Tensors, prefix: str, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Join the projections of all experts that `layer` has, and take them out: the inverse of `split_experts`."""
+    experts = range(sum(f"{prefix}{e}.{names[0]}.weight" in layer for e in range(len(layer))))
+    gates, ups, downs = ([layer.pop(f"{prefix}{e}.{name}.weight") for e in experts] for name in names)
     gate_up = [torch.cat([gate, up]) for gate, up in zip(gates, ups, strict=True)]
     return torch.stack(gate_up), torch.stack(downs)
 

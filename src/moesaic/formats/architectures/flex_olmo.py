@@ -56,5 +56,5 @@ class FlexOlmo(Format):
         layer = dict(tensors)
         layer["mlp.gate.weight"] = layer["mlp.gate.weight"] / decoder.renormalised_scale(config)
         layer["mlp.gate.e_score_correction_bias"] = layer["mlp.gate.weight"].new_zeros(config.num_experts)
-        gate_up, down = decoder.join_experts(layer, config.num_experts, EXPERTS, PARTS)
+        gate_up, down = decoder.join_experts(layer, EXPERTS, PARTS)
         return layer | decoder.separate_shared(gate_up, down, config.moe_intermediate_size, self.expert_factor(config))

@@ -74,11 +74,11 @@ class Glm4Moe(Format):
         dtype = layer[f"{ATTENTION}.o_proj.weight"].dtype
         for name, factor in (("weight", 1), ("e_score_correction_bias", 4)):
             layer[f"mlp.gate.{name}"] = (layer[f"mlp.gate.{name}"] / decoder.ROUTER_SCALE * factor).to(dtype)
-        gate_up, down = decoder.join_experts(layer, config.num_experts, EXPERTS, PARTS)
+        gate_up, down = decoder.join_experts(layer, EXPERTS, PARTS)
         return layer | {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down / self.expert_factor(config)}
 
     def gguf_layer(self, native: Tensors, config: MoesaicModelConfig) -> Tensors:
-        gate_up, down = decoder.join_experts(native, config.num_experts, EXPERTS, PARTS)
+        gate_up, down = decoder.join_experts(native, EXPERTS, PARTS)
         shared = {n: native.pop(f"mlp.shared_experts.{n}_proj.weight") for n in ("gate", "up", "down")}
         return {
             "post_attention_norm.weight": native.pop("post_attention_layernorm.weight"),

@@ -64,11 +64,11 @@ class Mixtral(Format):
         layer = decoder.join_attention(tensors, config)
         layer["mlp.gate.weight"] = layer.pop(MOE + "gate.weight") / decoder.renormalised_scale(config)
         layer["mlp.gate.e_score_correction_bias"] = layer["mlp.gate.weight"].new_zeros(config.num_experts)
-        gate_up, down = decoder.join_experts(layer, config.num_experts, EXPERTS, PARTS)
+        gate_up, down = decoder.join_experts(layer, EXPERTS, PARTS)
         return layer | decoder.separate_shared(gate_up, down, config.moe_intermediate_size, self.expert_factor(config))
 
     def gguf_layer(self, native: Tensors, config: MoesaicModelConfig) -> Tensors:
-        gate_up, down = decoder.join_experts(native, config.num_experts, EXPERTS, PARTS)
+        gate_up, down = decoder.join_experts(native, EXPERTS, PARTS)
         return {
             "ffn_norm.weight": native.pop("post_attention_layernorm.weight"),
             "ffn_gate_inp.weight": native.pop(MOE + "gate.weight"),

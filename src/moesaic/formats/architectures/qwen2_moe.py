@@ -78,5 +78,5 @@ class Qwen2Moe(Format):
         for name in PARTS:
             factor = 2 if name == "down_proj" else 1
             layer[f"mlp.shared_experts.{name}.weight"] = layer.pop(f"mlp.shared_expert.{name}.weight") / factor
-        gate_up, down = decoder.join_experts(layer, config.num_experts, EXPERTS, PARTS)
+        gate_up, down = decoder.join_experts(layer, EXPERTS, PARTS)
         return layer | {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down / self.expert_factor(config)}

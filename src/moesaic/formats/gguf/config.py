@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 
 from ...checkpoint.facts import saved_settings
-from ...checkpoint.gguf_converted import CONFIG, FILES, KEPT
+from ...checkpoint.gguf_converted import CONFIG, FILES, KEPT_FILES
 from ...checkpoint.writer import CONFIG_FILE
 from ...results import Json
 from ..architectures._decoder import head_dim
@@ -72,6 +72,6 @@ def write_kept(writer: gguf.GGUFWriter, format: Format, source: Converted) -> No
     tokenizer = folder / "tokenizer.json"
     if tokenizer.is_file():  # where it is missing, the vocabulary says so
         writer.add_string(gguf.Keys.Tokenizer.HF_JSON, tokenizer.read_text("utf-8"))
-    for name in KEPT:
+    for name in KEPT_FILES:
         if (folder / name).is_file():
             writer.add_string(FILES + name, (folder / name).read_text("utf-8"))

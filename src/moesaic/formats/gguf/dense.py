@@ -14,7 +14,7 @@ from ...errors import InputError
 from ...models.families import ATTENTION, HEAD, LAYERS
 from ...models.integrity import read_config
 from ...models.tokenizer import load_tokenizer
-from ..gguf_names import OUTER, RENAMED, interleaved
+from ..gguf_names import OUTSIDE_NAMES, RENAMED, interleaved
 from ..gguf_support import K_QUANTS, find_quantiser
 from .config import write_rope
 from .vocabulary import write_vocabulary
@@ -60,7 +60,7 @@ def _write(folder: Path, path: Path, outtype: str) -> None:
             if inner in turned:
                 tensor = interleaved(tensor, turned[inner])
         else:
-            theirs = known(OUTER, name, name)
+            theirs = known(OUTSIDE_NAMES, name, name)
         kind = kind_of(theirs, tensor.shape, OUTTYPES[outtype])
         writer.add_tensor(
             theirs, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind

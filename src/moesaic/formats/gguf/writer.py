@@ -27,7 +27,7 @@ from ...results import ExportResult
 from ..architectures._decoder import head_dim
 from ..base import Format, MoesaicModelConfig
 from ..converted import Converted
-from ..gguf_names import OUTER, RENAMED, ROPE_FACTORS, interleaved
+from ..gguf_names import OUTSIDE_NAMES, RENAMED, ROPE_FACTORS, interleaved
 from ..gguf_support import K_QUANTS, WRITTEN, block_size, check_k_quant, gguf_format
 from .config import write_config, write_kept
 from .vocabulary import write_vocabulary
@@ -151,7 +151,7 @@ def _write(source: Converted, format: Format, path: Path, outtype: str, report: 
     writer.close()
     report(count, count, "reading back")
     reader = gguf.GGUFReader(path)
-    tokens, rows = reader.get_field("tokenizer.ggml.tokens"), shapes[OUTER[EMBEDDINGS]][0]
+    tokens, rows = reader.get_field("tokenizer.ggml.tokens"), shapes[OUTSIDE_NAMES[EMBEDDINGS]][0]
     found = {tensor.name: checksum(tensor.data) for tensor in reader.tensors}
     if found != sums or tokens is None or len(tokens.data) != rows:
         raise WorkError(f"'{path}' is not what was written to it; is the disk sound?")
@@ -178,7 +178,7 @@ def embeddings_and_head(source: Converted) -> Tensors:
     """Read embeddings, final norm, head, and Llama 3's rope factors, by llama.cpp's names."""
     outside = source.embeddings_and_head()
     outside.setdefault(HEAD, outside[EMBEDDINGS])
-    tensors = {OUTER[name]: tensor for name, tensor in outside.items()}
+    tensors = {OUTSIDE_NAMES[name]: tensor for name, tensor in outside.items()}
     if source.config.rope_parameters["rope_type"] == "llama3":
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](source.config, torch.device("cpu"))
         steps = torch.arange(0, head_dim(source.config), 2) / head_dim(source.config)

@@ -18,13 +18,13 @@ from ...calibration.sinks import ffn_factor
 from ...models.families import GatedFFN, ffn_layout, ffn_name, gated_ffn
 from ...models.layerwise import LayerwiseModel
 from ...models.norms import ffn_norm, norm_offset
-from ...recovery._refit import Rows, refit, weighted_error
+from ...recovery._refit import FitSample, refit, weighted_error
 
 Streams = Mapping[str, Tensor]
 """The residual stream [N, L, D] of each text."""
 
 
-class Seen(NamedTuple):
+class LayerEnds(NamedTuple):
     """What was seen when a layer ran on all texts."""
 
     input_TD: Tensor
@@ -71,7 +71,7 @@ def heal(layerwise: LayerwiseModel, index: int, layer: nn.Module, hidden: Stream
     if not factor:
         return []
     wanted_TD = seen.output_TD.float() + (target_TD.float() - seen.after_TD.float()) / factor
-    rows = Rows(seen.input_TD, wanted_TD, weight_T)
+    rows = FitSample(seen.input_TD, wanted_TD, weight_T)
     new_DF = refit(ffn.hidden, ffn.down_DF, rows).to(ffn.down_DF.dtype)
     if weighted_error(rows, ffn_output(ffn, rows, new_DF)) > weighted_error(rows, seen.output_TD):
         return []
@@ -79,21 +79,21 @@ def heal(layerwise: LayerwiseModel, index: int, layer: nn.Module, hidden: Stream
     return [down]
 
 
-def run_and_record(layerwise: LayerwiseModel, index: int, layer: nn.Module, hidden: Streams) -> Seen:
+def run_and_record(layerwise: LayerwiseModel, index: int, layer: nn.Module, hidden: Streams) -> LayerEnds:
     """Run a layer on all texts, and keep what enters and leaves its FFN and what leaves the layer."""
     found = [tapped(layerwise, index, layer, hidden_NLD) for hidden_NLD in hidden.values()]
-    return Seen(
+    return LayerEnds(
         torch.cat([one.input_TD for one in found]), torch.cat([one.output_TD for one in found]),
         torch.cat([one.after_NLD.flatten(0, 1) for one in found]),
     )  # fmt: skip
 
 
-def ffn_output(ffn: GatedFFN, rows: Rows, down_DF: Tensor) -> Tensor:
+def ffn_output(ffn: GatedFFN, rows: FitSample, down_DF: Tensor) -> Tensor:
     """Compute what the FFN says with another down-projection, [T, D]."""
     return torch.cat([linear(ffn.hidden(part.input_TD), down_DF) for part in rows.chunks()])
 
 
-def heal_normed(ffn: GatedFFN, norm: nn.Module, seen: Seen, target_TD: Tensor, weight_T: Tensor) -> list[str]:
+def heal_normed(ffn: GatedFFN, norm: nn.Module, seen: LayerEnds, target_TD: Tensor, weight_T: Tensor) -> list[str]:
     """Fit an FFN before a norm, `stream + g * y / rms(y)`: first y's direction, then g; names what changed.
 
     The first is kept only if both together are better than g alone, which is least squares by channel.
@@ -101,12 +101,12 @@ def heal_normed(ffn: GatedFFN, norm: nn.Module, seen: Seen, target_TD: Tensor, w
     weight, offset = norm.get_parameter("weight"), norm_offset(norm)
     gain_D = weight.float() + offset
     scaled = norm(seen.output_TD).float()
-    rows = Rows(seen.input_TD, target_TD.float() - seen.after_TD.float() + scaled, weight_T)
+    rows = FitSample(seen.input_TD, target_TD.float() - seen.after_TD.float() + scaled, weight_T)
     toward_TD = rows.target_TD / torch.where(gain_D.abs() < 1e-3, 1e-3, gain_D)
     size_T1 = seen.output_TD.float().square().mean(1, keepdim=True).sqrt()
     toward_TD *= size_T1 / toward_TD.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
     relative = weight_T / size_T1.squeeze(1).clamp(min=1e-30)  # the norm takes the size away
-    new_DF = refit(ffn.hidden, ffn.down_DF, Rows(seen.input_TD, toward_TD, relative / relative.mean()))
+    new_DF = refit(ffn.hidden, ffn.down_DF, FitSample(seen.input_TD, toward_TD, relative / relative.mean()))
     new_DF = new_DF.to(ffn.down_DF.dtype)
     best, found = weighted_error(rows, scaled), partial(fitted_gain, norm, rows, gain_D)
     choices = [(seen.output_TD, ["norm"]), (ffn_output(ffn, rows, new_DF), ["down", "norm"])]
@@ -125,7 +125,7 @@ def heal_normed(ffn: GatedFFN, norm: nn.Module, seen: Seen, target_TD: Tensor, w
     return taken
 
 
-def fitted_gain(norm: nn.Module, rows: Rows, gain_D: Tensor, output_TD: Tensor) -> Tensor:
+def fitted_gain(norm: nn.Module, rows: FitSample, gain_D: Tensor, output_TD: Tensor) -> Tensor:
     """Solve `min_g sum_t w_t² (u_td - g_d n_td)²` by channel d, n the output after the norm without its weight."""
     safe_D = torch.where(gain_D.abs() < 1e-3, 1.0, gain_D)
     n_TD = norm(output_TD).float() / safe_D

@@ -23,7 +23,7 @@ from ...evaluation.layerwise import layerwise_perplexity
 from ...evaluation.perplexity import held_out_protocol
 from ...files import write_json
 from ...machine import give_back_memory, machine, peak_rss_bytes, versions
-from ...models.devices import begun_dtype
+from ...models.devices import begun_dtype, dtype_name
 from ...models.integrity import check_numbers
 from ...models.layerwise import LayerwiseModel
 from ...progress import Progress
@@ -192,7 +192,7 @@ def measure(
         perplexity_protocol=held_out_protocol(held_out_NL),
         layers=layers, max_abs_logit_error=None, notes=notes, collapsed=not after / before <= config.collapse_ratio,
         seed=config.seed, fingerprint=pruning.fingerprint,
-        compute_dtype=str(layerwise.dtype).removeprefix("torch."), versions=versions(), machine=machine(),
+        compute_dtype=dtype_name(layerwise.dtype), versions=versions(), machine=machine(),
         peak_rss_bytes=peak_rss_bytes(), seconds=time.monotonic() - start,
     )  # fmt: skip
 

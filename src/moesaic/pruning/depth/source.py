@@ -12,13 +12,12 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ...checkpoint.reader import Checkpoint
-from ...checkpoint.writer import OUTER, ResumableOutput
+from ...checkpoint.writer import OUTSIDE_FILE, ResumableOutput
 from ...errors import InputError
 from ...files import write_json
-from ...formats.fields import is_converted_stock
+from ...formats.converted import is_converted
 from ...models.families import decoder_layers
 from ...models.integrity import model_on_meta
-from ...moe.modeling import MODEL_TYPE
 from ...results import Json
 from ..sources import LAYER_NUMBER, MTP_LAYERS, StockSource, Tensors
 
@@ -37,7 +36,7 @@ class DeepSource(StockSource):
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         checkpoint = Checkpoint(folder)
-        if is_converted_stock(checkpoint) or checkpoint.config.get("model_type") == MODEL_TYPE:
+        if is_converted(checkpoint):
             raise InputError(
                 f"'{folder}' was converted by moesaic; --method depth leaves layers of the dense model out: prune that "
                 "and convert the result"
@@ -107,7 +106,7 @@ class DeepSource(StockSource):
         """
         beyond, new = set(self._beyond()), {self.layerwise.on_disk[name]: tensor for name, tensor in changed.items()}
         tensors = dict(self.checkpoint.items([name for name in self._rest() if name not in beyond]))
-        partial.write(OUTER, tensors | {name: tensor.to(tensors[name].dtype) for name, tensor in new.items()})
+        partial.write(OUTSIDE_FILE, tensors | {name: tensor.to(tensors[name].dtype) for name, tensor in new.items()})
         fields = self.shorter_json(kept)
         write_json(partial.folder / "config.json", fields)
         generation = self.checkpoint.folder / "generation_config.json"

@@ -6,14 +6,13 @@ Shapes: T tokens, E routed experts, N experts that are kept, I neurons of one, D
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
-import ot
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ...partition._assignment import balanced_assignment
 from ..sample import BlockSample
 from .base import Kept, Pruner, best
 
@@ -84,6 +83,4 @@ def alignment(own_IX: Tensor, other_IX: Tensor) -> Tensor:
 
     Equals `scipy.optimize.linear_sum_assignment` of the negative cosines.
     """
-    cost_II = -(normalize(own_IX) @ normalize(other_IX).T).double().cpu().numpy()
-    flow_II: Any = ot.emd(np.ones(len(cost_II)), np.ones(len(cost_II)), cost_II, numItermax=10_000_000)
-    return torch.from_numpy(flow_II.argmax(1))
+    return balanced_assignment(-(normalize(own_IX) @ normalize(other_IX).T))

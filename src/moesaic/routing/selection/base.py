@@ -215,7 +215,7 @@ class Learning(Counting):
     """A rule with parameters of its own in each layer, which `moesaic adapt` trains."""
 
     default_learner: ClassVar[str] = "distill"
-    """Of `moesaic.adaptation.learners`."""
+    """What trains it, of `moesaic.adaptation.learners`, when none is asked for."""
 
     @abstractmethod
     def keep(self, evidence_TN: Tensor, temperature: float) -> Tensor:

@@ -26,9 +26,9 @@ class ModalityThreshold(Counting):
 
     at_least: Annotated[int, Field(ge=0)] = 0
     threshold: float = 0.5
-    """Of tokens of text; calibration sets it."""
+    """Threshold of scores for tokens of text; calibration sets it."""
     image_threshold: float = 0.5
-    """Of tokens of pictures; calibration sets it."""
+    """Threshold of scores for tokens of pictures; calibration sets it."""
     image_share: Annotated[float, Field(gt=0)] = 0.75
     """Experts that a picture's token runs over those of a token of text, which calibration brings about."""
 

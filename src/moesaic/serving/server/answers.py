@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -62,17 +63,16 @@ class Writer:
         return f"data: {json.dumps(self._answer(kind, choices, counts))}\n\n"
 
     def logprobs(self, generation: Generation, start: int, end: int) -> Object | None:
-        """Write the logarithms of the probabilities of an answer's tokens, if they were asked for."""
+        """Write the logarithms of the probabilities of an answer's next tokens, if they were asked for."""
         if generation.sampling.top_logprobs is None:
             return None
         choices = generation.sampling.choices[start:end]
         if self.chat:
             return {"content": [self._token(choice) for choice in choices], "refusal": None}
-        offset = sum(len(self._text(choice.token)) for choice in generation.sampling.choices[:start])
         texts = [self._text(choice.token) for choice in choices]
-        offsets = [offset + sum(map(len, texts[:position])) for position in range(len(texts))]
         top = [{self._name(token): logprob for token, logprob in choice.top} for choice in choices]
         logprobs = [choice.logprob for choice in choices]
+        *offsets, generation.text_offset = itertools.accumulate(map(len, texts), initial=generation.text_offset)
         return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
 
     def _token(self, choice: TokenChoice) -> Object:

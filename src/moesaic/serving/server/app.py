@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.server import build_server
 
+from ...models.families import context_length
 from . import errors
 from .batching import Batcher
 from .errors import ApiError
@@ -46,8 +47,7 @@ def make_app(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: s
     metrics, batching = Metrics(), batching_config(model.device, config)
     batcher = Batcher(model, batching, config.max_queue, metrics)
     metrics.watch(batcher)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    context = min(longest or batcher.cache_tokens, batcher.cache_tokens)
+    context = min(context_length(model.config), batcher.cache_tokens)
     one, state = OneModel(model, tokenizer, name, batcher), OneBatcher(batcher, batching)
     wanted = inspect.signature(build_server).parameters
     make: Callable[..., FastAPI] = build_server  # its types name handlers that are not in our place

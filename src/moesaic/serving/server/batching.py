@@ -49,6 +49,8 @@ class Generation:
         self.first: float | None = None
         self.last = self.arrived
         self.ended = False
+        self.text_offset = 0
+        """Characters of the tokens whose log probabilities were written."""
         self._pieces: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
         self._seen = 0
 
@@ -93,7 +95,7 @@ class Generation:
             yield piece
 
 
-class Router(OutputRouter):
+class AnswerRouter(OutputRouter):
     """Hands outputs to those who wait for them, and drops the rest, which transformers would keep for ever."""
 
     def deliver(self, output: GenerationOutput) -> None:
@@ -143,7 +145,7 @@ class Batcher(CBGenerateManager):
         own = manager.logit_processor.logits_processor
         rows = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([OwnRows(own)]))  # pyrefly: ignore[bad-argument-type]
         rows.tensors_required = 1
-        manager.logit_processor, manager.output_router = rows, Router()
+        manager.logit_processor, manager.output_router = rows, AnswerRouter()
         manager.warmup()  # makes the cache, here rather than on the thread, so that what is wrong is known
         assert manager.batch_processor is not None
         scheduler = manager.batch_processor.scheduler

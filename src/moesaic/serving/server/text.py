@@ -36,7 +36,8 @@ class TextStream:
         self._decoded = ""
         """The text of all tokens but those of an unfinished character."""
         self._shown = 0
-        self._start, self._end = 0, len(self._before)  # the tokens that the next ones' text depends on
+        self._whole = self._before  # tokens that the text of the next ones depends on
+        self._unfinished: list[int] = []
 
     def push(self, tokens: Sequence[int]) -> str:
         """Take the next tokens; returns the text that is certain now."""
@@ -44,11 +45,11 @@ class TextStream:
             if self.stopped:
                 break
             self.tokens.append(token)
-            whole = [*self._before, *self.tokens]
-            before, after = self._decode(whole[self._start : self._end]), self._decode(whole[self._start :])
+            self._unfinished.append(token)
+            before, after = self._decode(self._whole), self._decode([*self._whole, *self._unfinished])
             if len(after) > len(before) and not after.endswith(UNFINISHED):
                 self._decoded += after[len(before) :]
-                self._start, self._end = self._end, len(whole)
+                self._whole, self._unfinished = self._unfinished, []
                 self._look_for_stops()
         return self._show(len(self._decoded) if self.stopped else len(self._decoded) - self._held())
 

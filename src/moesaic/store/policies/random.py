@@ -28,7 +28,7 @@ class Random(Policy):
     """Uniform choice."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the draws of which expert leaves."""
+    """Seed of the draws of which expert leaves."""
 
     def cache(self, size: CacheSize) -> Cache:
         return RandomCache(size, self.seed)

@@ -40,7 +40,7 @@ class Method(ABC):
     """Says what learns; hyper-parameters are its fields."""
 
     learning_rate: ClassVar[float] = 1e-4
-    """Of all but routers, when none is asked for."""
+    """Learning rate of all but the routers, when none is asked for."""
     router_learning_rate: ClassVar[float] = 1e-4
     balance: ClassVar[Balance] = "none"
     """How the experts' load is evened out, when nothing is asked for."""

@@ -26,7 +26,7 @@ class D2DMoE(Method):
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
     """The paper's τ: fewer experts run as it rises; 0 runs all."""
     width: Annotated[int, Field(gt=0)] = 512
-    """Of the routers' hidden layer."""
+    """Neurons of each router's hidden layer."""
 
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         model.requires_grad_(False)

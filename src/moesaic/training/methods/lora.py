@@ -21,7 +21,7 @@ class Lora(Method):
     copies_experts: ClassVar[bool] = True
 
     rank: Annotated[int, Field(gt=0)] = 8
-    """Of the adapters."""
+    """Rank of the adapters."""
     alpha: Annotated[int, Field(gt=0)] = 32
     """The adapters' product counts alpha / rank."""
 

@@ -17,7 +17,7 @@ from ...models.families import decoder_layers, ffn_name
 from ...moe.ahead import network_of
 from ...moe.block import MoE
 from ...moe.modeling import moe_blocks
-from ...routing._distil import distillation_loss, lesson_from
+from ...routing._distil import distillation_loss, expert_target
 from ...routing.pregate import group_of
 from ..locality import locality_loss
 from ..schedule import schedule
@@ -42,9 +42,9 @@ class ReadMe(Full):
     rounds: Annotated[int, Field(gt=0)] = 4
     """The paper has 8, its code 5."""
     router_share: Annotated[float, Field(gt=0, lt=1)] = 1 / 3
-    """Of the steps of a round (100 of 300)."""
+    """Share of a round's steps that trains the router (100 of 300)."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """Of the rates, from round to round."""
+    """Factor of the learning rates from round to round."""
     importance: bool = False
     """Whether the teacher is each expert's share of `(h ‖Wd‖)²`, not the paper's graded overlap of top neurons."""
 
@@ -76,7 +76,7 @@ class ReadMe(Full):
     ) -> RouterStep:
         network = network_of(model)
         assert network is not None
-        target_TGE = lessons(model, tokens_ML, dense, network.groups, importance=self.importance)
+        target_TGE = targets(model, tokens_ML, dense, network.groups, importance=self.importance)
         place_1L = torch.arange(tokens_ML.shape[1], device=tokens_ML.device)[None]
         logits_TGE = network(tokens_ML, place_1L).flatten(0, 1)
         index_TGK = network.choose(logits_TGE.detach())
@@ -91,7 +91,7 @@ class ReadMe(Full):
 
 
 @torch.no_grad()
-def lessons(
+def targets(
     model: PreTrainedModel, tokens_ML: Tensor, dense: PreTrainedModel, groups: int, *, importance: bool
 ) -> Tensor:
     """Say which experts the tokens need, by groups of layers, as the dense model's stream shows it, [T, G, E].
@@ -103,7 +103,7 @@ def lessons(
 
     def hook(block: MoE) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def see(ffn: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found.append(expert_lesson(block, inputs[0].flatten(0, -2), importance=importance))
+            found.append(block_target(block, inputs[0].flatten(0, -2), importance=importance))
 
         return see
 
@@ -113,12 +113,12 @@ def lessons(
             stack.callback(handle.remove)
         dense(input_ids=tokens_ML, use_cache=False)
     target_TGE = torch.zeros(tokens_ML.numel(), groups, found[0].shape[1], device=tokens_ML.device)
-    for layer, lesson_TE in enumerate(found):
-        target_TGE[:, group_of(layer, len(blocks), groups)] += lesson_TE
+    for layer, layer_target_TE in enumerate(found):
+        target_TGE[:, group_of(layer, len(blocks), groups)] += layer_target_TE
     return target_TGE / target_TGE.sum(-1, keepdim=True)
 
 
-def expert_lesson(block: MoE, x_TD: Tensor, *, importance: bool) -> Tensor:
+def block_target(block: MoE, x_TD: Tensor, *, importance: bool) -> Tensor:
     """Say which of a block's experts hold the top neurons of the tokens that enter it, of all experts' ones, [T, E]."""
     gate, experts = block.routed
     norm_EI = experts.down_proj.float().norm(dim=1)
@@ -127,4 +127,4 @@ def expert_lesson(block: MoE, x_TD: Tensor, *, importance: bool) -> Tensor:
         [experts.hidden(x_TD, e).float().abs() * norm_EI[e] for e in range(experts.num_experts)], dim=1
     )
     neurons_EI = torch.arange(value_TF.shape[1], device=value_TF.device).view(experts.num_experts, -1)
-    return lesson_from(value_TF, neurons_EI, gate.num_experts_per_tok, importance=importance)
+    return expert_target(value_TF, neurons_EI, gate.num_experts_per_tok, importance=importance)

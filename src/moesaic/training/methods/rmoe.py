@@ -18,7 +18,7 @@ class RMoE(Lora):
     shards: ClassVar[bool] = False  # the first layer's GRU would be cut again before the others have run
 
     width: Annotated[int, Field(gt=0)] = 128
-    """Of the GRU (the paper's p)."""
+    """Width of the GRU's state (the paper's p)."""
 
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         replace_gates(model, "recurrent", router_hidden_size=self.width)
