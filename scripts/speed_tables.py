@@ -167,7 +167,7 @@ def demo() -> str:
             "make demo",
             f"Protocol: perplexity on {p['text']}, {p['tokens']:,} tokens in windows of {p['window']}; "
             f"speed: {d['protocol']}; seed 0",
-            f"Conversion: {d['seconds']:.0f} s with its two trials, {d['peak_rss_bytes'] / 1e9:.1f} GB",
+            f"Conversion: {d['seconds']:.0f} s, {d['peak_rss_bytes'] / 1e9:.1f} GB",
         )
     )
 

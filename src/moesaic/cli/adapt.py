@@ -30,7 +30,13 @@ def adapt(
         float | None, typer.Option(help="share of the model's own number of experts to run on average [default: 0.7]")
     ] = None,
     learner: LearnerOption = None,
-    data: options.Data = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="text, rows (.jsonl, .csv, ...; also chats) or datasets name; repeatable [default: bundled text]",
+            callback=options.expand,
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="steps [default: one pass over the samples]")] = None,
     minutes: Annotated[float | None, typer.Option(help="stop after so many minutes")] = None,
     samples: Annotated[int | None, typer.Option(help="sequences to train on [default: 1000]")] = None,

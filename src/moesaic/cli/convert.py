@@ -23,13 +23,14 @@ TextOnly = Annotated[bool | None, typer.Option("--text-only", help="of a vision-
 
 Effort = Annotated[str, typer.Option(help="fast, good (more tokens, 15 minutes of training) or best (an hour)")]
 FirstTokens = Annotated[
-    int | None, typer.Option(help="tokens seen as a text's first [default: an eighth of --tokens; 0 after a BOS]")
+    int | None,
+    typer.Option(help="tokens seen as a text's first, where none always is (BOS) [default: an eighth of --tokens]"),
 ]
 
 
 def convert(
-    model: options.ModelArgument,
-    out: options.OutArgument,
+    model: options.DenseArgument,
+    out: options.OutOrFileArgument,
     active: Annotated[float | None, typer.Option(help="share of each FFN that one token runs [default: 0.5]")] = None,
     memory_factor: Annotated[
         float | None, typer.Option(help="size of all experts relative to the dense FFN [default: 1]")

@@ -19,7 +19,14 @@ def finetune(
     teacher: Annotated[
         str | None, typer.Option(help="the dense model [default: what MODEL was made of]", callback=options.expand)
     ] = None,
-    data: options.Data = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="text, rows (.jsonl, .csv, ...; also chats) or datasets name; repeatable [default: what MODEL was "
+            "calibrated on, if bundled]",
+            callback=options.expand,
+        ),
+    ] = None,
     method: options.Method = None,
     objective: options.Objective = None,
     steps: Annotated[int | None, typer.Option(help="steps [default: one pass over the samples]")] = None,

@@ -17,7 +17,7 @@ PER_CENT = Limit(1, 100, whole=False)
 
 
 def frontier(
-    model: options.ModelArgument,
+    model: options.DenseArgument,
     out: Annotated[
         Path, typer.Option(help="folder for rows and chart; finished rows are kept", callback=options.expand)
     ] = Path("frontier"),

@@ -47,7 +47,8 @@ Tokens = Annotated[
 ]
 Window = Annotated[int | None, typer.Option(help="tokens in a window [default: 256, with --oracle 128]")]
 AtMost = Annotated[
-    int | None, typer.Option(help="the most experts that --oracle tries [default: the model's own number]")
+    int | None,
+    typer.Option(help="the most experts that --oracle tries [default: the model's own number, or the rule's if more]"),
 ]
 Trace = Annotated[
     Path | None,

@@ -40,23 +40,15 @@ def expand(value: Path | str | list[str] | None) -> Path | str | list[str] | Non
     return value if value is None else [given.place(name) for name in value]
 
 
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        help="hub id, folder, .gguf file, or built in: tiny, tiny-moe, tiny-vlm, demo, demo-1.5b, gemma-270m",
-        metavar="MODEL",
-        callback=expand,
-    ),
-]
-MoEArgument = Annotated[
-    str,
-    typer.Argument(
-        help="a Mixture-of-Experts: hub id, folder, converted or not, or built in: tiny-moe",
-        metavar="MODEL",
-        callback=expand,
-    ),
-]
-ConvertedArgument = Annotated[str, typer.Argument(help="a converted model's folder", metavar="MODEL", callback=expand)]
+def _model(help: str) -> object:
+    return typer.Argument(help=help, metavar="MODEL", callback=expand)
+
+
+DENSE = "tiny, tiny-vlm, demo, demo-1.5b, gemma-270m"
+DenseArgument = Annotated[str, _model(f"a dense model: hub id, folder, .gguf file, or built in: {DENSE}")]
+MoEArgument = Annotated[str, _model("a Mixture-of-Experts: hub id, folder, converted or not, or built in: tiny-moe")]
+ModelArgument = Annotated[str, _model(f"hub id, folder, .gguf file, or built in: {DENSE}, tiny-moe")]
+ConvertedArgument = Annotated[str, _model("a converted model's folder")]
 TextFile = Annotated[
     Path | None,
     typer.Option(
@@ -80,13 +72,14 @@ Partition = Annotated[
 ]
 Fine = Annotated[
     bool | None,
-    typer.Option("--fine", help="about 64 small groups; auto tries them too: better on some models, slow on CPUs"),
+    typer.Option("--fine", help="about 64 small groups; auto tries them too: better on most models, slow on CPUs"),
 ]
 Router = Annotated[str | None, typer.Option(help=f"one of: {', '.join(registry.names('router'))}")]
 Selection = Annotated[
     str | None,
     typer.Option(
-        help=f"how many experts run: {', '.join(registry.names('selection'))} [default: the router's, mostly top-k]"
+        help=f"how many experts run: {', '.join(registry.names('selection'))}; ada-k, layer-k, learned-threshold and "
+        "skip are for moesaic adapt [default: the router's, mostly top-k]"
     ),
 ]
 Engine = Annotated[
@@ -105,18 +98,14 @@ Method = Annotated[str | None, typer.Option(help=f"what learns: {', '.join(regis
 Objective = Annotated[
     str | None, typer.Option(help="lm (next token), distill (the dense model) or both [default: both]")
 ]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="text, rows (.jsonl, .csv, ...; also chats) or datasets name; repeatable [default: bundled text]",
-        callback=expand,
-    ),
-]
 Balance = Annotated[
     str | None, typer.Option(help="of the experts' load: none, bias or loss [default: the method's, mostly none]")
 ]
 Overwrite = Annotated[bool, typer.Option(help="replace OUT if it exists")]
 OutArgument = Annotated[Path, typer.Argument(help="folder to make", metavar="OUT", callback=expand)]
+OutOrFileArgument = Annotated[
+    Path, typer.Argument(help="folder, or .gguf file for llama.cpp, to make", metavar="OUT", callback=expand)
+]
 Format = Annotated[
     str | None, typer.Option(help=f"auto (one that engines load, if any) or one of: {FORMATS} [default: auto]")
 ]
@@ -124,7 +113,8 @@ Target = Annotated[str, typer.Option(help=f"auto, gguf (llama.cpp; OUT is a file
 Outtype = Annotated[
     str | None,
     typer.Option(
-        help="of GGUF: f16, q8_0, q4_0, f32, ..., K-quants with llama-quantize on the PATH [default: see docs]"
+        help="of GGUF: f16, q8_0, q4_0, f32, ..., K-quants with llama-quantize on the PATH "
+        "[default: f16; with --for llama.cpp what was measured best]"
     ),
 ]
 LlamaCpp = Annotated[
@@ -165,13 +155,16 @@ ExpertMemory = Annotated[
 ]
 Cache = Annotated[
     str | None,
-    typer.Option(help=f"which expert leaves it: {', '.join(registry.names('cache'))} [default: look-ahead]"),
+    typer.Option(
+        help=f"which expert leaves it: {', '.join(n for n in registry.names('cache') if n != 'belady')} "
+        "[default: look-ahead]"
+    ),
 ]
 Prefetch = Annotated[bool, typer.Option(help="read the next layer's experts while a layer runs")]
 CacheBias = Annotated[
     float, typer.Option(help="prefer experts in memory by this share of a token's range of scores: changes the text")
 ]
-Items = Annotated[int | None, typer.Option(help="of each task, at most so many items")]
+Items = Annotated[int | None, typer.Option(help="at most so many items of each task, or exercises of each file")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads (default: all cores)")]
 
 

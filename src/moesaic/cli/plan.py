@@ -12,7 +12,7 @@ from .options import print_result, stderr
 
 
 def plan(
-    model: options.ModelArgument,
+    model: options.DenseArgument,
     active: Annotated[float, typer.Option(help="wanted share of each FFN that one token runs")] = 0.5,
     memory_factor: Annotated[float, typer.Option(help="size of all experts relative to the dense FFN")] = 1.0,
     engine: options.Engine = None,

@@ -33,7 +33,9 @@ def serve(
     model: options.ModelArgument,
     host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 is every one")] = ServeConfig.host,
     port: Annotated[int, typer.Option(help="0 takes any that is free")] = ServeConfig.port,
-    name: Annotated[str | None, typer.Option(help="what clients call the model [default: MODEL's own name]")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="what clients call the model [default: MODEL, a folder by its last part]")
+    ] = None,
     api_key: Key = None,
     max_queue: Annotated[int, typer.Option(help="requests that run or wait; more get 429")] = ServeConfig.max_queue,
     scheduler: Annotated[str, typer.Option(help=f"one of: {', '.join(SCHEDULERS)}")] = ServeConfig.scheduler,
@@ -60,7 +62,8 @@ def serve(
 
     check_packages()
     api_key = os.environ.get(KEY) if api_key is None else api_key  # an empty one, which typer takes for none
-    called = Path(model).name or Path(model).resolve().name  # of `.` too
+    folder = Path(model)
+    called = (folder.name or folder.resolve().name) if folder.exists() else model  # `.` has a name too
     store = options.store_options(expert_memory, cache, prefetch, cache_bias)
     config = ServeConfig(
         host=host, port=port, api_key=api_key, name=name or called, max_queue=max_queue, scheduler=scheduler,

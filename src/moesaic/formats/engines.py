@@ -127,7 +127,7 @@ def choose_for(engine: str, outtype: str | None = None) -> EngineChoice:
     multiple = block_size(kind) if kind else 1
     rows = measured_as(engine, kind or "")
     if not rows:
-        reason = f"{engine} was not measured by us: the shape is the one that is chosen for no engine in particular"
+        reason = f"widths of {engine} were not compared by us: the shape is the one for no engine in particular"
         return EngineChoice(engine=engine, outtype=kind, least_width=None, multiple=multiple, reason=reason)
     width = finest(rows)
     shares = f"decode at {width.decode:.0%} of what bytes allow"
