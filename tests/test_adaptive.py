@@ -1,15 +1,18 @@
 """How many experts run: any router's ranking, rules that meet a budget, what learns, adapters beside the model."""
 
+import io
 import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,6 +31,7 @@ from moesaic.models.moe_block import Routing, find_blocks, routing_groups
 from moesaic.models.router_scores import router_scores
 from moesaic.moe.adaptive import BlockRanker, Decision, attach, decided_by
 from moesaic.moe.counting import mean_experts
+from moesaic.report.tables import show_adaptation
 from moesaic.routing.selection.ada_k import AdaK
 from moesaic.routing.selection.base import LayerSample, Ranking, mean_count
 from moesaic.routing.selection.entropy import Entropy
@@ -591,8 +595,18 @@ def test_what_was_stopped_and_resumed_equals_what_was_not(folder, tmp_path, meth
     assert not (tmp_path / "out.training").exists()
 
 
+def test_the_words_of_ik_llama_cpp_have_the_rules_options(folder, tmp_path):
+    """Those at their defaults too, which the rule's text leaves out."""
+    result = moesaic.adapt(folder, tmp_path / "out", AdaptConfig(method="relative", **QUICK))
+    for method, said in (("relative", "-ser 1,0.5000"), ("relative:threshold=0.25,at_least=2", "-ser 2,0.2500")):
+        console = Console(file=io.StringIO(), width=200)
+        show_adaptation(console, replace(result, method=method))
+        assert f"{said} --override-kv ARCH.expert_used_count=int:{result.num_experts}" in console.file.getvalue()
+
+
 def test_inside_a_converted_model(tmp_path):
-    moesaic.convert("tiny", tmp_path / "moe", moesaic.ConvertConfig(tokens=1_024, plan="S2A4E8", held_out_tokens=256))
+    settings = {"tokens": 1_024, "plan": "S2A4E8", "held_out_tokens": 256, "collapse_ratio": 1.01}
+    moesaic.convert("tiny", tmp_path / "moe", moesaic.ConvertConfig(**settings), force=True)
     quick = QUICK | {"window": 64, "samples": 32}
     beside = moesaic.adapt(tmp_path / "moe", tmp_path / "adapter", AdaptConfig(method="threshold", **quick))
     within = moesaic.adapt(tmp_path / "moe", tmp_path / "out", AdaptConfig(method="threshold", inside=True, **quick))
@@ -606,6 +620,7 @@ def test_inside_a_converted_model(tmp_path):
     measured = moesaic.inspect(tmp_path / "out").metrics
     before = moesaic.inspect(tmp_path / "moe").metrics.perplexity
     assert measured.perplexity != before
+    assert measured.collapsed  # by the conversion's own collapse_ratio
     card = " ".join((tmp_path / "out" / "README.md").read_text().split())
     assert f"selection `{within.method}`" in card
     assert "Then adapted (`threshold`): " in card

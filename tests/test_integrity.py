@@ -22,6 +22,7 @@ from moesaic.evaluation.inspect import inspect
 from moesaic.evaluation.perplexity import window_losses
 from moesaic.formats.export import export
 from moesaic.formats.fields import CONFIG_KEY, moesaic_fields
+from moesaic.models.integrity import model_on_meta, read_config
 from moesaic.serving.loading import load
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -352,3 +353,22 @@ def test_a_gguf_with_more_than_is_read_is_refused(folders, tmp_path, cache):
     gguf_source.join([whole], tmp_path / "more.gguf")
     with pytest.raises(InputError, match=r"holds [\d,]+ weights, but the llama model"):
         sources.resolve(str(tmp_path / "more.gguf"))
+
+
+def test_a_model_on_meta_is_tied_and_draws_nothing(folders):
+    folder = folders("gemma3")  # whose head is its embeddings
+    state = torch.get_rng_state()
+    model = model_on_meta(read_config(folder), folder)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(load(folder).model.named_buffers()))
+
+
+def test_generating_leaves_the_callers_random_numbers_alone():
+    model, tokenizer = load("tiny")
+    state = torch.get_rng_state()
+    first, again = (moesaic.complete(model, tokenizer, "The first", temperature=1.0, seed=3) for _ in range(2))
+    assert first == again
+    assert torch.equal(torch.get_rng_state(), state)

@@ -23,7 +23,7 @@ from moesaic.partition.paths import captured, projected
 from moesaic.routing._distil import distillation_loss, graded, graded_target, overlap, teach
 from moesaic.routing._network import causal
 from moesaic.routing.pregate import group_of, network_from
-from moesaic.training.load import selection_loss
+from moesaic.training.expert_load import selection_loss
 from moesaic.training.locality import kept_experts, locality_loss
 from moesaic.training.methods.read_me import targets
 

@@ -186,6 +186,12 @@ def test_logprobs_are_the_models(client, loaded):
     expected = logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(got.logprobs.token_logprobs), expected, rtol=0, atol=1e-4)
     assert "".join(got.logprobs.tokens) == got.text
+    streamed = client.completions.create(
+        model="tiny-moe", prompt="The first", max_tokens=6, logprobs=3, stream=True
+    )  # fmt: skip
+    offsets = [offset for c in streamed if c.choices[0].logprobs for offset in c.choices[0].logprobs.text_offset]
+    assert offsets == got.logprobs.text_offset
+    assert offsets == [len("".join(got.logprobs.tokens[:n])) for n in range(6)]
     assert all(len(top) <= 3 and max(top.values()) == pytest.approx(chosen)
                for top, chosen in zip(got.logprobs.top_logprobs, got.logprobs.token_logprobs, strict=True))  # fmt: skip
     chat = client.chat.completions.create(

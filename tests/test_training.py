@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from torch.nn.functional import kl_div, log_softmax
 
 import moesaic
@@ -18,11 +19,12 @@ from moesaic.calibration.documents import Document, Message, chat
 from moesaic.calibration.text import bundled, read_documents
 from moesaic.checkpoint.reader import Checkpoint
 from moesaic.formats.converted import Converted
+from moesaic.models.moe_block import count_load
 from moesaic.models.tokenizer import load_tokenizer
 from moesaic.moe.kernels import _by_transformers
 from moesaic.moe.modeling import moe_blocks
 from moesaic.training.data import make_samples
-from moesaic.training.load import balance_loss, count_load, move_bias, summary, watched
+from moesaic.training.expert_load import balance_loss, move_bias, summary, watched
 from moesaic.training.losses import Objective, distance, layer_distance, next_token
 from moesaic.training.methods.factorllm import labels
 from moesaic.training.parameters import check_gradients, counts, same_dtype, trainable
@@ -370,7 +372,12 @@ def test_loss_falls(converted, tmp_path):
 
 def test_a_harmful_training_returns_the_start(converted, tmp_path):
     config = SHORT.model_copy(update={"method": "full", "learning_rate": 1.0})
-    facts = moesaic.finetune(converted, tmp_path / "out", config)
+    start = shutil.copytree(converted, tmp_path / "start")
+    settings = yaml.safe_load((start / "moesaic.yaml").read_text())
+    settings["config"]["collapse_ratio"] = 0.5
+    (start / "moesaic.yaml").write_text(yaml.safe_dump(settings))
+    facts = moesaic.finetune(start, tmp_path / "out", config)
+    assert moesaic.inspect(tmp_path / "out").metrics.collapsed  # by the conversion's own collapse_ratio
     assert not facts.improved
     assert facts.held_out_loss == facts.held_out_loss_before
     assert same(tensors(converted), tensors(tmp_path / "out"))

@@ -14,7 +14,7 @@ from moesaic.checkpoint.reader import Checkpoint
 from moesaic.conversion.prepare import prepare
 from moesaic.formats.converted import Converted
 from moesaic.moe.modeling import moe_blocks
-from moesaic.training.load import balance_loss
+from moesaic.training.expert_load import balance_loss
 
 UPCYCLE = ConvertConfig(partition="upcycle", tokens=1_024, window=64, held_out_tokens=256)
 IMPLEMENTATIONS = ["eager", "moesaic", "batched_mm", "grouped_mm", "moesaic_triton"]

@@ -357,8 +357,8 @@ def test_evaluate_takes_bundled_questions(run, llava):
         ("tiny", {"image": "a.png", "question": "?", "answer": "a"}, "'tiny' is a llama model, which takes text only"),
         ("llava", {"image": "b.png", "question": "?", "answer": "a"}, "items.jsonl:1: no picture '"),
         ("llava", {"image": "film.mp4", "question": "?", "answer": "a"}, "videos are not read"),
-        ("llava", {"video": "film.mp4", "question": "?", "answer": "a"}, "has a 'video', and videos are not read"),
-        ("llava", {"image": 3, "question": "?", "answer": "a"}, "its pictures are no names of files"),
+        ("llava", {"video": "film.mp4", "question": "?", "answer": "a"}, "has a 'video'; videos are not read"),
+        ("llava", {"image": 3, "question": "?", "answer": "a"}, "for its pictures; expected the name of a file"),
         ("llava", {"image": "a.png", "question": "?"}, "items.jsonl:1 is not a task item (no 'cont')"),
         ("llava", {"image": "a.png", "question": "?", "answer": 3}, "'answer' is a number, not text"),
         ("llava", {"image": "a.png", "question": "?", "choices": ["a", "b"]}, "choices without gold"),
@@ -425,7 +425,7 @@ def test_the_card_asks_about_a_picture(name, converted, tmp_path, monkeypatch, c
 def test_plots_have_a_line_and_a_panel_for_each_modality(converted, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.update({path.name: figure}))
-    plots.write_plots(saved_result(Path(converted)).to_dict(), tmp_path)
+    plots.write_plots(saved_result(Path(converted)), tmp_path)
     (axes,) = drawn["layer_error.png"].axes
     assert [line.get_label() for line in axes.lines][2:4] == ["the same on text", "the same on pictures"]
     assert [axes.get_title() for axes in drawn["expert_load.png"].axes[:3]] == ["all tokens", "text", "pictures"]

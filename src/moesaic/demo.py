@@ -109,7 +109,7 @@ def demo(
         llama_cpp=found, llama_cpp_missing=missing,
     )  # fmt: skip
     write_json(output / METRICS_FILE, result.to_dict())
-    write_speed(result.to_dict(), output)
+    write_speed(result, output)
     write_demo_page(result, output / PAGE)
     steps.report("llama.cpp", 1, "done")
     return result

@@ -221,7 +221,7 @@ def describe(run: Adaptation, result: AdaptResult, history: list[AdaptStep], fol
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
     if history:
         shutil.copyfile(run.folder.path / LOG, folder / LOG)
-        write_adaptation([row.to_dict() for row in history], result.to_dict(), folder / CURVE)
+        write_adaptation(history, result, folder / CURVE)
 
 
 def picture(run: Adaptation, policy: Policy, found: Found, folder: Path) -> None:

@@ -18,7 +18,7 @@ from ..models.modality import IS_IMAGE, tell_modality
 from ..moe.adaptive import BlockRanker, Decision, decided_by
 from ..routing.selection.base import Counting, LayerSample, Parameters, Ranking
 from ..training.data import Samples
-from ..training.load import micro_batches
+from ..training.expert_load import micro_batches
 
 ROUNDS, TOLERANCE = 6, 0.005
 """Of calibration: hidden states change with the number of experts, so it is repeated until the number agrees."""

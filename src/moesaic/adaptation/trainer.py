@@ -21,7 +21,7 @@ from ..moe.counting import mean_experts
 from ..results import AdaptStep
 from ..routing.selection.base import Counting, Parameters
 from ..training.data import Samples
-from ..training.load import held_out_loss
+from ..training.expert_load import held_out_loss
 from ..training.loop import StepLoop
 from ..training.parameters import put_back
 from ..training.schedule import schedule

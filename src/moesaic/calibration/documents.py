@@ -107,11 +107,11 @@ def _document(row: Mapping[str, object], domain: str, where: str) -> Document | 
     return next((Document(clean(str(text)), domain) for text in texts), None)
 
 
-def with_pictures(found: Document, row: Mapping[str, object], where: str, folder: Path) -> Document:
-    """Give a document the pictures of its row, where the turns show them or, where none does, before the first.
+def picture_names(row: Mapping[str, object], where: str) -> list[str]:
+    """Read the names of a row's pictures; none of a row without.
 
     Raises:
-        InputError: a video, no names of files, or another number of pictures than of places for them.
+        InputError: a video, or no names of files; the message begins with `where`.
     """
     for key in VIDEO_KEYS:
         if row.get(key) is not None:
@@ -126,7 +126,16 @@ def with_pictures(found: Document, row: Mapping[str, object], where: str, folder
                 f"{where} has {kind(value)} for its pictures; expected the name of a file, or a list of some"
             )
         names += several
-    messages = found.messages
+    return names
+
+
+def with_pictures(found: Document, row: Mapping[str, object], where: str, folder: Path) -> Document:
+    """Give a document the pictures of its row, where the turns show them or, where none does, before the first.
+
+    Raises:
+        InputError: a video, no names of files, or another number of pictures than of places for them.
+    """
+    names, messages = picture_names(row, where), found.messages
     if names and not messages:
         asked = Message("user", found.text[: found.prompt_characters])
         messages = (asked, Message("assistant", found.text[found.prompt_characters :]))

@@ -18,7 +18,7 @@ from .reader import is_adapter
 from .sources import TERMS
 from .writer import CONFIG_FILE
 
-METRICS_FILE = "metrics.json"
+METRICS_FILE, GENERATION = "metrics.json", "generation_config.json"
 ORIGIN = "copy it from the folder that 'moesaic convert' made"
 TOKENIZER_MODEL = re.compile(r".*\.model")
 """SentencePiece's own file, which transformers does not save again and other programs read."""
@@ -75,6 +75,12 @@ def check_conversion_files(folder: Path) -> None:
             raise InputError(f"'{folder}' has no {name}; {ORIGIN}")
     saved_settings(folder)
     saved_result(folder)
+
+
+def copy_generation(source: Path, made: Path) -> None:
+    """Copy how a model is to generate, if its folder says."""
+    if (source / GENERATION).is_file():
+        shutil.copyfile(source / GENERATION, made / GENERATION)
 
 
 def copy_terms(source: Path, made: Path) -> None:

@@ -175,5 +175,5 @@ def benchmark(
     if plot:
         from ..report.plots import write_roofline  # matplotlib is slow to import
 
-        write_roofline(result.to_dict(), plot)
+        write_roofline(result, plot)
     print_result(result, as_json, lambda: tables.show_benchmark(stderr, result, column))

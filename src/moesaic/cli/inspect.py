@@ -107,7 +107,8 @@ def inspect(
     view = chosen_view(adaptive=adaptive, oracle=oracle, trace=trace is not None)
     check_options({name for name, value in given.items() if value is not None}, view)
     options.check_plot(plot)
-    check_page(html)
+    if html:
+        options.check_file("--html", html, (PAGE,))
     if view is None:
         from ..evaluation.inspect import inspect as run
 
@@ -203,16 +204,6 @@ def check_options(given: set[str], view: str | None) -> None:
             raise InputError(
                 f"{name} is for {' or '.join(views)}; " + ("leave it out" if view else f"give {one}, or leave it out")
             )
-
-
-def check_page(path: Path | None) -> None:
-    """Check that a page can be written at that path.
-
-    Raises:
-        InputError: another ending, or no such folder.
-    """
-    if path and (path.suffix != PAGE or path.is_dir() or not path.absolute().parent.is_dir()):
-        raise InputError(f"--html {path} is no file ending in {PAGE} in a folder that exists")
 
 
 def load(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -202,8 +202,18 @@ def check_plot(path: Path | None) -> None:
         from ..report.plots import check_matplotlib
 
         check_matplotlib()
-    if path and (path.suffix not in PICTURES or path.is_dir() or not path.absolute().parent.is_dir()):
-        raise InputError(f"--plot {path} is no file ending in {', '.join(PICTURES)} in a folder that exists")
+        check_file("--plot", path, PICTURES)
+
+
+def check_file(option: str, path: Path, endings: Sequence[str]) -> None:
+    """Check that a file of one of the endings can be written at a path.
+
+    Raises:
+        InputError: another ending, no such folder, or something else than a file is there.
+    """
+    if path.suffix not in endings:
+        raise InputError(f"{option} {path} must end in {' or '.join(endings)}")
+    given.file_to_write(option, path)
 
 
 def set_threads(threads: int | None) -> None:

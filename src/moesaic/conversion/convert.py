@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import time
 from dataclasses import replace
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from .. import registry
 from ..checkpoint.claim import check_apart
-from ..checkpoint.facts import METRICS_FILE, copy_terms, origin
+from ..checkpoint.facts import METRICS_FILE, copy_generation, copy_terms, origin
 from ..checkpoint.single_file import MADE, ResumableFile, claim_file
 from ..checkpoint.writer import CONFIG_FILE, ResumableOutput, claim_output
 from ..config import ConvertConfig
@@ -278,9 +277,7 @@ def write_rest(
     tensors = dict(layerwise.embeddings_and_head()) | others
     tensors = {name: tensor.to(conversion.dtype) for name, tensor in tensors.items()}
     write_embeddings_and_head(partial, conversion.format, conversion.whole_config, tensors)
-    generation = conversion.source / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, folder / generation.name)
+    copy_generation(conversion.source, folder)
     conversion.tokenizer.save_pretrained(folder)
     if layerwise.takes_pictures:
         copy_processor(conversion.source, folder)
@@ -289,4 +286,4 @@ def write_rest(
     resolved |= origin(conversion.model, conversion.source)
     resolved |= {"plan": str(conversion.plan), "fingerprint": conversion.fingerprint, "versions": result.versions}
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False))
-    write_plots(result.to_dict(), folder)
+    write_plots(result, folder)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..calibration.activations import CHUNK_TOKENS, LayerActivations
 from ..calibration.layers import Tap, relative_error, relative_weights
+from ..models.moe_block import count_load
 from ..models.pictured import Pictured
 from ..moe.block import MoE
 
@@ -62,4 +63,4 @@ def expert_loads(moe: MoE, sample: LayerActivations) -> Tensor:
     count, index_TK = moe.experts.num_experts, sample.chosen_TK
     if index_TK is None:
         index_TK = torch.cat([moe.gate(x_CD, moe.experts).top_k_index for x_CD in sample.input_TD.split(CHUNK_TOKENS)])
-    return torch.bincount(index_TK.flatten().cpu(), minlength=count + 1)[:count]
+    return count_load(index_TK.cpu(), count)

@@ -66,10 +66,10 @@ class ConversionTokens:
 
     def fingerprint(self) -> str:
         """Hash all tokens: SHA-256."""
-        digest = hashlib.sha256(self.all().numpy().tobytes())
+        digest = hashlib.sha256(self.all().numpy().data)
         for pictured in self.pictured.values():
             for tensor in pictured.tensors():
-                digest.update(tensor.numpy().tobytes())
+                digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
 
     def scored(self, text: str, tokens_NL: Tensor) -> Tensor:

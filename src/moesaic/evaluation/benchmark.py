@@ -262,7 +262,7 @@ def experts_chosen(model: PreTrainedModel, run: Timer) -> Chosen:
 
     def count(number: int, experts: int) -> Callable[[Tensor, Routing], None]:
         def see(_: Tensor, routing: Routing) -> None:
-            chosen_TK = (routing.top_k_index < experts) & (routing.top_k_weights != 0)
+            chosen_TK = routing.runs(experts)
             different[number].append(len(routing.top_k_index[chosen_TK].unique()))
             each[number].append(int(chosen_TK.sum()) / len(chosen_TK))
 

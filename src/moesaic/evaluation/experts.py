@@ -195,8 +195,7 @@ def run_window(model: PreTrainedModel, blocks: Sequence[MoEBlock], tokens_L: Ten
 
     def watch(number: int, experts: int) -> Callable[[Tensor, Routing], None]:
         def see(hidden_TD: Tensor, routing: Routing) -> None:
-            runs_TK = (routing.top_k_index < experts) & (routing.top_k_weights != 0)
-            counts[number] = runs_TK.sum(-1).cpu()
+            counts[number] = routing.runs(experts).sum(-1).cpu()
 
         return see
 

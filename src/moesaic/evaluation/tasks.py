@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration.documents import PICTURE_KEYS, VIDEO_KEYS, clean, kind
+from ..calibration.documents import clean, kind, picture_names
 from ..calibration.files import read_text
 from ..calibration.rows import parse_json
 from ..calibration.windows import check_tokens
@@ -89,7 +89,7 @@ def _item(row: object, path: Path) -> Item:
     """Make the item of a row of a file; ValueError says what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError(f"it is {kind(row)}")
-    pictures = _pictures(row, path.parent)
+    pictures = tuple(path.parent / name for name in picture_names(row, "it"))
     is_asked = bool(pictures) or "question" in row
     context = "question" if "question" in row else "ctx"
     answer = "answer" if "answer" in row and "cont" not in row else "cont"
@@ -108,19 +108,6 @@ def _item(row: object, path: Path) -> Item:
     if task == MEAN:
         raise ValueError(f"'{MEAN}' is the name of the mean over tasks, so no task can have it")
     return Item(task, tuple(pairs), gold, pictures, is_asked)
-
-
-def _pictures(row: dict[str, object], folder: Path) -> tuple[Path, ...]:
-    for key in VIDEO_KEYS:
-        if row.get(key) is not None:
-            raise ValueError(f"it has a '{key}', and videos are not read")
-    names: list[str] = []
-    for value in (row[key] for key in PICTURE_KEYS if row.get(key) is not None):
-        several = value if isinstance(value, list) else [value]
-        if not all(isinstance(name, str) and name for name in several):
-            raise ValueError("its pictures are no names of files")
-        names += several
-    return tuple(folder / name for name in names)
 
 
 def have_pictures(items: Sequence[Item]) -> bool:

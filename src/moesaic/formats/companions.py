@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..checkpoint.facts import copy_terms
+from ..checkpoint.facts import GENERATION, copy_terms
 from ..checkpoint.writer import CONFIG_FILE
 from ..models.processor import copy_processor
 
 PLOTS = ("layer_error.png", "activation_rates.png", "expert_load.png", "training.png")
 ADAPTATION = ("adaptation.png", "experts.png", "experts.html")
-COPIED = (CONFIG_FILE, "generation_config.json", "metrics.jsonl", *PLOTS, *ADAPTATION)
+COPIED = (CONFIG_FILE, GENERATION, "metrics.jsonl", *PLOTS, *ADAPTATION)
 
 
 def copy_companions(source: Path, made: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .. import registry
-from ..checkpoint.facts import saved_settings
+from ..checkpoint.facts import GENERATION, saved_settings
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.sources import resolve
 from ..compat import parameters_on_meta
@@ -34,7 +34,6 @@ PARTS = dict.fromkeys(
      "shared_expert_intermediate_size", "router_hidden_size", "pregate_groups", "pregate_heads"), (0, 1_000_000)
 )  # fmt: skip
 """Fields of a configuration that say how the FFN is cut, and what they can be."""
-GENERATION = "generation_config.json"
 GATE_BIAS = "mlp.gate.e_score_correction_bias"
 
 

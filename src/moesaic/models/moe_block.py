@@ -35,6 +35,20 @@ class Routing(NamedTuple):
     top_k_weights: Tensor
     """[T, K]; 0 where there is no expert."""
 
+    def runs(self, num_experts: int) -> Tensor:
+        """Tell which slots run an expert, bool [T, K]."""
+        return (self.top_k_index < num_experts) & (self.top_k_weights != 0)
+
+    def weights_of_all(self, num_experts: int) -> Tensor:
+        """Write the decision as the weights of all experts, 0 where they do not run, float32 [T, E]."""
+        none_TE = self.top_k_weights.new_zeros(len(self.top_k_index), num_experts + 1, dtype=torch.float32)
+        return none_TE.scatter(1, self.top_k_index, self.top_k_weights.float())[:, :-1]
+
+
+def count_load(index_TK: Tensor, num_experts: int) -> Tensor:
+    """Count the tokens that chose each expert, int64 [E]; indices from E on stand for none."""
+    return torch.bincount(index_TK.flatten(), minlength=num_experts + 1)[:num_experts]
+
 
 Decide = Callable[[Tensor], Routing]
 """A routing decision for the tokens [T, D] that enter a block."""
@@ -99,22 +113,17 @@ class MoEBlock:
         weight, chosen = next(self.router.parameters()), self.num_experts_per_tok
         x_TD = torch.randn(PROBE_TOKENS, self.hidden_size, generator=torch.Generator().manual_seed(0))
         x_TD = x_TD.to(weight.device, weight.dtype)
-        few_TE = self._weights(x_TD)
+        few_TE = self.route(x_TD).weights_of_all(self.num_experts)
         name = "top_k" if hasattr(self.router, "top_k") else "num_experts_per_tok"
         setattr(self.router, name, chosen - 1 if chosen > 1 else 2)
         try:
-            many_TE = self._weights(x_TD)
+            many_TE = self.route(x_TD).weights_of_all(self.num_experts)
         except AssertionError:  # Phi-MoE's router knows two experts only, and weighs each for itself
             return False
         finally:
             setattr(self.router, name, chosen)
         both_TE = (few_TE > 0) & (many_TE > 0)
         return not torch.allclose(few_TE[both_TE], many_TE[both_TE], rtol=0.01)
-
-    def _weights(self, hidden_TD: Tensor) -> Tensor:
-        """Compute the weights of all experts, 0 where they do not run, [T, E]."""
-        index, weights = self.route(hidden_TD)
-        return weights.new_zeros(len(hidden_TD), self.num_experts).scatter(1, index, weights).float()
 
     def route(self, hidden_TD: Tensor) -> Routing:
         """Ask the router alone which experts the tokens [T, D] that enter the block would run."""

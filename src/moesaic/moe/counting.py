@@ -35,7 +35,7 @@ def mean_experts(model: PreTrainedModel, run: Callable[[], object]) -> MeanExper
 
     def count(total: list[int], experts: int) -> Callable[[Tensor, Routing], None]:
         def see(hidden_TD: Tensor, routing: Routing) -> None:
-            run_T = ((routing.top_k_index < experts) & (routing.top_k_weights != 0)).sum(-1)
+            run_T = routing.runs(experts).sum(-1)
             add(total, run_T)
             if (is_image_T := IS_IMAGE.get()) is not None:
                 add(kinds["text"], run_T[~is_image_T])

@@ -10,7 +10,6 @@ Shapes: T tokens, D hidden size, E experts, I neurons of one, K active experts, 
 
 # without postponed annotations, which Triton's interpreter does not read
 
-import os
 from typing import Any
 
 import torch
@@ -18,13 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kernels import interpreted
+
 ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1}
 """Activation modules of transformers and torch by the kernel's number for them."""
 CONFIGS = [
     triton.Config({"ROWS": rows, "STEP": step}, num_warps=warps)
     for rows, step, warps in ((8, 256, 4), (16, 256, 4), (16, 512, 8), (32, 256, 8), (64, 128, 8))
 ]
-if os.environ.get("TRITON_INTERPRET") == "1":  # without a GPU there is nothing to tune by
+if interpreted():  # without a GPU there is nothing to tune by
     CONFIGS = CONFIGS[:1]
 
 
@@ -104,6 +105,7 @@ def triton_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         return tokens, triton.cdiv(hidden, meta["ROWS"])
 
     act = ACTIVATIONS[type(self.act_fn).__name__]
-    _hidden[hidden_grid](x_TD, self.gate_up_proj, index_TK, h_PI, **sizes, ACT=act)
-    _down[down_grid](h_PI, self.down_proj, index_TK, top_k_weights.contiguous(), y_TD, **sizes)
+    with torch.cuda.device_of(x_TD):  # kernels run on the current GPU, which need not be the tokens'
+        _hidden[hidden_grid](x_TD, self.gate_up_proj, index_TK, h_PI, **sizes, ACT=act)
+        _down[down_grid](h_PI, self.down_proj, index_TK, top_k_weights.contiguous(), y_TD, **sizes)
     return y_TD

@@ -22,7 +22,7 @@ from ..results import PrunedLayer
 from .methods import Kept
 from .prepare import Pruning
 from .recover import best_block_ridge, recover
-from .sample import BlockSample, dense
+from .sample import BlockSample
 from .sources import Axes, Tensors, expert_axes
 
 TEST_TOKENS = 64
@@ -182,7 +182,7 @@ def improve(pruning: Pruning, fewer: MoEBlock, sample: BlockSample, kept: Kept) 
     x_TD = sample.input_TD
     target_TD = routed_now(sample.block, x_TD)
     split_error = error = relative(target_TD, routed_now(fewer, x_TD))
-    weight_TN = torch.cat([dense(fewer.route(x), fewer.num_experts) for x in x_TD.split(BATCH_TOKENS)])
+    weight_TN = torch.cat([fewer.route(x).weights_of_all(fewer.num_experts) for x in x_TD.split(BATCH_TOKENS)])
     if pruning.config.recovery != "none":
         ridge = best_block_ridge(fewer, x_TD, target_TD, weight_TN)
         fewer.down_proj.copy_(recover(fewer, x_TD, target_TD, weight_TN, ridge).to(fewer.down_proj.dtype))

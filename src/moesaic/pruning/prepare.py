@@ -69,11 +69,11 @@ def fingerprint(
     layerwise: LayerwiseModel, config: PruneConfig, text_sha256: str, tokens: list[Tensor]
 ) -> dict[str, str]:
     """Say what unfinished work must agree in to be gone on with."""
-    all_tokens = torch.cat([part.flatten() for part in tokens])
+    all_tokens = torch.cat([part.flatten() for part in tokens]).numpy()
     return {
         "model": layerwise.checkpoint.fingerprint(),
         "calibration text": text_sha256,
-        "tokens": hashlib.sha256(all_tokens.numpy().tobytes()).hexdigest(),
+        "tokens": hashlib.sha256(all_tokens.data).hexdigest(),
         "configuration": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
         "device": layerwise.device.type,
         COMPUTE_DTYPE: dtype_name(layerwise.dtype),

@@ -44,7 +44,7 @@ class BlockSample:
         With `kept_N` the router has no other experts.
         """
         decide = self.block.route if kept_N is None else self.masked(kept_N)
-        return torch.cat([dense(decide(x_TD), self.num_experts) for x_TD in self.input_TD.split(BATCH_TOKENS)])
+        return torch.cat([decide(x_TD).weights_of_all(self.num_experts) for x_TD in self.input_TD.split(BATCH_TOKENS)])
 
     def output(self, expert: int, token: Tensor) -> Tensor:
         """Compute what one expert says to some of the tokens, without the router's factor."""
@@ -90,12 +90,6 @@ class BlockSample:
             return Routing(number_N[index_TK], weight_TK)
 
         return decide
-
-
-def dense(routing: Routing, count: int) -> Tensor:
-    """Write a decision as the weights of all experts, float32 [T, count]."""
-    index, weights = routing
-    return torch.zeros(len(index), count + 1, device=index.device).scatter(1, index, weights.float())[:, :-1]
 
 
 @torch.no_grad()

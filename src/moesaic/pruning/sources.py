@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import re
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from ..checkpoint.facts import check_conversion_files
+from ..checkpoint.facts import check_conversion_files, copy_generation
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.writer import OUTSIDE_FILE, ResumableOutput
 from ..compat import has_experts
@@ -166,9 +165,7 @@ class StockSource(Source):
         beyond = set(self._beyond())
         partial.write(OUTSIDE_FILE, dict(self.checkpoint.items([name for name in self._rest() if name not in beyond])))
         write_json(partial.folder / "config.json", self.config_json(keep))
-        generation = self.checkpoint.folder / "generation_config.json"
-        if generation.is_file():
-            shutil.copyfile(generation, partial.folder / generation.name)
+        copy_generation(self.checkpoint.folder, partial.folder)
         note = (
             f"{len(beyond)} tensors of layers that predict further tokens were left out: their experts are not pruned"
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
@@ -15,8 +15,17 @@ from typing import TYPE_CHECKING, ParamSpec
 import numpy as np
 
 from ..errors import InputError
+from ..results import (
+    AdaptResult,
+    AdaptStep,
+    BenchmarkResult,
+    ConversionResult,
+    DemoResult,
+    FinetuneResult,
+    LayerRecord,
+    StepRecord,
+)
 from .modality import even_shares, modalities_of, name_of
-from .rows import number, numbers, part, parts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,12 +72,12 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 @optional
-def write_plots(metrics: Mapping[str, object], folder: Path) -> None:
+def write_plots(result: ConversionResult, folder: Path) -> None:
     """Write `layer_error.png`, `activation_rates.png` and, for routed models, `expert_load.png`."""
-    layers = parts(metrics, "layers")
-    _layer_error(layers, str(metrics["plan"]), folder / "layer_error.png")
-    _activation_rates([r for r in layers if r["activation_rates"]], folder / "activation_rates.png")
-    routed = [record for record in layers if record["expert_tokens"]]
+    layers = result.layers
+    _layer_error(layers, result.plan, folder / "layer_error.png")
+    _activation_rates([r for r in layers if r.activation_rates], folder / "activation_rates.png")
+    routed = [record for record in layers if record.expert_tokens]
     if routed:
         _expert_load(routed, folder / "expert_load.png")
 
@@ -78,24 +87,20 @@ def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _layer_error(layers: Sequence[Mapping[str, object]], plan: str, path: Path) -> None:
-    modalities = modalities_of(part(row, "error_by_modality") for row in layers)
+def _layer_error(layers: Sequence[LayerRecord], plan: str, path: Path) -> None:
+    by_modality = [record.error_by_modality or {} for record in layers]  # of a layer that stays dense there is none
+    modalities = modalities_of(by_modality)
     figure = new_figure(9 if modalities else 7, 3.6)
     axes = figure.subplots()
     x = range(len(layers))
-    axes.plot(
-        x, [number(r, "split_error") for r in layers], "o--", color=SOFT, label="FFN after the split", markersize=4
-    )
-    axes.plot(x, [number(r, "error") for r in layers], "o-", color=ACCENT, label="FFN after recovery", markersize=4)
+    axes.plot(x, [r.split_error for r in layers], "o--", color=SOFT, label="FFN after the split", markersize=4)
+    axes.plot(x, [r.error for r in layers], "o-", color=ACCENT, label="FFN after recovery", markersize=4)
     for modality, marker in zip(modalities, "^s", strict=False):
-        found = [part(r, "error_by_modality") for r in layers]  # of a layer that stays dense there is none
-        errors = [
-            number(row, modality) if modality in row else number(r, "error")
-            for r, row in zip(layers, found, strict=True)
-        ]
+        errors = [found.get(modality, r.error) for r, found in zip(layers, by_modality, strict=True)]
         label = f"the same on {name_of(modality)}"
         axes.plot(x, errors, f"{marker}-", color=ACCENT, alpha=0.45, linewidth=1, label=label, markersize=4)
-    axes.plot(x, [number(r, "residual_error") for r in layers], ":", color=INK, label="residual stream after the layer")
+    residual = [np.nan if r.residual_error is None else r.residual_error for r in layers]
+    axes.plot(x, residual, ":", color=INK, label="residual stream after the layer")
     axes.set(xlabel="layer", ylabel="relative error", title=f"Layer error, plan {plan}")
     axes.set_ylim(bottom=0)
     if modalities:  # five lines leave no room for their names
@@ -106,14 +111,14 @@ def _layer_error(layers: Sequence[Mapping[str, object]], plan: str, path: Path) 
     _save(figure, path)
 
 
-def _activation_rates(layers: Sequence[Mapping[str, object]], path: Path) -> None:
+def _activation_rates(layers: Sequence[LayerRecord], path: Path) -> None:
     figure = new_figure(7, 3.6)
     axes = figure.subplots()
     from matplotlib import colormaps
 
     colors = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     for record, color in zip(layers, colors, strict=True):
-        axes.plot(range(101), numbers(record, "activation_rates")[::-1], color=color, linewidth=1)
+        axes.plot(range(101), record.activation_rates[::-1], color=color, linewidth=1)
     axes.axhline(0.1, color=INK, linewidth=0.8, linestyle=":")
     axes.set(
         xlabel="neurons, most active first (%)",
@@ -124,11 +129,10 @@ def _activation_rates(layers: Sequence[Mapping[str, object]], path: Path) -> Non
     _save(figure, path)
 
 
-def _expert_load(layers: Sequence[Mapping[str, object]], path: Path) -> None:
-    loads = {"all tokens": [numbers(record, "expert_tokens") for record in layers]}
-    for modality in modalities_of(part(row, "expert_tokens_by_modality") for row in layers):
-        of_it = [numbers(part(record, "expert_tokens_by_modality"), modality) for record in layers]
-        loads[name_of(modality)] = of_it
+def _expert_load(layers: Sequence[LayerRecord], path: Path) -> None:
+    by_modality = [record.expert_tokens_by_modality or {} for record in layers]
+    loads = {"all tokens": [record.expert_tokens for record in layers]}
+    loads |= {name_of(m): [found[m] for found in by_modality] for m in modalities_of(by_modality)}
     even = {name: np.array([even_shares(row) for row in rows]) for name, rows in loads.items()}
     top = max(2.0, *(float(np.quantile(share, 0.98)) for share in even.values()))
     figure = new_figure(7, 1.6 + 0.14 * len(layers))
@@ -137,8 +141,8 @@ def _expert_load(layers: Sequence[Mapping[str, object]], path: Path) -> None:
         image = axes.imshow(share, aspect="auto", cmap="cividis", vmin=0, vmax=top)
         axes.set(xlabel="routed expert", title=name if len(even) > 1 else EXPERT_LOAD)
     panels[0].set_ylabel("layer")
-    if len(layers) <= number(layers[-1], "layer"):  # some stay dense
-        panels[0].set_yticks(range(len(layers)), [f"{number(record, 'layer'):g}" for record in layers])
+    if len(layers) <= layers[-1].layer:  # some stay dense
+        panels[0].set_yticks(range(len(layers)), [str(record.layer) for record in layers])
     if len(even) > 1:
         figure.suptitle(EXPERT_LOAD)
     figure.colorbar(image, ax=panels[-1])
@@ -146,42 +150,43 @@ def _expert_load(layers: Sequence[Mapping[str, object]], path: Path) -> None:
 
 
 @optional
-def write_speed(metrics: Mapping[str, object], folder: Path) -> None:
+def write_speed(result: DemoResult, folder: Path) -> None:
     """Write `speed.png`: speed-up over dense and its limit, for each thing that `benchmark` measured."""
-    names = {"decode": "decode\nbatch {}", "prefill": "prefill\n{} tokens", "block": "FFN block\n{} tokens"}
-    rows = [
-        (label.format(size), part(part(metrics, kind), size))
-        for kind, label in names.items()
-        for size in part(metrics, kind)
-    ]
+    speed = result.speed
+    kinds = (
+        ("decode\nbatch {}", speed.decode), ("prefill\n{} tokens", speed.prefill),
+        ("FFN block\n{} tokens", speed.block),
+    )  # fmt: skip
+    rows = [(label.format(size), one) for label, speeds in kinds for size, one in speeds.items()]
     figure = new_figure(7, 3.6)
     axes = figure.subplots()
     x = np.arange(len(rows))
-    axes.bar(x, [number(v, "speedup") for _, v in rows], color=ACCENT, width=0.6, label="measured")
-    axes.scatter(x, [number(v, "limit") for _, v in rows], color=SOFT, marker="_", s=900, linewidth=2.5, label="limit")
+    axes.bar(x, [one.speedup for _, one in rows], color=ACCENT, width=0.6, label="measured")
+    limits = [one.limit for _, one in rows]
+    axes.scatter(x, limits, color=SOFT, marker="_", s=900, linewidth=2.5, label="limit")
     axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     axes.set_xticks(x, [label for label, _ in rows])
-    axes.set(ylabel="speed-up over dense", title=f"Speed, plan {metrics['plan']}, {metrics['threads']} threads")
+    axes.set(ylabel="speed-up over dense", title=f"Speed, plan {result.conversion.plan}, {speed.threads} threads")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, folder / "speed.png")
 
 
 @optional
-def write_training(history: Sequence[Mapping[str, object]], facts: Mapping[str, object], path: Path) -> None:
+def write_training(history: Sequence[StepRecord], result: FinetuneResult, path: Path) -> None:
     """Draw a training: the loss of each step, and next-token loss on held-out text with the start as a line."""
     figure = new_figure(7, 4.6)
     upper, lower = figure.subplots(2, 1, sharex=True)
-    minutes = [number(row, "seconds") / 60 for row in history]
-    losses = np.array([number(row, "loss") for row in history])
+    minutes = [row.seconds / 60 for row in history]
+    losses = np.array([row.loss for row in history])
     span = max(1, len(losses) // 10)
     upper.plot(minutes, losses, color=SOFT, linewidth=0.6)
     mean = np.convolve(losses, np.ones(span) / span, "valid")
     upper.plot(minutes[span - 1 :], mean, color=ACCENT, label=f"mean of {span} steps")
     upper.legend(frameon=False)
-    upper.set(ylabel=f"{facts['objective']} loss\n(nats a token)", title=f"Training, {facts['method']}")
-    before = number(facts, "held_out_loss_before")
-    found = [(number(row, "seconds") / 60, number(row, "held_out")) for row in history if "held_out" in row]
+    upper.set(ylabel=f"{result.objective} loss\n(nats a token)", title=f"Training, {result.method}")
+    before = result.held_out_loss_before
+    found = [(row.seconds / 60, row.held_out) for row in history if row.held_out is not None]
     x, y = zip((0.0, before), *found, strict=True)
     lower.plot(x, y, "o-", color=ACCENT, markersize=4)
     lower.axhline(before, color=INK, linewidth=0.8, linestyle=":")
@@ -191,34 +196,33 @@ def write_training(history: Sequence[Mapping[str, object]], facts: Mapping[str, 
     _save(figure, path)
 
 
-def write_roofline(result: Mapping[str, object], path: Path) -> None:
+def write_roofline(result: BenchmarkResult, path: Path) -> None:
     """Draw what `benchmark` found of the FFN block under the machine's roof: GFLOP/s over FLOPs a byte.
 
     Raises:
         InputError: matplotlib is missing.
     """
     check_matplotlib()
-    bandwidth, peak = (number(part(result, "roof"), f"{name}_per_s") for name in ("bytes", "flops"))
     figure = new_figure(7, 4.2)
     axes = figure.subplots()
-    for prefix, color, label in (("dense_", INK, "dense FFN"), ("", ACCENT, "converted FFN")):
-        rows = [(int(tokens), part(part(result, "block"), tokens)) for tokens in part(result, "block")]
-        x = [number(row, f"{prefix}flops") / number(row, f"{prefix}bytes") for _, row in rows]
-        y = [
-            number(row, f"{prefix}flops") * number(row, f"{prefix}tokens_per_s") / tokens / 1e9 for tokens, row in rows
-        ]
+    sizes = [int(tokens) for tokens in result.block]
+    dense = [(s.dense_flops, s.dense_bytes, s.dense_tokens_per_s) for s in result.block.values()]
+    made = [(s.flops, s.bytes, s.tokens_per_s) for s in result.block.values()]
+    for rows, color, label, align in ((dense, INK, "dense FFN", "right"), (made, ACCENT, "converted FFN", "left")):
+        x = [flops / bytes_ for flops, bytes_, _ in rows]
+        y = [flops * speed / tokens / 1e9 for tokens, (flops, _, speed) in zip(sizes, rows, strict=True)]
         axes.plot(x, y, "o", color=color, label=label)
-        for (tokens, _), at_x, at_y in zip(rows, x, y, strict=True):
-            side = (-6, 4) if prefix else (6, -10)
+        side = (-6, 4) if align == "right" else (6, -10)
+        for tokens, at_x, at_y in zip(sizes, x, y, strict=True):
             axes.annotate(
-                str(tokens), (at_x, at_y), side, textcoords="offset points", ha="right" if prefix else "left",
-                color=color, fontsize=8,
-            )  # fmt: skip
+                str(tokens), (at_x, at_y), side, textcoords="offset points", ha=align, color=color, fontsize=8
+            )
     intensity = np.geomspace(0.5, 2 * axes.get_xlim()[1], 200)
-    axes.plot(intensity, np.minimum(bandwidth * intensity, peak) / 1e9, color=SOFT, label="one large product", zorder=0)
+    roof = np.minimum(result.roof.bytes_per_s * intensity, result.roof.flops_per_s) / 1e9
+    axes.plot(intensity, roof, color=SOFT, label="one large product", zorder=0)
     axes.set(
         xscale="log", yscale="log", xlabel="FLOPs per byte of weights", ylabel="GFLOP/s",
-        title=f"FFN block by tokens, {result['threads']} threads, {result['dtype']}",
+        title=f"FFN block by tokens, {result.threads} threads, {result.dtype}",
     )  # fmt: skip
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -226,26 +230,22 @@ def write_roofline(result: Mapping[str, object], path: Path) -> None:
 
 
 @optional
-def write_adaptation(history: Sequence[Mapping[str, object]], facts: Mapping[str, object], path: Path) -> None:
+def write_adaptation(history: Sequence[AdaptStep], result: AdaptResult, path: Path) -> None:
     """Draw how many experts ran and what that cost over the steps of a training, and where each layer ended."""
     figure = new_figure(7, 6.6)
     upper, middle, lower = figure.subplots(3)
-    steps = [number(row, "step") for row in history]
-    default = number(facts, "default_experts_per_token")
-    upper.plot(steps, [number(row, "experts_per_token") for row in history], color=ACCENT, linewidth=0.9)
-    upper.axhline(default * number(facts, "target_active"), color=INK, linewidth=0.8, linestyle=":")
-    upper.set(
-        ylabel="experts a token", title=f"{facts['learner']} to {number(facts, 'target_active'):.0%} of {default:g}"
-    )
-    gaps = np.array([number(row, "gap") for row in history])
+    steps = [row.step for row in history]
+    default = result.default_experts_per_token
+    upper.plot(steps, [row.experts_per_token for row in history], color=ACCENT, linewidth=0.9)
+    upper.axhline(default * result.target_active, color=INK, linewidth=0.8, linestyle=":")
+    upper.set(ylabel="experts a token", title=f"{result.learner} to {result.target_active:.0%} of {default:g}")
+    gaps = np.array([row.gap for row in history])
     span = max(1, len(gaps) // 10)
     middle.plot(steps, gaps, color=SOFT, linewidth=0.6)
     middle.plot(steps[span - 1 :], np.convolve(gaps, np.ones(span) / span, "valid"), color=ACCENT)
     middle.axhline(0, color=INK, linewidth=0.8, linestyle=":")
     middle.set(xlabel="step", ylabel="loss above default\n(nats a token)")
-    layers = facts["experts_by_layer"]
-    assert isinstance(layers, list)
-    lower.bar(range(len(layers)), layers, color=ACCENT)
+    lower.bar(range(len(result.experts_by_layer)), result.experts_by_layer, color=ACCENT)
     lower.axhline(default, color=INK, linewidth=0.8, linestyle=":")
     lower.set(xlabel="layer", ylabel="experts a token\n(held-out text)")
     for axes in (upper, middle, lower):

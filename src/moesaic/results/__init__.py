@@ -32,7 +32,7 @@ from .frontier import FrontierResult, FrontierRow, FrontierSibling, FrontierSumm
 from .pruning import DepthResult, HealedLayer, PrunedLayer, PruningResult
 from .serving import ServeResult
 from .speed import BenchmarkResult, PictureSpeed, QuantisedResult, QuantisedRow, Rate, Roof, Speed
-from .training import ExpertLoad, FinetuneResult, LoadChange
+from .training import ExpertLoad, FinetuneResult, LoadChange, StepRecord
 
 __all__ = [
     "AdaptResult",
@@ -86,6 +86,7 @@ __all__ = [
     "ShapeSpeed",
     "SiblingSpeed",
     "Speed",
+    "StepRecord",
     "TaskScore",
     "Trial",
     "Typed",

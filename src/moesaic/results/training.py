@@ -33,6 +33,31 @@ class LoadChange(Result):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepRecord(Result):
+    """One step of a training, a line of `metrics.jsonl`."""
+
+    omitted_when_none: ClassVar[frozenset[str]] = frozenset({"held_out"})
+
+    loss: float
+    """The objective, nats a token."""
+    layer_loss: float
+    """The layers' own losses, mean over tokens and layers."""
+    gradient_norm: float
+    """Before it was clipped."""
+    learning_rate: float
+    """Factor of the learning rates, of 1."""
+    tokens: int
+    load: ExpertLoad
+    """The step's, or that of held-out text where it was measured."""
+    step: int = 0
+    seconds: float = 0.0
+    """Seconds of training so far."""
+    step_seconds: float = 0.0
+    held_out: float | None = None
+    """Next-token loss on held-out text, nats a token, where it was measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneResult(Result):
     """What `finetune` did."""
 

@@ -73,7 +73,7 @@ class NextRouter:
         block = self.blocks[layer + 1]
         # not through `__call__`: whoever watches the router would take it for a token that runs
         routing = read_routing(block.router.forward(*(hidden_TD, block.experts)[: self.takes[layer + 1]]))
-        index_P = routing.top_k_index[routing.top_k_weights != 0]
+        index_P = routing.top_k_index[routing.runs(block.num_experts)]
         keys = [ExpertKey(layer + 1, expert) for expert in most_used(index_P, block.num_experts)]
         soon = set(keys)
         return Forecast(keys, lambda key: 1.0 if key in soon else math.inf)

@@ -73,7 +73,10 @@ class Samples:
     def fingerprint(self) -> str:
         """Hash all tokens and which of them count: SHA-256."""
         own = (self.tokens_NL, self.scored_NL, *(self.pictured.tensors() if self.pictured else ()))
-        return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in own)).hexdigest()
+        digest = hashlib.sha256()
+        for tensor in own:
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def count(self) -> int:
         """Count the tokens that are no padding."""

@@ -29,15 +29,15 @@ from ..machine import machine, peak_rss_bytes, versions
 from ..moe.modeling import moe_blocks
 from ..progress import Progress, unheard
 from ..report.plots import write_training
-from ..results import ConversionResult, ExpertLoad, FinetuneResult, LoadChange, PerplexityProtocol
+from ..results import ConversionResult, ExpertLoad, FinetuneResult, LoadChange, PerplexityProtocol, StepRecord
 from ..results.evaluation import perplexity_of
 from . import parameters as parts
 from .data import Samples
-from .load import held_out_loss, selection_loss, summary
+from .expert_load import held_out_loss, selection_loss, summary
 from .parameters import put_back
 from .pictures import remeasured
 from .prepare import Finetuning, prepare
-from .state import LOG, PROJECT, StepRecord, TrainingState, claimed_training, drop
+from .state import LOG, PROJECT, TrainingState, claimed_training, drop
 from .trainer import Trainer
 from .written import export_as, written_format
 
@@ -250,7 +250,7 @@ def write(run: Finetuning, trained: PreTrainedModel, result: FinetuneResult, sta
         perplexity_dense=known.perplexity_dense, perplexity_before=known.perplexity, perplexity=found,
         peak_rss_bytes=peak_rss_bytes(), versions=versions(), machine=machine(),
     )  # fmt: skip
-    write_training([row.to_dict() for row in state.history], result.to_dict(), made / CURVE)
+    write_training(state.history, result, made / CURVE)
     shutil.copyfile(run.folder.path / LOG, made / LOG)
     metrics = replace(
         active(run, trained, known, result), output=str(run.output), finetune=result, perplexity=found,

@@ -36,7 +36,7 @@ from ..models.tokenizer import load_tokenizer
 from ..moe.modeling import moe_blocks
 from ..serving.own_text import TRAINING_TOKENS, bundled_text, documents_of
 from .data import Samples, make_samples
-from .load import MICRO_TOKENS
+from .expert_load import MICRO_TOKENS
 from .methods import Method
 from .parameters import counts, trainable
 from .pictures import make_pictured_samples

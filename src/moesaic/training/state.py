@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, TypeAdapter
@@ -26,7 +26,7 @@ from ..errors import InputError
 from ..files import read_json, to_json, write_json, write_whole
 from ..machine import versions
 from ..models.devices import dtype_name
-from ..results import ExpertLoad, Json, Result
+from ..results import Json, Result, StepRecord
 from .data import Samples
 
 FINGERPRINT, STATE, LOG = "fingerprint.json", "state.pt", "metrics.jsonl"
@@ -94,31 +94,6 @@ def drop(output: Path) -> None:
     if (folder / PROJECT).is_dir():
         shutil.copytree(folder / PROJECT, real_path(output) / "tensorboard", dirs_exist_ok=True)
     clear(folder, last=LOG)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRecord(Result):
-    """One step of a training, a line of `metrics.jsonl`."""
-
-    omitted_when_none: ClassVar[frozenset[str]] = frozenset({"held_out"})
-
-    loss: float
-    """Of the objective, nats a token."""
-    layer_loss: float
-    """The layers' own losses, a token and layer."""
-    gradient_norm: float
-    """Before it was clipped."""
-    learning_rate: float
-    """Its factor, of 1."""
-    tokens: int
-    load: ExpertLoad
-    """Of the step, or of held-out text where that was measured."""
-    step: int = 0
-    seconds: float = 0.0
-    """Of the training so far."""
-    step_seconds: float = 0.0
-    held_out: float | None = None
-    """Next-token loss on held-out text, nats a token, where it was measured."""
 
 
 @dataclass(kw_only=True)

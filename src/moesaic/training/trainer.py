@@ -22,18 +22,27 @@ from transformers import PreTrainedModel
 
 from ..config import FinetuneConfig
 from ..models.families import decoder_layers, ffn_name
+from ..models.moe_block import count_load
 from ..moe.block import MoE
 from ..moe.modeling import moe_blocks, moe_layers
-from ..results import ExpertLoad
-from . import load as balance
+from ..results import ExpertLoad, StepRecord
 from . import losses as objective
 from .data import Samples
-from .load import MICRO_TOKENS, held_out_loss
+from .expert_load import (
+    MICRO_TOKENS,
+    balance_loss,
+    held_out_loss,
+    move_bias,
+    no_loads,
+    selection_loss,
+    summary,
+    watched,
+)
 from .locality import locality_loss
 from .loop import StepLoop
 from .parameters import check_gradients, gather, part, put_back, shard, trainable, whole
 from .prepare import Finetuning
-from .state import SavedTraining, StepRecord, TrainingState
+from .state import SavedTraining, TrainingState
 
 log = logging.getLogger("moesaic")
 CLIP = 1.0
@@ -100,7 +109,7 @@ class Trainer(StepLoop[FinetuneConfig]):
                     break
                 row = state.history[-1] = replace(row, held_out=latest, load=load)
                 state.seconds = self.agreed(clock() - start)
-                self.remember(state, balance.selection_loss(latest, load, self.config.locality))
+                self.remember(state, selection_loss(latest, load, self.config.locality))
             if self.accelerator.is_main_process:
                 self.folder.log(row)
             report(row, min(1.0, self.progress(state)), latest)
@@ -141,7 +150,7 @@ class Trainer(StepLoop[FinetuneConfig]):
         scored, tokens = max(1, whole_batch.scored()), whole_batch.count()
         own = index_B[self.accelerator.process_index :: self.accelerator.num_processes]
         training_mode(self.module, [] if self.method.alternates else self.blocks)
-        loads = balance.no_loads(self.blocks, self.accelerator.device)
+        loads = no_loads(self.blocks, self.accelerator.device)
         total = torch.zeros(2, device=self.accelerator.device)
         size = max(1, MICRO_TOKENS // self.train.tokens_NL.shape[1])
         parts = [part for index_M in own.split(size) for part in self.train.alike(index_M)]
@@ -162,14 +171,14 @@ class Trainer(StepLoop[FinetuneConfig]):
         loads = [self.accelerator.reduce(load_E) for load_E in loads]
         loss, extra = self.accelerator.reduce(total).tolist()
         if self.config.balance == "bias":
-            balance.move_bias(self.blocks, loads, self.config.balance_step)
+            move_bias(self.blocks, loads, self.config.balance_step)
         return StepRecord(
             loss=loss,
             layer_loss=extra,
             gradient_norm=whole(norm).item() if isinstance(norm, Tensor) else 0.0,
             learning_rate=rate,
             tokens=tokens,
-            load=balance.summary(loads, tokens),
+            load=summary(loads, tokens),
         )
 
     def loss(self, batch: Samples, loads: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -180,10 +189,10 @@ class Trainer(StepLoop[FinetuneConfig]):
         extra: list[Tensor] = []
 
         def watch(layer: int, block: MoE, x_TD: Tensor, index_TK: Tensor) -> None:
-            loads[layer] += balance.count_load(index_TK, len(loads[layer]))
+            loads[layer] += count_load(index_TK, len(loads[layer]))
             if self.config.balance == "loss":
                 gate, experts = block.routed
-                even = balance.balance_loss(gate.exact_scores(x_TD, experts), index_TK)
+                even = balance_loss(gate.exact_scores(x_TD, experts), index_TK)
                 extra.append(self.config.balance_weight * len(x_TD) * even)
             if self.config.locality and not self.method.alternates:
                 gate, experts = block.routed
@@ -193,7 +202,7 @@ class Trainer(StepLoop[FinetuneConfig]):
             if own is not None:
                 extra.append(own)
 
-        with balance.watched(self.blocks, watch), self.autocast():
+        with watched(self.blocks, watch), self.autocast():
             output = self.module(
                 input_ids=tokens_ML, **inputs, use_cache=False, output_hidden_states=self.config.match > 0
             )
@@ -221,7 +230,7 @@ class Trainer(StepLoop[FinetuneConfig]):
         with self.autocast():
             taught = self.method.router_step(self.model, tokens_ML, self.teacher.model, self.config.locality)
         for load_E, index_TK in zip(loads, taught.chosen, strict=True):
-            load_E += balance.count_load(index_TK, len(load_E))
+            load_E += count_load(index_TK, len(load_E))
         return taught.loss, taught.loss.new_zeros(())
 
     def dense_ffns(self) -> list[nn.Module]:
@@ -248,7 +257,7 @@ class Trainer(StepLoop[FinetuneConfig]):
         if count > 1:
             total = self.accelerator.reduce(total.to(self.accelerator.device))
         loads = [self.accelerator.reduce(load_E) for load_E in found.loads]
-        load = balance.summary(loads, samples.count(), self.agreed(found.kept))
+        load = summary(loads, samples.count(), self.agreed(found.kept))
         return total.item() / samples.scored(), load
 
 

@@ -21,6 +21,14 @@ def write_config(writer: gguf.GGUFWriter, format: Format, source: Converted, out
     """Write all keys but those of the tokenizer; the name says of which model it is."""
     config = format.config_json(source.config)
     writer.add_name(name_of(source.checkpoint.folder))
+    write_sizes(writer, config, head_dim(source.config), outtype)
+    writer.add_expert_count(source.config.num_experts)
+    writer.add_expert_used_count(source.config.num_experts_per_tok)
+    format.gguf_keys(writer, config)
+
+
+def write_sizes(writer: gguf.GGUFWriter, config: Json, head_size: int, outtype: str) -> None:
+    """Write the keys that dense models and Mixtures of Experts share, from the fields of a `config.json`."""
     name = "ALL_F32" if outtype == "f32" else f"MOSTLY_{outtype.upper()}"
     writer.add_file_type(gguf.LlamaFileType[name])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -30,14 +38,11 @@ def write_config(writer: gguf.GGUFWriter, format: Format, source: Converted, out
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(head_dim(source.config))
-    writer.add_value_length(head_dim(source.config))
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_expert_count(source.config.num_experts)
-    writer.add_expert_used_count(source.config.num_experts_per_tok)
-    write_rope(writer, config, head_dim(source.config))
-    format.gguf_keys(writer, config)
+    write_rope(writer, config, head_size)
 
 
 def name_of(folder: Path) -> str:

@@ -7,18 +7,18 @@ from pathlib import Path
 import gguf
 import torch
 from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ...checkpoint.reader import Checkpoint
 from ...errors import InputError
 from ...models.families import ATTENTION, HEAD, LAYERS
 from ...models.integrity import read_config
 from ...models.tokenizer import load_tokenizer
-from ..gguf_names import OUTSIDE_NAMES, RENAMED, interleaved
+from ..gguf_names import OUTSIDE_NAMES, RENAMED, ROPE_FACTORS, interleaved
 from ..gguf_support import K_QUANTS, find_quantiser
-from .config import write_rope
+from .config import write_sizes
+from .tensors import OUTTYPES, announce, encoded, kind_of, rope_factors
 from .vocabulary import write_vocabulary
-from .writer import OUTTYPES, kind_of, quantise
+from .writer import quantise
 
 ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama"}
 """llama.cpp's name of a family."""
@@ -46,29 +46,39 @@ def _write(folder: Path, path: Path, outtype: str) -> None:
     if config.model_type not in ARCHITECTURES:
         families = ", ".join(ARCHITECTURES)
         raise InputError(f"the dense model is {config.model_type}; only {families} are written as dense GGUF")
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config.rope_parameters = {"partial_rotary_factor": 1.0} | config.rope_parameters
+    left_out = {HEAD} if config.tie_word_embeddings else set()
+    theirs = {name: llama_cpp_name(name) for name in checkpoint.names() if name not in left_out}
+    factors = rope_factors(config, head_size)
+    shapes = {called: torch.Size(checkpoint.headers[name].shape) for name, called in theirs.items()}
+    shapes |= {} if factors is None else {ROPE_FACTORS: factors.shape}
+    kinds = {name: kind_of(name, shape, OUTTYPES[outtype]) for name, shape in shapes.items()}
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
-    _write_config(writer, config, outtype)
+    write_sizes(writer, config.to_dict(), head_size, outtype)
     write_vocabulary(writer, folder, load_tokenizer(folder), config.vocab_size)
-    turned = {f"{ATTENTION}.{n}_proj.weight": heads for n, heads in _heads(config).items()}
-    for name in checkpoint.names():
-        if name == HEAD and config.tie_word_embeddings:
-            continue
+    announce(writer, shapes, kinds)
+    heads = {f"{ATTENTION}.{n}_proj.weight": count for n, count in _heads(config).items()}
+    for name, called in theirs.items():
         tensor = checkpoint.read(name)
-        if name.startswith(LAYERS):
-            index, _, inner = name.removeprefix(LAYERS).partition(".")
-            theirs = f"blk.{index}.{known(NAMES, inner, name)}"
-            if inner in turned:
-                tensor = interleaved(tensor, turned[inner])
-        else:
-            theirs = known(OUTSIDE_NAMES, name, name)
-        kind = kind_of(theirs, tensor.shape, OUTTYPES[outtype])
-        writer.add_tensor(
-            theirs, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind
-        )  # fmt: skip
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+        if count := heads.get(name.removeprefix(LAYERS).partition(".")[2]):
+            tensor = interleaved(tensor, count)
+        writer.write_tensor_data(encoded(called, tensor, kinds[called]))
+    if factors is not None:
+        writer.write_tensor_data(encoded(ROPE_FACTORS, factors, kinds[ROPE_FACTORS]))
     writer.close()
+
+
+def llama_cpp_name(name: str) -> str:
+    """Translate a dense model's name of a tensor to llama.cpp's.
+
+    Raises:
+        InputError: this writer does not know it, so the file would lack it.
+    """
+    if name.startswith(LAYERS):
+        index, _, inner = name.removeprefix(LAYERS).partition(".")
+        return f"blk.{index}.{known(NAMES, inner, name)}"
+    return known(OUTSIDE_NAMES, name, name)
 
 
 def known(names: dict[str, str], ours: str, tensor: str) -> str:
@@ -87,25 +97,3 @@ def _heads(config: PretrainedConfig) -> dict[str, int]:
     if ARCHITECTURES[config.model_type] != "llama":
         return {}
     return {"q": config.num_attention_heads, "k": config.num_key_value_heads}
-
-
-def _write_config(writer: gguf.GGUFWriter, config: PretrainedConfig, outtype: str) -> None:
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = {"partial_rotary_factor": 1.0} | config.rope_parameters
-    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if outtype == "f32" else f"MOSTLY_{outtype.upper()}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(size)
-    writer.add_value_length(size)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    write_rope(writer, {"rope_parameters": rope}, size)
-    if rope["rope_type"] == "llama3":
-        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-        factors = rope["rope_theta"] ** -(torch.arange(0, size, 2) / size) / scaled
-        writer.add_tensor("rope_freqs.weight", factors.float().numpy())

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ...checkpoint.claim import claim, clear, real_path
 from ...checkpoint.single_file import MADE, check_file
@@ -28,12 +26,11 @@ from ..architectures._decoder import head_dim
 from ..base import Format, MoesaicModelConfig
 from ..converted import Converted
 from ..gguf_names import OUTSIDE_NAMES, RENAMED, ROPE_FACTORS, interleaved
-from ..gguf_support import K_QUANTS, WRITTEN, block_size, check_k_quant, gguf_format
+from ..gguf_support import K_QUANTS, block_size, check_k_quant, gguf_format
 from .config import write_config, write_kept
+from .tensors import OUTTYPES, announce, encoded, kind_of, rope_factors
 from .vocabulary import write_vocabulary
 
-OUTTYPES = {name: Kind[name.upper()] for name in WRITTEN}
-HALF_MOST = torch.finfo(torch.float16).max
 Tensors = dict[str, Tensor]
 
 
@@ -126,19 +123,11 @@ def _write(source: Converted, format: Format, path: Path, outtype: str, report: 
     write_vocabulary(
         writer, source.checkpoint.folder, load_tokenizer(source.checkpoint.folder), source.config.vocab_size
     )
-    for name, shape in shapes.items():
-        size, bytes_ = gguf.GGML_QUANT_SIZES[kinds[name]]
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), shape.numel() // size * bytes_, kinds[name])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    announce(writer, shapes, kinds)
     sums = {}
 
     def put(name: str, tensor: Tensor) -> None:
-        if kinds[name] not in (Kind.F32, Kind.BF16) and float(tensor.abs().max()) > HALF_MOST:
-            raise InputError(f"{name} holds values beyond the {HALF_MOST:,.0f} of half precision, which "
-                             f"{kinds[name].name.lower()} is made of; give --outtype bf16 or f32")  # fmt: skip
-        data = gguf.quants.quantize(tensor.float().contiguous().numpy(), kinds[name])
+        data = encoded(name, tensor, kinds[name])
         sums[name] = checksum(data)
         writer.write_tensor_data(data)
 
@@ -164,26 +153,13 @@ def checksum(data: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(data).view(np.uint8).data)
 
 
-def kind_of(name: str, shape: torch.Size, wish: Kind) -> Kind:
-    """Choose a tensor's type.
-
-    Norms, biases and routers are f32; matrices as wished, or f16 where a row is no whole number of blocks.
-    """
-    if len(shape) == 1 or "ffn_gate_inp" in name:
-        return Kind.F32
-    return wish if shape[-1] % gguf.GGML_QUANT_SIZES[wish][0] == 0 else Kind.F16
-
-
 def embeddings_and_head(source: Converted) -> Tensors:
     """Read embeddings, final norm, head, and Llama 3's rope factors, by llama.cpp's names."""
     outside = source.embeddings_and_head()
     outside.setdefault(HEAD, outside[EMBEDDINGS])
     tensors = {OUTSIDE_NAMES[name]: tensor for name, tensor in outside.items()}
-    if source.config.rope_parameters["rope_type"] == "llama3":
-        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](source.config, torch.device("cpu"))
-        steps = torch.arange(0, head_dim(source.config), 2) / head_dim(source.config)
-        tensors[ROPE_FACTORS] = source.config.rope_parameters["rope_theta"] ** -steps / scaled
-    return tensors
+    factors = rope_factors(source.config, head_dim(source.config))
+    return tensors if factors is None else tensors | {ROPE_FACTORS: factors}
 
 
 def block(format: Format, layer: Tensors, config: MoesaicModelConfig) -> Tensors:

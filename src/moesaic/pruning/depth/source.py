@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from ...checkpoint.facts import copy_generation
 from ...checkpoint.reader import Checkpoint
 from ...checkpoint.writer import OUTSIDE_FILE, ResumableOutput
 from ...errors import InputError
@@ -109,9 +109,7 @@ class DeepSource(StockSource):
         partial.write(OUTSIDE_FILE, tensors | {name: tensor.to(tensors[name].dtype) for name, tensor in new.items()})
         fields = self.shorter_json(kept)
         write_json(partial.folder / "config.json", fields)
-        generation = self.checkpoint.folder / "generation_config.json"
-        if generation.is_file():
-            shutil.copyfile(generation, partial.folder / generation.name)
+        copy_generation(self.checkpoint.folder, partial.folder)
         notes = [f"{len(beyond)} tensors of layers that predict further tokens were left out"] * bool(beyond)
         if len(set(fields.get("layer_types") or ())) > 1 and len(kept) < len(self.layerwise.layers):
             notes.append(

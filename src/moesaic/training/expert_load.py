@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..models.moe_block import count_load
 from ..moe.block import MoE
 from ..results import ExpertLoad
 from .data import Samples
@@ -39,11 +40,6 @@ def watched(blocks: Sequence[MoE], watch: Watch) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def count_load(index_TK: Tensor, num_experts: int) -> Tensor:
-    """Count the tokens that chose each expert, int64 [E]; indices from E on stand for none."""
-    return torch.bincount(index_TK.flatten(), minlength=num_experts + 1)[:num_experts]
 
 
 def no_loads(blocks: Sequence[MoE], device: torch.device) -> list[Tensor]:
