@@ -234,6 +234,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cache-shapes": cache_tables.shapes,
     "store-policies-tiny-moe": lambda: store_tables.policies("tiny-moe"),
     "store-policies-demo": lambda: store_tables.policies("demo"),
+    "store-policies-demo-wide": lambda: store_tables.policies("demo-wide"),
     "store-queue": lambda: store_tables.queue("gemma-ahead"),
     "store-queue-domains": lambda: store_tables.queue("domains"),
     "store-bias": lambda: store_tables.bias("tiny-moe"),
