@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from conftest import QUICK, block_for, random_sample
-from moesaic import Plan, convert, registry
+from moesaic import InputError, Plan, convert, registry
 from moesaic.calibration.layers import replaced_ffn
 from moesaic.calibration.sinks import CHAT_SHARE, SHARE, ffn_factor, opening_targets, opening_tokens
 from moesaic.checkpoint.builtin import tiny_folder
@@ -48,6 +48,8 @@ def test_openings_are_spread_over_the_text_and_some_open_a_chat(no_bos):
 def test_a_tokenizer_with_a_bos_needs_none():
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder())
     assert opening_tokens(torch.arange(64).view(1, 64), tokenizer, None).shape == (0, 1)
+    with pytest.raises(InputError, match="--first-tokens 8 has no use"):
+        opening_tokens(torch.arange(64).view(1, 64), tokenizer, 8)
 
 
 def first_layer(folder):

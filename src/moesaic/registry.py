@@ -187,7 +187,7 @@ def build(stage: str, given: object, *, imported_only: bool = False) -> Any:
             options[key] = text  # where it is to be one of some words
             words.add(key)
     try:
-        return _within_limits(stage, TypeAdapter(cls).validate_python(options))
+        return _within_limits(stage, _validator(cls).validate_python(options))
     except ValidationError as error:
         first = error.errors()[0]
         if first["loc"][-1] in words and first["type"] != "literal_error":
@@ -198,6 +198,12 @@ def build(stage: str, given: object, *, imported_only: bool = False) -> Any:
         raise InputError(
             f"option {first['loc'][-1]} of {stage} '{name}' is {shown(first['input'])}: {first['msg']}"
         ) from error
+
+
+@cache
+def _validator(cls: type) -> TypeAdapter[Any]:
+    """Make what checks a class's options, once: a model has a gate in each layer."""
+    return TypeAdapter(cls)
 
 
 def _within_limits(stage: str, method: Any) -> Any:

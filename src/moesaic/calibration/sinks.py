@@ -13,6 +13,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..models.layerwise import LayerwiseModel
 from .layers import OpeningTargets, replaced_ffn, tapped
 from .windows import bos
@@ -29,8 +30,16 @@ def opening_tokens(tokens_NL: Tensor, tokenizer: Any, count: int | None) -> Tens
     """List tokens that may open a text, int64 [M, 1]: evenly spaced ones, and every eighth that of the chat template.
 
     Without `count` an eighth of the tokens. None at all where the tokenizer puts a BOS first, which every window shows.
+
+    Raises:
+        InputError: some are asked for where a BOS is always first.
     """
     if bos(tokenizer):
+        if count:
+            raise InputError(
+                f"--first-tokens {count} has no use: this tokenizer opens every text with a BOS, which all calibration "
+                "windows show; leave it out"
+            )
         return tokens_NL.new_zeros(0, 1)
     flat_T = tokens_NL.flatten()
     count = len(flat_T) // SHARE if count is None else min(count, len(flat_T))

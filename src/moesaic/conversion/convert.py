@@ -30,6 +30,7 @@ from ..formats.verify import check
 from ..given import path
 from ..machine import give_back_memory, machine, peak_rss_bytes, versions
 from ..models.devices import begun_dtype, dtype_name
+from ..models.families import empty
 from ..models.integrity import check_numbers
 from ..models.processor import copy_processor
 from ..moe.modeling import MODEL_TYPE
@@ -201,7 +202,7 @@ def measure(
     dense, said = perplexity(conversion, states.dense), answers(conversion, states.dense)
     layerwise.model.load_state_dict(temperature.tensors, strict=False)
     converted, says = perplexity(conversion, states.converted), answers(conversion, states.converted)
-    counted = sizes(conversion.whole_config, plan, conversion.format)
+    counted = sizes(empty(conversion.whole_config), plan, conversion.format)
     result = ConversionResult(
         output=str(output),
         format=conversion.format.name,

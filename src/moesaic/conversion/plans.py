@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from .. import registry
 from ..checkpoint.builtin import NAMES
@@ -61,7 +61,7 @@ def plans(
     folder = Path(model) if hub else resolve(model)  # of a repository only the configuration is fetched
     config = read_config(folder)
     dense = model_on_meta(config, folder)
-    size = settle_width(dense)
+    size, weights = settle_width(dense), (active_weights(dense), body_weights(dense))
     shapes = [*specialist_shapes(active, memory_factor, size), *disjoint_shapes(active, size)]
     if taken:
         shapes = [("coactivation", plan_for(taken, active, size)), *shapes]
@@ -70,7 +70,7 @@ def plans(
     choices, errors = [], []
     for partition, plan in dict.fromkeys(shapes):
         try:
-            choices.append(choice(config, dense, partition, plan, engine))
+            choices.append(choice(config, weights, partition, plan, engine))
         except InputError as error:
             if engine is None:
                 raise
@@ -112,9 +112,16 @@ def disjoint_shapes(active: float, size: int) -> Iterator[tuple[str, Plan]]:
 
 
 def choice(
-    config: PreTrainedConfig, dense: PreTrainedModel, partition: str, plan: Plan, engine: str | None = None
+    config: PreTrainedConfig, dense: tuple[float, float], partition: str, plan: Plan, engine: str | None = None
 ) -> PlanChoice:
     """Describe one shape, in the format that an engine loads.
+
+    Args:
+        config: the dense model's.
+        dense: the dense model's weights that a step reads, and those of them that are not the head's.
+        partition: how it is cut.
+        plan: the shape.
+        engine: None is any.
 
     Raises:
         InputError: it loads none.
@@ -126,7 +133,7 @@ def choice(
     format, reason = format_for(engine, "auto", model_config, routed_bias, whole)
     converted = empty(whole)
     copied_active = format.copied_parameters(model_config).active
-    counted = sizes(whole, plan, format)
+    counted = sizes(converted, plan, format)
     gguf = gguf_types(model_config, plan, routed_bias) if model_config is whole else []
     return PlanChoice(
         partition=partition,
@@ -136,8 +143,8 @@ def choice(
         memory_factor=counted.memory_factor,
         total_parameters=counted.total_parameters,
         active_parameters=counted.active_parameters,
-        decode_limit=active_weights(dense) / (active_weights(converted) + copied_active),
-        prefill_limit=body_weights(dense) / (body_weights(converted) + copied_active),
+        decode_limit=dense[0] / (active_weights(converted) + copied_active),
+        prefill_limit=dense[1] / (body_weights(converted) + copied_active),
         format=format.name,
         format_reason=reason,
         engines=engines_of(format, whole) or ["transformers with moesaic"],

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..formats.base import Format, MoesaicModelConfig, block_config
-from ..models.families import decoder_layers, empty, ffn_name
+from ..models.families import decoder_layers, ffn_name
 from ..models.moe_block import MoEBlock, find_block
 from ..moe.ahead import network_of
 from ..plan import Plan
@@ -101,10 +101,9 @@ class Sizes(NamedTuple):
     active_parameters: int
 
 
-def sizes(whole: PreTrainedConfig, plan: Plan, format: Format) -> Sizes:
-    """Count the parameters of a converted model, those of a vision tower too."""
-    named = dict(empty(whole).named_parameters())
-    config = block_config(whole)
+def sizes(model: PreTrainedModel, plan: Plan, format: Format) -> Sizes:
+    """Count the parameters of a converted model, which may be an `empty` one, those of a vision tower too."""
+    named, config = dict(model.named_parameters()), block_config(model.config)
     total = sum(p.numel() for p in named.values())
     routed = sum(p.numel() for name, p in named.items() if ".experts." in name)
     idle = routed * (1 - plan.num_experts_per_tok / plan.num_experts) if plan.num_experts else 0

@@ -21,11 +21,9 @@ from ..given import Limit, number
 from ..moe.adaptive import BlockRanker, Decision, Ranked, decided_by, moe_blocks_of
 from ..progress import Progress
 from ..results import OracleInspection
-from ..routing.selection.base import Ranking
+from ..routing.selection.base import Ranking, bisected
 from .experts import default_count, inspected_text, make_windows, run_window
 from .perplexity import check_losses, window_losses
-
-BISECTIONS = 60
 
 
 class OwnRanker(BlockRanker):
@@ -187,10 +185,8 @@ def choose(losses_TC: Tensor, cost_C: Tensor, mean: float) -> Tensor:
     chosen_T = at(0.0)
     if cost_C[chosen_T].sum() <= budget:
         return chosen_T
-    low, high = 0.0, 1 + (losses_TC.amax() - losses_TC.amin()).item()
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost_C[at(middle)].sum() > budget else (low, middle)
+    most = 1 + (losses_TC.amax() - losses_TC.amin()).item()
+    low, high = bisected(0.0, most, lambda price: bool(cost_C[at(price)].sum() > budget))
     chosen_T, more_T = at(high), at(low)
     rest = budget - cost_C[chosen_T].sum().item()
     for token in (chosen_T != more_T).nonzero()[:, 0].tolist():

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from ..models.tokenizer import REPLACEMENT
+
 KINDS = ("word start", "word continuation", "number", "punctuation", "whitespace", "other")
-PARTIAL = "\ufffd"
-"""What a decoder gives for bytes that are no whole character."""
 JOINS = "'\u2019"
 """Letters after them go on with the word before: `don't`."""
 
@@ -41,7 +41,7 @@ def token_kind(text: str, before: str = "") -> str:
         return "whitespace"
     first = next((i for i, sign in enumerate(text) if sign.isalpha() or sign.isnumeric()), None)
     if first is None:
-        visible = any(sign.isprintable() and not sign.isspace() and sign != PARTIAL for sign in text)
+        visible = any(sign.isprintable() and not sign.isspace() and sign != REPLACEMENT for sign in text)
         return "punctuation" if visible else "other"
     if not text[first].isalpha():
         return "number"
@@ -58,7 +58,7 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
     prefix = read = 0
     for i, token in enumerate(ids):
         before, now = (_decode(tokenizer, ids[prefix:end]) for end in (read, i + 1))
-        text = "" if now.endswith(PARTIAL) else now[len(before) :]
+        text = "" if now.endswith(REPLACEMENT) else now[len(before) :]
         if text:
             prefix, read = read, i + 1
         kind = "other" if token in special else token_kind(text, said)

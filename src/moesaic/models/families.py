@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-from ..compat import AutoClass, has_class_for
+from ..compat import AutoClass, has_class_for, parameters_on_meta
 from ..errors import InputError
 
 ATTENTION = "self_attn"
@@ -52,10 +52,12 @@ FFN_LAYOUTS = [
 """What is recognised as a gated FFN, the first that fits."""
 
 
-def empty(config: PreTrainedConfig) -> PreTrainedModel:
-    """Make a model of a configuration without weights."""
-    with torch.device("meta"):
-        return auto_class(config).from_config(config)
+def empty(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Make a model of a configuration whose parameters take no memory; its buffers are there."""
+    with parameters_on_meta():
+        model = auto_class(config).from_config(config, **({} if dtype is None else {"dtype": dtype}))
+    model.tie_weights()
+    return model
 
 
 @dataclass(frozen=True)

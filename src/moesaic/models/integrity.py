@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from ..checkpoint.reader import Checkpoint, some
-from ..compat import names_in_model, needed_and_unread, parameters_on_meta, tied_weights
+from ..compat import names_in_model, needed_and_unread, tied_weights
 from ..errors import InputError, WorkError, first_line
 from .devices import dtype_name
-from .families import auto_class
+from .families import empty
 
 SIZES = {
     "num_hidden_layers": (1, 10_000), "hidden_size": (1, 1_000_000), "vocab_size": (1, 100_000_000),
@@ -59,14 +59,11 @@ def model_on_meta(config: Any, folder: Path, dtype: torch.dtype | None = None) -
         InputError: the configuration holds impossible values.
     """
     try:
-        with parameters_on_meta():
-            model = auto_class(config).from_config(config, **({} if dtype is None else {"dtype": dtype}))
-        model.tie_weights()
+        return empty(config, dtype)
     except InputError:
         raise
     except Exception as error:
         raise _unknown(folder, error) from error
-    return model
 
 
 def _unknown(folder: Path, error: Exception) -> InputError:

@@ -14,7 +14,7 @@ from ..errors import InputError, first_line
 
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token that is one byte, in SentencePiece's vocabularies."""
-UNKNOWN = "\ufffd"
+REPLACEMENT = "\ufffd"
 """What a part of a character is decoded to."""
 
 
@@ -35,7 +35,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> bytes | None:
     """Give the bytes of a token, that may be a part of a character only; None where the tokenizer does not tell."""
-    if UNKNOWN not in text:
+    if REPLACEMENT not in text:
         return text.encode()
     name = str(tokenizer.convert_ids_to_tokens(token))
     if BYTE.fullmatch(name):

@@ -24,6 +24,7 @@ from ..formats.converted import Converted
 from ..formats.export import write_metrics
 from ..formats.verify import TOLERANCE, check
 from ..machine import free_memory, give_back_memory
+from ..models.families import empty
 from ..models.layerwise import LayerwiseModel
 from ..moe.modeling import MODEL_TYPE
 from ..plan import Plan
@@ -154,7 +155,7 @@ def finish_converted(source: ConvertedSource, folder: Path, made: Path, settings
     config = block_config(whole)
     groups = config.n_shared_experts + config.num_experts
     plan = Plan(config.n_shared_experts, config.num_experts_per_tok, groups, config.moe_intermediate_size)
-    counted, before = sizes(whole, plan, format), saved_result(folder)
+    counted, before = sizes(empty(whole), plan, format), saved_result(folder)
     counted_result = replace(
         before, ffn_active=counted.ffn_active, active_parameters=counted.active_parameters,
         total_parameters=counted.total_parameters, memory_factor=counted.memory_factor,

@@ -242,7 +242,7 @@ def check_conversion(conversion: Conversion, config: FinetuneConfig) -> None:
     """
     device = conversion.layerwise.device
     dtype = training_dtype(conversion.dtype, device)
-    parameters = sizes(conversion.whole_config, conversion.plan, conversion.format).total_parameters
+    parameters = sizes(empty(conversion.whole_config), conversion.plan, conversion.format).total_parameters
     weights = (parameters + conversion.layerwise.num_parameters()) * dtype.itemsize
     check_memory(conversion.whole_config, weights, registry.build("method", config.method), config, device, dtype)
 

@@ -199,15 +199,21 @@ class Counting(Selection):
         Returns:
             The selection, and each layer's parameters.
         """
-        low, high = self.bounds([s.evidence_TN for s in layers])
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            tried = self.with_budget(middle)
-            too_many = mean_count(tried, layers) > mean
-            low, high = (middle, high) if too_many == self.falling else (low, middle)
-        ends = [self.with_budget(value) for value in (low, high)]
+
+        def is_low(budget: float) -> bool:
+            return (mean_count(self.with_budget(budget), layers) > mean) == self.falling
+
+        ends = [self.with_budget(value) for value in bisected(*self.bounds([s.evidence_TN for s in layers]), is_low)]
         best = min(ends, key=lambda tried: abs(mean_count(tried, layers) - mean))
         return best, [s.parameters for s in layers]
+
+
+def bisected(low: float, high: float, is_low: Callable[[float], bool], steps: int = BISECTIONS) -> tuple[float, float]:
+    """Halve an interval, of whose ends the lower one `is_low` and the upper one is not, so many times."""
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_low(middle) else (low, middle)
+    return low, high
 
 
 @dataclass(frozen=True, kw_only=True)

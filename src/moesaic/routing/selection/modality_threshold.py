@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...models.modality import IS_IMAGE
-from .base import BISECTIONS, Counting, LayerSample, Parameters, Ranking
+from .base import Counting, LayerSample, Parameters, Ranking, bisected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +58,12 @@ class ModalityThreshold(Counting):
         """Find the threshold at which `mean` experts run on average over some tokens and all layers."""
         if not len(scores[0]):
             return self.threshold
-        low, high = self.bounds(scores)
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
+
+        def runs_more(threshold: float) -> bool:
             counts = [
-                self.within((score_TN > middle).sum(-1), score_TN.shape[1], layer.default).double().mean()
+                self.within((score_TN > threshold).sum(-1), score_TN.shape[1], layer.default).double().mean()
                 for score_TN, layer in zip(scores, layers, strict=True)
             ]
-            low, high = (middle, high) if float(torch.stack(counts).mean()) > mean else (low, middle)
-        return (low + high) / 2
+            return float(torch.stack(counts).mean()) > mean
+
+        return sum(bisected(*self.bounds(scores), runs_more)) / 2

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Counting, LayerSample, Parameters, Ranking, SelectionSizes, mean_count
+from .base import Counting, LayerSample, Parameters, Ranking, SelectionSizes, bisected, mean_count
 
 STEPS = 24
 """Of bisection."""
@@ -38,11 +38,11 @@ class Skip(Counting):
         return (evidence_TN >= 0).sum(-1)
 
     def fit(self, layers: Sequence[LayerSample], mean: float) -> tuple[Self, list[Parameters]]:
-        low, high = 0.0, 1.0
-        for _ in range(STEPS):
-            quantile = (low + high) / 2
+        def runs_more(quantile: float) -> bool:
             tried = [s._replace(evidence_TN=_ratios(s.ranking) - _ratio(s, quantile)) for s in layers]
-            low, high = (quantile, high) if mean_count(self, tried) > mean else (low, quantile)
+            return mean_count(self, tried) > mean
+
+        _, high = bisected(0.0, 1.0, runs_more, STEPS)
         return replace(self, quantile=high), [{"ratio": _ratio(s, high)} for s in layers]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ...models.tokenizer import UNKNOWN, token_bytes
+from ...models.tokenizer import REPLACEMENT, token_bytes
 from .batching import Generation, Piece
 from .sampling import TokenChoice
 
@@ -91,7 +91,7 @@ class Writer:
         r"""Write a token so that no two are alike: a part of a character by its bytes, `bytes:\xe6`."""
         text = self._text(token)
         found = token_bytes(self.tokenizer, token, text)
-        if UNKNOWN not in text or found is None:
+        if REPLACEMENT not in text or found is None:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 

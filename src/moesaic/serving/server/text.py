@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from ...models.tokenizer import decoded
+from ...models.tokenizer import REPLACEMENT, decoded
 
 CONTEXT = 8
 """Tokens of a prompt that an answer's text may depend on."""
-UNFINISHED = "\ufffd"
-"""What a decoder writes for the beginning of a character."""
 
 
 class TextStream:
@@ -47,7 +45,7 @@ class TextStream:
             self.tokens.append(token)
             self._unfinished.append(token)
             before, after = self._decode(self._whole), self._decode([*self._whole, *self._unfinished])
-            if len(after) > len(before) and not after.endswith(UNFINISHED):
+            if len(after) > len(before) and not after.endswith(REPLACEMENT):
                 self._decoded += after[len(before) :]
                 self._whole, self._unfinished = self._unfinished, []
                 self._look_for_stops()
