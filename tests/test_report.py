@@ -29,7 +29,7 @@ from moesaic.config import ConvertConfig
 from moesaic.demo import Steps, demo
 from moesaic.formats.gguf.dense import write_dense_gguf
 from moesaic.report import plots
-from moesaic.report.demo import next_commands, show_demo
+from moesaic.report.demo import TRAINED, next_commands, show_demo
 from moesaic.report.frontier import MOST_LINES, chosen_lines, lines_of, spread
 from moesaic.report.frontier_page import write_frontier_page
 from moesaic.report.frontier_plot import draw_frontier, write_frontier
@@ -278,6 +278,15 @@ def test_a_demo_replaces_demos_alone(shown, tmp_path):
 def test_the_demo_recommends_no_smaller_share(shown):
     assert any("three quarters" in why for _, why in next_commands(shown[1]))
     assert not any("three quarters" in why for _, why in next_commands(replace(shown[1], active=1.0)))
+
+
+def test_the_demo_says_what_good_was_measured_to_win(shown):
+    rows = json.loads((ROOT / "benchmarks/results/recovery-demo/recovery.json").read_text())["rows"]
+    measured = [round(rows[name]["ratio"]["wikitext2"], 2) for name in ("S2A2E8-ours-0", "S2A2E8-both-15")]
+    assert list(TRAINED["demo"]) == measured
+    (line, why), *_ = [pair for pair in next_commands(replace(shown[1], model="demo")) if "--effort" in pair[0]]
+    assert line == "moesaic convert demo good --effort good"
+    assert f"took {measured[0]} times dense to {measured[1]} (WikiText-2)" in why
 
 
 @pytest.mark.parametrize("width", [80, 200])
