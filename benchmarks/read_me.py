@@ -36,7 +36,7 @@ from moesaic.machine import machine, versions
 from moesaic.models.moe_block import Routing, find_blocks, routed_by
 from moesaic.moe.modeling import moe_blocks
 from moesaic.training.data import Samples
-from moesaic.training.load import held_out_loss
+from moesaic.training.expert_load import held_out_loss
 
 
 def lines(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
