@@ -37,29 +37,10 @@ RESULT_FILE = "pruning.json"
 CARD = """\
 ---
 {metadata}---
-# {model} with {p.num_experts} of {p.num_experts_before} experts a layer
+# {model} with {left}
 
 Pruned from `{model}` by [moesaic](https://pypi.org/project/moesaic) {version}: method `{p.method}`, recovery
-`{p.recovery}`, seed {p.seed}. Architecture and tensor names are the source's, so what loads that loads this.
-
-| | before | this model |
-|---|---|---|
-| parameters | {p.total_parameters_before:,} | {p.total_parameters:,} |
-| perplexity | {p.perplexity_before:.3f} | {p.perplexity:.3f} |
-
-Perplexity: {text.text}, {text.tokens} tokens in windows of {text.window}, data sha256 `{text.data_sha256:.16}`.
-Everything else is in `moesaic.yaml` and `pruning.json`. The licence is the source's; its files are here too, if it had
-any.
-"""
-
-DEPTH_CARD = """\
----
-{metadata}---
-# {model} with {p.num_hidden_layers} of {p.num_hidden_layers_before} decoder layers
-
-Pruned from `{model}` by [moesaic](https://pypi.org/project/moesaic) {version}: method `{p.method}`, recovery
-`{p.recovery}`. Layers {p.removed_layers} are left out. Architecture and tensor names are the source's, so what loads
-that loads this.
+`{p.recovery}`{how}. Architecture and tensor names are the source's, so what loads that loads this.
 
 | | before | this model |
 |---|---|---|
@@ -133,14 +114,18 @@ def finish_stock(
         pictures: whether it takes any.
     """
     (made / CONFIG_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
-    card = DEPTH_CARD if isinstance(result, DepthResult) else CARD
+    if isinstance(result, DepthResult):
+        left = f"{result.num_hidden_layers} of {result.num_hidden_layers_before} decoder layers"
+        how = f"; layers {result.removed_layers} are left out"
+    else:
+        left, how = f"{result.num_experts} of {result.num_experts_before} experts a layer", f", seed {result.seed}"
     task = "image-text-to-text" if pictures else "text-generation"
     metadata: Json = {"library_name": "transformers", "pipeline_tag": task}
     metadata |= {name: settings[name] for name in METADATA if settings.get(name)}
     metadata["tags"] = [*["mixture-of-experts"] * experts, "moesaic"]
-    text = card.format(
+    text = CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True), model=result.model, p=result,
-        version=result.versions["moesaic"], text=result.perplexity_protocol,
+        version=result.versions["moesaic"], text=result.perplexity_protocol, left=left, how=how,
     )  # fmt: skip
     (made / "README.md").write_text(text, encoding="utf-8")
 
