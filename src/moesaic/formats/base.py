@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+from .. import registry
 from ..errors import InputError, WorkError
 from ..models.devices import dtype_name
 from ..models.families import ATTENTION
@@ -252,3 +253,9 @@ class Format(ABC):
     @abstractmethod
     def moesaic_layer(self, tensors: Tensors, config: MoesaicModelConfig) -> Tensors:
         """Turn a decoder layer of this format back into moesaic's own: the inverse of `layer`."""
+
+
+def all_formats() -> list[Format]:
+    """List every format, those first that `auto` tries first."""
+    found: list[Format] = [registry.build("format", name) for name in registry.names("format")]
+    return sorted(found, key=lambda format: (format.preference is None, format.preference or 0))

@@ -10,7 +10,7 @@ from .. import registry
 from ..errors import InputError
 from ..models.families import takes_pictures
 from ..moe.modeling import MODEL_TYPE
-from .base import Format, MoesaicModelConfig, block_config
+from .base import Format, MoesaicModelConfig, all_formats, block_config
 
 
 class ChosenFormat(NamedTuple):
@@ -43,9 +43,9 @@ def choose_format(
         format.check(config, has_bias)
         return ChosenFormat(format, "")
     reasons = []
-    formats: list[Format] = [registry.build("format", name) for name in registry.names("format")]
-    able = [f for f in formats if f.preference is not None and config.dense_model_type in f.sources]
-    for format in sorted(able, key=lambda f: f.preference or 0):
+    for format in all_formats():
+        if format.preference is None or config.dense_model_type not in format.sources:
+            continue
         copies = format.copies_shared and config.n_shared_experts and config.num_experts_per_tok > 1
         several = "each of several active experts would run a copy of the shared one" if copies else ""
         tower = "" if whole is None else tower_reason(format, whole)

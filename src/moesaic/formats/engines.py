@@ -20,7 +20,7 @@ from ..models.families import takes_pictures
 from ..moe.modeling import MODEL_TYPE
 from ..plan import KEPT_SPEED
 from ..results import EngineChoice
-from .base import Format, MoesaicModelConfig
+from .base import Format, MoesaicModelConfig, all_formats
 from .choose import ChosenFormat, choose_format, engines_of, tower_reason
 from .gguf_support import block_size, gguf_format
 
@@ -202,8 +202,7 @@ def _way_out(format: Format, whole: PreTrainedConfig) -> str:
 
 def _able(config: MoesaicModelConfig, has_bias: bool, whole: PreTrainedConfig) -> Iterator[Format]:
     """List the stock formats that hold a model, those that `auto` would try first."""
-    formats: list[Format] = [registry.build("format", name) for name in registry.names("format")]
-    for format in sorted(formats, key=lambda f: (f.preference is None, f.preference or 0)):
+    for format in all_formats():
         if format.name != MODEL_TYPE and not (
             tower_reason(format, whole) or format.reason(config, has_bias) or format.width_reason(config)
         ):

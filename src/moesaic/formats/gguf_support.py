@@ -6,7 +6,7 @@ import shutil
 
 from .. import registry
 from ..errors import InputError
-from .base import Format, MoesaicModelConfig
+from .base import Format, MoesaicModelConfig, all_formats
 
 K_BLOCK = 256
 """Weights in a block of K-quants; an expert's width must be a multiple of it."""
@@ -73,11 +73,10 @@ def gguf_format(config: MoesaicModelConfig, has_bias: bool) -> Format:
         InputError: there is none.
     """
     rope = config.rope_parameters.get("rope_type")
-    formats: list[Format] = [registry.build("format", name) for name in registry.names("format")]
     # llama.cpp reads Llama 3's rope factors for those that turn neighbours only, and others silently wrong
-    able = [f for f in formats if f.gguf_architecture and (f.gguf_interleaved or rope != "llama3")]
+    able = [f for f in all_formats() if f.gguf_architecture and (f.gguf_interleaved or rope != "llama3")]
     reasons = []
-    for format in sorted(able, key=lambda f: f.preference or 0):
+    for format in able:
         if reason := format.reason(config, has_bias):
             reasons.append(f"As {format.name}: {reason}")
             continue
