@@ -1,5 +1,6 @@
 """What a checkpoint holds is compared with what is read of it, and config.json is the truth; nothing is made up."""
 
+import copy
 import json
 import shutil
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moesaic
-from conftest import QUICK
+from conftest import FAMILIES, QUICK, SMALL
 from moesaic.checkpoint import sources
 from moesaic.checkpoint.gguf_source import parts
 from moesaic.checkpoint.reader import Checkpoint
@@ -22,8 +23,10 @@ from moesaic.evaluation.inspect import inspect
 from moesaic.evaluation.perplexity import window_losses
 from moesaic.formats.export import export
 from moesaic.formats.fields import CONFIG_KEY, moesaic_fields
-from moesaic.models.integrity import model_on_meta, read_config
+from moesaic.models.families import auto_class, empty
 from moesaic.serving.loading import load
+from test_moe_block import SIZES, STOCK
+from vision import CONFIGS as VISION_CONFIGS
 
 UP = "model.layers.1.mlp.up_proj.weight"
 FORMATS = ("glm4_moe", "moesaic")
@@ -355,15 +358,26 @@ def test_a_gguf_with_more_than_is_read_is_refused(folders, tmp_path, cache):
         sources.resolve(str(tmp_path / "more.gguf"))
 
 
-def test_a_model_on_meta_is_tied_and_draws_nothing(folders):
-    folder = folders("gemma3")  # whose head is its embeddings
+def configs():
+    """A small configuration of every family: dense, Mixtures of Experts, vision-language models."""
+    yield from ((name, made(**(SMALL | fields))) for name, (made, fields) in FAMILIES.items())
+    yield from ((name, made(**(SIZES | fields))) for name, (made, fields, *_) in STOCK.items())
+    yield from ((name, make()) for name, make in VISION_CONFIGS.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [pytest.param(*pair, id=f"{n}-{pair[0]}") for n, pair in enumerate(configs())]
+)
+def test_a_model_without_weights_has_all_else(name, config):
+    """Nothing is drawn for it, and yet buffers, shapes and ties are those of a model that was initialised."""
     state = torch.get_rng_state()
-    model = model_on_meta(read_config(folder), folder)
-    assert model.lm_head.weight is model.get_input_embeddings().weight
-    assert all(parameter.is_meta for parameter in model.parameters())
-    assert not any(buffer.is_meta for buffer in model.buffers())
+    made = empty(copy.deepcopy(config))
     assert torch.equal(torch.get_rng_state(), state)
-    torch.testing.assert_close(dict(model.named_buffers()), dict(load(folder).model.named_buffers()))
+    assert all(parameter.is_meta for parameter in made.parameters())
+    drawn = auto_class(config).from_config(copy.deepcopy(config))
+    shapes = [{n: p.shape for n, p in model.named_parameters()} for model in (made, drawn)]
+    assert shapes[0] == shapes[1]
+    torch.testing.assert_close(dict(made.named_buffers()), dict(drawn.named_buffers()), rtol=0, atol=0)
 
 
 def test_generating_leaves_the_callers_random_numbers_alone():
