@@ -245,6 +245,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "read-me-tiny": lambda: read_me_tables.read_me("tiny"),
     "generation": generation_tables.generation,
     "vlm-tiny": lambda: vlm_tables.vlm("tiny"),
+    "vlm-tiny-32k": lambda: vlm_tables.quarter("tiny-32k"),
     "vlm-tiny-tuned": lambda: vlm_tables.tuned("tiny"),
 }
 

@@ -45,6 +45,37 @@ def vlm(name: str) -> str:
     )  # fmt: skip
 
 
+QUARTER = {
+    "fine-25": "**ours**, about 64 groups", "ours-25": "**ours**", "static-25": "static pruning, our recovery",
+    "image-weight-0.1-25": "ours, `--image-weight 0.1`", "image-weight-0.5-25": "ours, `--image-weight 0.5`",
+}  # fmt: skip
+"""Lines at a quarter of the FFN, and what readers call them."""
+
+
+def quarter(name: str) -> str:
+    """Points of accuracy lost at a quarter of the FFN with more calibration tokens."""
+    file = f"vlm-{name}/vlm.json"
+    d = read(file)
+    found = {row["line"]: row for row in d["summary"]}
+    lines = []
+    for line, label in QUARTER.items():
+        if row := found.get(line):
+            spread = f" ± {100 * row['deviation']:.1f}" if row["deviation"] is not None else ""
+            ratio = f"{row['perplexity_ratio']:.3f}"
+            lines.append([label, row["plan"], f"{row['points_lost']:.1f}{spread}", ratio, str(row["seeds"])])
+    return (
+        grid(["25 % of each FFN", "plan", "points lost", "text's ratio", "seeds"], lines)
+        + "\n\n"
+        + measured(
+            file,
+            f"python benchmarks/vlm.py --model {d['model']} --out benchmarks/results/vlm-{name} --tokens {d['tokens']} "
+            "--active 0.25 --lines ours fine static image-weight --image-weights 0.1 0.5 --seeds 0 1 2",
+            f"{d['tokens']:,} calibration tokens; the dense model has {d['dense']['acc']:.1%} of "
+            f"{d['dense']['n']:,} questions",
+        )
+    )
+
+
 def tuned(name: str) -> str:
     """Accuracy before and after equal steps of `moe-llava`, by what runs for a token."""
     file = f"vlm-{name}/vlm.json"

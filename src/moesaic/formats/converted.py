@@ -127,7 +127,7 @@ class Converted:
         if self.format.name != MODEL_TYPE:
             again = self.format.layer(layer, self.config)
             for name, tensor in named.items():
-                if not torch.allclose(again[name].float(), tensor.float(), rtol=ROUNDING, atol=0, equal_nan=True):
+                if not is_rounded(again[name], tensor):
                     raise InputError(
                         f"'{self.checkpoint.folder}': {prefix}{name} was changed since moesaic wrote it, and the "
                         "format of moesaic has no place for that; load the folder with transformers"
@@ -185,11 +185,19 @@ class Converted:
         with parameters_on_meta():
             model = auto_class(config).from_config(config, dtype=dtype)
         state = {name: tensor.to(dtype) for name, tensor in self.tensors(layers)}
+        if dtype != self.checkpoint.dtype():  # whose range may be less
+            check_finite(state.items(), folder)
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
         if (folder / GENERATION).is_file():
             model.generation_config = read_generation(folder)
         return model
+
+
+def is_rounded(again: Tensor, tensor: Tensor) -> bool:
+    """Tell whether two tensors are equal but for the rounding to another dtype."""
+    same = again.dtype == tensor.dtype and torch.equal(again, tensor)  # at the speed of memory
+    return same or torch.allclose(again.float(), tensor.float(), rtol=ROUNDING, atol=0, equal_nan=True)
 
 
 def read_generation(folder: Path) -> GenerationConfig:

@@ -125,7 +125,7 @@ def _load_whole(
             loaded = auto_class(config).from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         except Exception as error:  # transformers raises many unrelated types for what a file may hold
             raise InputError(f"transformers cannot load '{folder}': {first_line(error)}") from error
-    check_finite(loaded.named_parameters(), folder)
+        check_finite(loaded.named_parameters(), folder)
     choose_experts(loaded, experts)
     ready: PreTrainedModel = loaded.to(device).eval()  # pyrefly: ignore[bad-argument-type]
     lay_out(ready)

@@ -151,8 +151,8 @@ def join_experts(layer: Tensors, prefix: str, names: Sequence[str]) -> tuple[Ten
     """Join the projections of all experts that `layer` has, and take them out: the inverse of `split_experts`."""
     experts = range(sum(f"{prefix}{e}.{names[0]}.weight" in layer for e in range(len(layer))))
     gates, ups, downs = ([layer.pop(f"{prefix}{e}.{name}.weight") for e in experts] for name in names)
-    gate_up = [torch.cat([gate, up]) for gate, up in zip(gates, ups, strict=True)]
-    return torch.stack(gate_up), torch.stack(downs)
+    rows = torch.cat([part for pair in zip(gates, ups, strict=True) for part in pair])
+    return rows.view(len(gates), -1, rows.shape[1]), torch.stack(downs)
 
 
 def replicate_shared(layer: Tensors, active: int) -> tuple[Tensor, Tensor]:
