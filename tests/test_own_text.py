@@ -155,12 +155,12 @@ def test_an_answer_is_sampled_from_what_the_model_says(monkeypatch):
     seen = []
     original = writing.new_tokens
 
-    def look(model, inputs, tokenizer, **settings):
+    def look(model, inputs, *arguments, **settings):
         with torch.inference_mode():
             mask = inputs["attention_mask"]
             position = (mask.cumsum(-1) - 1).clamp(min=0)
             seen.append(model(**inputs, position_ids=position).logits[:, -1].float())
-        return original(model, inputs, tokenizer, **settings)
+        return original(model, inputs, *arguments, **settings)
 
     monkeypatch.setattr(writing, "new_tokens", look)
     prompts = [Document("The first", "text"), Document("In the year of the great flood the", "text")]

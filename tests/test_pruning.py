@@ -24,7 +24,7 @@ from moesaic.pruning.methods.merge import alignment, matrices, neurons, owners
 from moesaic.pruning.methods.naee import exchange, remove, set_error
 from moesaic.pruning.methods.reap import saliency
 from moesaic.pruning.recover import recover
-from moesaic.pruning.sample import BlockSample, cut, dense
+from moesaic.pruning.sample import BlockSample, cut
 from test_moe_block import CHOSEN, EXPERTS, STOCK, stock
 
 FAMILIES = [name for name in STOCK if name != "llama4"]
@@ -294,7 +294,7 @@ def test_closed_form_equals_lstsq(top_k, sweeps):
     block = kept_block(sample, kept)
     block.router.top_k = top_k
     x, target = sample.input_TD, torch.randn(400, 32, generator=torch.Generator().manual_seed(2))
-    weights = dense(block.route(x), 3)
+    weights = block.route(x).weights_of_all(3)
     features = []
     for e in range(3):
         gate, up = linear(x, block.experts.gate_up_proj[e]).chunk(2, -1)

@@ -6,15 +6,13 @@ Shapes: B sequences, L tokens of one, C tokens of a continuation, K tokens whose
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from ..serving.generate import new_tokens
+from ..serving.generate import left_padded, new_tokens
 from ..serving.questions import Words, on_model, tokenizer_of
 from .questions import GREEDY, end_of_turn, ending_tokens
 
@@ -45,13 +43,6 @@ class Continued(NamedTuple):
     """Up to the end-of-text token, which is the last where there is one."""
     ended: bool
     """Whether it came to its end, by that token or by a stop sequence, before the limit of tokens."""
-
-
-def left_padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Put token sequences into one batch that ends together: `input_ids` and `attention_mask`, int64 [B, L]."""
-    ids = [torch.tensor(row) for row in rows]
-    pad = partial(pad_sequence, batch_first=True, padding_side="left")
-    return {"input_ids": pad(ids), "attention_mask": pad([torch.ones_like(one) for one in ids])}
 
 
 def predictions(model: PreTrainedModel, sequences: Sequence[Scored]) -> Iterator[Prediction]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import given
@@ -79,6 +81,13 @@ def new_tokens(model: Any, inputs: Mapping[str, Tensor], words: Words, seed: int
         torch.manual_seed(seed)
         made_BL: Tensor = model.generate(**inputs, pad_token_id=pad, **settings)
     return made_BL[:, inputs["input_ids"].shape[1] :]
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Put token sequences into one batch that ends together: `input_ids` and `attention_mask`, int64 [B, L]."""
+    ids = [torch.tensor(row) for row in rows]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    return {"input_ids": pad(ids), "attention_mask": pad([torch.ones_like(one) for one in ids])}
 
 
 def _chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, Tensor]:

@@ -27,10 +27,9 @@ from ..calibration.text import bundled, by_domain, read_documents
 from ..checkpoint.builtin import cache_folder
 from ..checkpoint.reader import Checkpoint
 from ..errors import InputError, first_line
-from ..evaluation.continuations import left_padded
 from ..machine import give_back_memory
 from ..progress import Progress, unheard
-from .generate import check_length, new_tokens
+from .generate import check_length, left_padded, new_tokens
 from .loading import load
 
 BATCH, LONGEST = 24, 192
