@@ -453,7 +453,7 @@ def test_a_conversion_that_collapsed_stays_one_that_did(converted, tmp_path):
 
 def test_training_before_pruning_keeps_its_own_numbers(converted, tmp_path, monkeypatch):
     monkeypatch.setattr("moesaic.training.prepare.compute_dtype", lambda dtype, device: torch.float32)  # everywhere
-    training = moesaic.FinetuneConfig(window=64, samples=24, batch=4, steps=3, device="cpu", learning_rate=1e-3)
+    training = moesaic.FinetuneConfig(window=64, samples=24, batch=4, steps=10, device="cpu", learning_rate=1e-3)
     trained = moesaic.finetune(converted, tmp_path / "trained", training)
     assert trained.improved
     moesaic.prune(tmp_path / "trained", tmp_path / "out", config(experts=3))

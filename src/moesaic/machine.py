@@ -78,3 +78,8 @@ def _left_in_container() -> int:
 def cores() -> int:
     """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def triton_is_interpreted() -> bool:
+    """Tell whether Triton's interpreter runs its kernels, on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -201,7 +201,7 @@ def build(stage: str, given: object, *, imported_only: bool = False) -> Any:
 
 
 @cache
-def _validator(cls: type) -> TypeAdapter[Any]:
+def _validator(cls: type) -> TypeAdapter[object]:
     """Make what checks a class's options, once: a model has a gate in each layer."""
     return TypeAdapter(cls)
 

@@ -12,7 +12,6 @@ P = T K pairs of token and expert.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -230,11 +229,6 @@ def few_by_triton(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     if not (few and is_plain(self) and supports(self)):
         return experts_forward(self, hidden_states, top_k_index, top_k_weights)
     return triton_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-
-
-def interpreted() -> bool:
-    """Tell whether Triton's interpreter runs its kernels, on any device."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def register() -> None:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import interpreted
+from ..machine import triton_is_interpreted
 
 ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1}
 """Activation modules of transformers and torch by the kernel's number for them."""
@@ -25,7 +25,7 @@ CONFIGS = [
     triton.Config({"ROWS": rows, "STEP": step}, num_warps=warps)
     for rows, step, warps in ((8, 256, 4), (16, 256, 4), (16, 512, 8), (32, 256, 8), (64, 128, 8))
 ]
-if interpreted():  # without a GPU there is nothing to tune by
+if triton_is_interpreted():  # without a GPU there is nothing to tune by
     CONFIGS = CONFIGS[:1]
 
 

@@ -17,13 +17,14 @@ from ..errors import InputError, first_line
 from ..formats.adapter import Adapter, apply, build_selection, check_base, read_adapter
 from ..formats.converted import Converted, is_converted
 from ..given import path
+from ..machine import triton_is_interpreted
 from ..models.devices import choose_device
 from ..models.families import auto_class
 from ..models.integrity import check_contents, check_finite, check_runs, model_on_meta, read_config
 from ..models.products import quicken
 from ..models.tokenizer import load_tokenizer
 from ..moe.adaptive import attach
-from ..moe.kernels import TRITON, interpreted, lay_down_column_major
+from ..moe.kernels import TRITON, lay_down_column_major
 from ..moe.modeling import DEFAULT_EXPERTS
 from ..routing.selection.base import Counting
 from ..store.opening import StoreOptions, load_with_store
@@ -163,7 +164,7 @@ def check_experts(name: str | None, device: torch.device) -> None:
         return
     if name not in known:
         raise InputError(f"--experts {name} is not one of {', '.join(known)}")
-    if name in GPU_ONLY and device.type != "cuda" and not (name == TRITON and interpreted()):
+    if name in GPU_ONLY and device.type != "cuda" and not (name == TRITON and triton_is_interpreted()):
         raise InputError(f"--experts {name} needs a GPU, and the device is {device}; here run {', '.join(EVERYWHERE)}")
     missing = [package for package in GPU_ONLY.get(name, ()) if find_spec(package) is None]
     if missing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import gguf
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ...errors import InputError
+from ..base import MoesaicModelConfig
 from ..gguf_support import WRITTEN
 
 OUTTYPES = {name: Kind[name.upper()] for name in WRITTEN}
@@ -51,7 +51,7 @@ def encoded(name: str, tensor: Tensor, kind: Kind) -> np.ndarray:
     return gguf.quants.quantize(tensor.float().contiguous().numpy(), kind)
 
 
-def rope_factors(config: Any, size: int) -> Tensor | None:
+def rope_factors(config: MoesaicModelConfig, size: int) -> Tensor | None:
     """Compute what llama.cpp divides frequencies by, [size / 2], of Llama 3's scaling; None without it."""
     rope = config.rope_parameters
     if rope["rope_type"] != "llama3":
