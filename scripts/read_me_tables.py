@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean as mean
+
 from measured import grid, measured, read
 
 LABELS = {
@@ -57,6 +59,36 @@ def read_me(name: str) -> str:
             "no bound where "
             "recovery was fitted to other choices. Keeps its experts: tokens whose experts are those of the "
             "token before",
+        )
+    )
+
+
+def locality(name: str) -> str:
+    """What keeping a token's experts costs and wins."""
+    file = f"locality-{name}.json"
+    d = read(file)
+    lines = []
+    for value in sorted({row["locality"] for row in d["rows"]}):
+        rows = [row for row in d["rows"] if row["locality"] == value]
+        lines.append([
+            f"{value:g}", f"{mean(r['perplexity'] / r['perplexity_dense'] for r in rows):.3f}",
+            *(f"{mean(r[key] for r in rows):.0%}" for key in ("kept_before", "kept")),
+            *(f"{mean(r['hits'][share] for r in rows):.0%}" for share in ("0.3", "0.5")),
+        ])  # fmt: skip
+    before = mean(row["perplexity_before"] / row["perplexity_dense"] for row in d["rows"])
+    head = ["`--locality`", "perplexity over dense", "keep, before", "keep, after", "hits, 30% fit", "hits, 50% fit"]
+    seeds = sorted({row["seed"] for row in d["rows"]})
+    return (
+        grid(head, lines)
+        + "\n\n"
+        + measured(
+            file,
+            f"python benchmarks/locality.py --model {d['model']} --plan {d['plan']} --steps {d['steps']} --batch "
+            f"{d['batch']} --tokens {d['tokens']} --localities {' '.join(x[0] for x in lines)} --seeds "
+            f"{' '.join(map(str, seeds))} --out benchmarks/results/{file}",
+            f"{d['model']}, {d['plan']}, `coactivation`; {before:.3f} times dense before {d['steps']} steps of "
+            f"`{d['method']}`; mean of {len(seeds)} seeds; keep: tokens whose experts are those of the token before; "
+            f"hits: `{d['policy']}`, simulated, of requests that decode one after the other",
         )
     )
 

@@ -242,6 +242,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "store-limited": store_tables.limited,
     "serving-schedulers": lambda: store_tables.schedulers("domains"),
     "serving-load": lambda: store_tables.load("tiny-moe"),
+    "locality-tiny": lambda: read_me_tables.locality("tiny"),
     "read-me-tiny": lambda: read_me_tables.read_me("tiny"),
     "generation": generation_tables.generation,
     "vlm-tiny": lambda: vlm_tables.vlm("tiny"),
