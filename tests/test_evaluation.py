@@ -22,6 +22,7 @@ from moesaic.evaluation.sizes import cut_length
 from moesaic.evaluation.tasks import evaluate_tasks, read_tasks, score_pairs
 from moesaic.machine import give_back_memory
 from moesaic.models.families import decoder_layers
+from moesaic.results.evaluation import perplexity_of
 
 
 @pytest.fixture(scope="module")
@@ -377,3 +378,9 @@ def test_freed_memory_goes_back_to_the_system():
     give_back_memory()
     assert len(pins) == 40
     assert resident() < full - 150_000_000
+
+
+def test_a_loss_without_bounds_has_a_perplexity_and_none_has_none():
+    assert perplexity_of(math.log(12.5)) == pytest.approx(12.5)
+    assert perplexity_of(math.inf) == perplexity_of(700) < math.inf
+    assert math.isnan(perplexity_of(math.nan))

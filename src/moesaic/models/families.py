@@ -112,7 +112,7 @@ def ffn_name(layer: nn.Module) -> str:
     raise InputError(
         f"{type(layer).__name__} has no dense gated FFN. Found {found}. Missing: one child with the linear layers "
         f"{' or '.join(', '.join(layout.names) for layout in FFN_LAYOUTS)}. Mixture-of-Experts and ungated models are "
-        "not dense-convertible."
+        "not dense-convertible; moesaic prune and moesaic adapt make a Mixture-of-Experts cheaper."
     )
 
 

@@ -10,8 +10,8 @@ from .base import Result
 
 
 def perplexity_of(loss: float) -> float:
-    """Compute `exp(loss)`, loss in nats a token, at most e^700: a float64 ends at e^709, and so does a collapse."""
-    return math.exp(min(700.0, loss))
+    """Compute `exp(loss)`, loss in nats a token, at most e^700 (a float64 ends at e^709); NaN of NaN."""
+    return math.exp(min(loss, 700.0))  # in the other order `min` would give 700 for NaN
 
 
 @dataclass(frozen=True, kw_only=True)
